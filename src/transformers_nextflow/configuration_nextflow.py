@@ -1,0 +1,224 @@
+"""Configurations of NextFlow's language model and of its image tokenizer."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+
+from .scale_schedule import BASE_SIDES
+
+
+@strict
+class NextFlowConfig(Qwen2_5_VLTextConfig):
+    r"""
+    Configuration of [`NextFlowModel`] and [`NextFlowForCausalLM`]. It is a Qwen2.5-VL text configuration plus the
+    visual fields; the defaults are the 7B model's (arXiv 2601.02204).
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 184832):
+            Rows of the output head: `text_vocab_size + visual_codebook_size`.
+        text_vocab_size (`int`, *optional*, defaults to 152064):
+            Rows of the text vocabulary, special tokens included; the first visual id.
+        visual_codebook_size (`int`, *optional*, defaults to 32768):
+            Number of codes of the image tokenizer. Visual ids are `text_vocab_size + code`.
+        visual_code_dim (`int`, *optional*, defaults to 40):
+            Width of a code vector, semantic and pixel parts together.
+        num_scales (`int`, *optional*, defaults to 18):
+            The largest number of scales an image may have.
+        visual_feature_mode (`str`, *optional*, defaults to `"residual"`):
+            How the input features of a scale are made: `"residual"` from the codes of the scale before alone (the
+            paper's choice), `"accumulated"` from all scales before.
+        rope_spatial_range (`float`, *optional*, defaults to 64.0):
+            `C` of the multi-scale 3D RoPE: spatial coordinates of every scale span `[0, C]` for a square image.
+        scale_reweight_alpha (`float`, *optional*, defaults to 0.9):
+            A vision token of scale s weighs `1 / (h_s * w_s) ** alpha` in the loss. 0 turns it off.
+        boi_token_id (`int`, *optional*, defaults to 151665):
+            `<boi>`: an image starts.
+        eoi_token_id (`int`, *optional*, defaults to 151666):
+            `<eoi>`: only ever an input (its embedding stands in the slot of an image's last code).
+        image_token_id (`int`, *optional*, defaults to 151667):
+            `<image>`: the mark in text that a processor replaces by an image.
+    """
+
+    model_type = "nextflow"
+    base_config_key = ""
+    auto_map = {}  # TRL reads it when a model is given as a path
+
+    vocab_size: int = 184832
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int | None = 4
+    max_position_embeddings: int = 128000
+    rms_norm_eps: float = 1e-06
+    max_window_layers: int | None = 28
+    bos_token_id: int | None = 151643
+    eos_token_id: int | list[int] | None = 151645
+    pad_token_id: int | None = 151643
+    tie_word_embeddings: bool = False
+
+    text_vocab_size: int = 152064
+    visual_codebook_size: int = 32768
+    visual_code_dim: int = 40
+    num_scales: int = 18
+    visual_feature_mode: str = "residual"
+    rope_spatial_range: float | int = 64.0
+    scale_reweight_alpha: float | int = 0.9
+    boi_token_id: int = 151665
+    eoi_token_id: int = 151666
+    image_token_id: int = 151667
+
+    def __post_init__(self, **kwargs):
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]}
+        super().__post_init__(**kwargs)
+        self._check_visual_fields()
+
+    def _check_visual_fields(self):
+        # Not a `validate_*` method: `@strict` would turn the ValueError into an error of another type.
+        if self.vocab_size != self.text_vocab_size + self.visual_codebook_size:
+            raise ValueError(
+                f"`vocab_size` ({self.vocab_size}) must be `text_vocab_size` + `visual_codebook_size` "
+                f"({self.text_vocab_size} + {self.visual_codebook_size} = {self.text_vocab_size + self.visual_codebook_size})."
+            )
+        if not 1 <= self.num_scales <= len(BASE_SIDES):
+            raise ValueError(f"`num_scales` must be between 1 and {len(BASE_SIDES)}, but got {self.num_scales}.")
+        if self.visual_feature_mode not in ("residual", "accumulated"):
+            raise ValueError(
+                f'`visual_feature_mode` must be "residual" or "accumulated", but got "{self.visual_feature_mode}".'
+            )
+        for name in ("boi_token_id", "eoi_token_id", "image_token_id"):
+            if not 0 <= getattr(self, name) < self.text_vocab_size:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) must be a text id, below {self.text_vocab_size}.")
+        if self.tie_word_embeddings:
+            raise ValueError("`tie_word_embeddings` must be False: the head has visual rows, the input embeddings do not.")
+
+
+@strict
+class NextFlowImageTokenizerConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`NextFlowImageTokenizer`]: a dual codebook (semantic and pixel) on a multi-scale residual
+    quantizer, after TokenFlow (arXiv 2412.03069) with NextFlow's changes.
+
+    Args:
+        codebook_size (`int`, *optional*, defaults to 32768):
+            Number of codes. One index addresses both codebooks.
+        semantic_code_dim (`int`, *optional*, defaults to 32):
+            Width of the semantic half of a code vector.
+        pixel_code_dim (`int`, *optional*, defaults to 8):
+            Width of the pixel half of a code vector.
+        semantic_distance_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the semantic distance against the pixel distance when a code is looked up.
+        commitment_cost (`float`, *optional*, defaults to 0.25):
+            Weight of the commitment loss.
+        num_scales (`int`, *optional*, defaults to 18):
+            The largest number of scales that images are encoded to.
+        stride (`int`, *optional*, defaults to 16):
+            Pixels a cell of the last grid.
+        semantic_config (`dict` or `PreTrainedConfig`, *optional*):
+            The semantic encoder, any vision encoder's configuration. Defaults to SigLIP2-so400m-patch16-naflex.
+        semantic_feature_dim (`int`, *optional*):
+            Width of the teacher's features that the semantic decoder predicts. Defaults to the encoder's width.
+        semantic_decoder_layers (`int`, *optional*, defaults to 3):
+            Depth of the semantic decoder (a ViT).
+        semantic_decoder_hidden_size (`int`, *optional*):
+            Its width. Defaults to the encoder's width.
+        semantic_decoder_num_heads (`int`, *optional*, defaults to 12):
+            Its number of heads.
+        pixel_patch_size (`int`, *optional*, defaults to 1):
+            Pixels a side that the CNNs fold into channels at full resolution (space to depth); 1 folds none.
+        encoder_hidden_sizes (`list[int]`, *optional*, defaults to `[128, 128, 256, 256, 512]`):
+            CNN widths, from the highest resolution to the lowest; each level but the last halves the resolution.
+        encoder_num_res_blocks (`int`, *optional*, defaults to 2):
+            Residual blocks a level.
+        decoder_hidden_sizes (`list[int]`, *optional*, defaults to `[128, 128, 256, 256, 512]`):
+            As for the encoder, from the highest resolution to the lowest.
+        decoder_num_res_blocks (`int`, *optional*, defaults to 2):
+            Residual blocks a level; a decoder level has one more, as in VQGAN.
+        latent_channels (`int`, *optional*, defaults to 256):
+            Channels between the CNNs and the 1x1 convolutions to and from the codes.
+        cnn_norm_groups (`int`, *optional*, defaults to 32):
+            Groups of the CNNs' GroupNorm.
+        self_correction_top_k (`int`, *optional*, defaults to 10):
+            Self-correction encoding draws a code among this many nearest.
+        self_correction_token_fraction (`float`, *optional*, defaults to 0.6):
+            Fraction of the tokens of a scale for which a code is drawn.
+        self_correction_temperature (`float`, *optional*, defaults to 1.0):
+            Temperature of the softmax over negative distances.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of newly made linear weights.
+    """
+
+    model_type = "nextflow_image_tokenizer"
+    sub_configs = {"semantic_config": AutoConfig}
+
+    codebook_size: int = 32768
+    semantic_code_dim: int = 32
+    pixel_code_dim: int = 8
+    semantic_distance_weight: float | int = 1.0
+    commitment_cost: float | int = 0.25
+    num_scales: int = 18
+    stride: int = 16
+    semantic_config: dict | PreTrainedConfig | None = None
+    semantic_feature_dim: int | None = None
+    semantic_decoder_layers: int = 3
+    semantic_decoder_hidden_size: int | None = None
+    semantic_decoder_num_heads: int = 12
+    pixel_patch_size: int = 1
+    encoder_hidden_sizes: list[int] | tuple[int, ...] = (128, 128, 256, 256, 512)
+    encoder_num_res_blocks: int = 2
+    decoder_hidden_sizes: list[int] | tuple[int, ...] = (128, 128, 256, 256, 512)
+    decoder_num_res_blocks: int = 2
+    latent_channels: int = 256
+    cnn_norm_groups: int = 32
+    self_correction_top_k: int = 10
+    self_correction_token_fraction: float | int = 0.6
+    self_correction_temperature: float | int = 1.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.semantic_config is None:
+            self.semantic_config = {
+                "model_type": "siglip2_vision_model",
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+            }
+        if isinstance(self.semantic_config, dict):
+            settings: dict[str, Any] = dict(self.semantic_config)
+            model_type = settings.pop("model_type", "siglip2_vision_model")
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(f'`semantic_config` names the unknown model type "{model_type}".')
+            self.semantic_config = CONFIG_MAPPING[model_type](**settings)
+        if self.semantic_feature_dim is None:
+            self.semantic_feature_dim = self.semantic_config.hidden_size
+        if self.semantic_decoder_hidden_size is None:
+            self.semantic_decoder_hidden_size = self.semantic_config.hidden_size
+        super().__post_init__(**kwargs)
+        self._check_geometry()
+
+    def _check_geometry(self):
+        # Both CNNs must have the stride that the grids are made for.
+        for name in ("encoder_hidden_sizes", "decoder_hidden_sizes"):
+            stride = self.pixel_patch_size * 2 ** (len(getattr(self, name)) - 1)
+            if stride != self.stride:
+                raise ValueError(
+                    f"`{name}` has {len(getattr(self, name))} levels, which with `pixel_patch_size` {self.pixel_patch_size} "
+                    f"give a stride of {stride}, but `stride` is {self.stride}."
+                )
+        if not 1 <= self.self_correction_top_k <= self.codebook_size:
+            raise ValueError(
+                f"`self_correction_top_k` must be between 1 and `codebook_size` ({self.codebook_size}), "
+                f"but got {self.self_correction_top_k}."
+            )
+
+    @property
+    def code_dim(self) -> int:
+        """Width of a whole code vector."""
+        return self.semantic_code_dim + self.pixel_code_dim
+
+
+__all__ = ["NextFlowConfig", "NextFlowImageTokenizerConfig"]

@@ -1,0 +1,212 @@
+"""Scale schedules: which grids an image is predicted on, coarse to fine (NextFlow, arXiv 2601.02204, Table 14).
+
+Pure Python on purpose: a data loader, a server's router or a notebook can plan images without importing torch.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+# Sides of the square schedule, one a scale; the 12th is 16, the side that names a bucket.
+BASE_SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
+BUCKET_SIDE = 16
+MIN_AREA_RATIO = 0.9
+MAX_ASPECT_RATIO = 4.0
+
+
+@lru_cache
+def aspect_buckets() -> tuple[tuple[int, int], ...]:
+    """All legal buckets `(h, w)`, from the widest (1:4) to the tallest (4:1): the 41 rows of the paper's Table 14.
+
+    A bucket is the grid of the 12th scale. It holds between 90 % and 100 % of 16 x 16 cells and is at most 4:1.
+    """
+    area = BUCKET_SIDE**2
+    sides = range(1, area + 1)
+    legal = [
+        (h, w)
+        for h in sides
+        for w in sides
+        if MIN_AREA_RATIO * area <= h * w <= area and 1 / MAX_ASPECT_RATIO <= h / w <= MAX_ASPECT_RATIO
+    ]
+    return tuple(sorted(legal, key=lambda bucket: bucket[0] / bucket[1]))
+
+
+def nearest_bucket(height: float, width: float) -> tuple[int, int]:
+    """The bucket whose aspect ratio is nearest to `height / width` on a log scale (of equals, the one with more cells)."""
+    if height <= 0 or width <= 0:
+        raise ValueError(f"An image needs a positive height and width, but got {height} x {width}.")
+    log_aspect = math.log(height / width)
+    return min(aspect_buckets(), key=lambda b: (abs(math.log(b[0] / b[1]) - log_aspect), -b[0] * b[1]))
+
+
+@dataclass(frozen=True)
+class ScaleSchedule:
+    """The grids of one image, coarse to fine.
+
+    Args:
+        bucket (`tuple[int, int]`, *optional*, defaults to `(16, 16)`):
+            One of [`aspect_buckets`]: height and width of the 12th grid, in cells.
+        num_scales (`int`, *optional*, defaults to 18):
+            How many scales, 1 to 18. The paper uses 12 for 256-level images, 16 for 512 and 18 for 1024.
+        stride (`int`, *optional*, defaults to 16):
+            Pixels a cell of the last grid.
+
+    Raises:
+        `ValueError`: if the bucket or the number of scales is not legal.
+
+    Example:
+
+    ```python
+    >>> from transformers_nextflow import ScaleSchedule
+
+    >>> schedule = ScaleSchedule.from_size(1024, 1024)
+    >>> schedule.num_scales, schedule.num_tokens, schedule.grids[:4]
+    (18, 10084, ((1, 1), (2, 2), (3, 3), (4, 4)))
+    ```
+    """
+
+    bucket: tuple[int, int] = (BUCKET_SIDE, BUCKET_SIDE)
+    num_scales: int = len(BASE_SIDES)
+    stride: int = 16
+
+    def __post_init__(self):
+        bucket = (int(self.bucket[0]), int(self.bucket[1]))
+        object.__setattr__(self, "bucket", bucket)  # a list or a tensor row is welcome, but the field must hash
+        object.__setattr__(self, "num_scales", int(self.num_scales))
+        if bucket not in aspect_buckets():
+            nearest = nearest_bucket(*bucket) if min(bucket) > 0 else (BUCKET_SIDE, BUCKET_SIDE)
+            raise ValueError(
+                f"{bucket} is not one of the {len(aspect_buckets())} aspect buckets; the nearest is {nearest}. "
+                "See `transformers_nextflow.aspect_buckets()`."
+            )
+        if not 1 <= self.num_scales <= len(BASE_SIDES):
+            raise ValueError(f"`num_scales` must be between 1 and {len(BASE_SIDES)}, but got {self.num_scales}.")
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """`(h_s, w_s)` of every scale, in cells."""
+        h, w = self.bucket
+        # Python's `round` rounds half to even, which is what reproduces the paper's table.
+        later = ((max(1, round(s * h / BUCKET_SIDE)), max(1, round(s * w / BUCKET_SIDE))) for s in BASE_SIDES[1:])
+        return ((1, 1), *later)[: self.num_scales]
+
+    @property
+    def scale_lengths(self) -> tuple[int, ...]:
+        """Number of codes a scale, `n_s = h_s * w_s`."""
+        return tuple(h * w for h, w in self.grids)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each scale starts in the flat codes; one entry more than scales, the last is `num_tokens`."""
+        offsets = [0]
+        for length in self.scale_lengths:
+            offsets.append(offsets[-1] + length)
+        return tuple(offsets)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of codes of the whole image, `N`."""
+        return sum(self.scale_lengths)
+
+    @property
+    def height(self) -> int:
+        """Height of the decoded image, in pixels."""
+        return self.stride * self.grids[-1][0]
+
+    @property
+    def width(self) -> int:
+        """Width of the decoded image, in pixels."""
+        return self.stride * self.grids[-1][1]
+
+    @property
+    def grid_shw(self) -> tuple[int, int, int]:
+        """The row of `image_grid_shw` that stands for this schedule: `(num_scales, bucket height, bucket width)`."""
+        return (self.num_scales, *self.bucket)
+
+    @classmethod
+    def from_grid_shw(cls, row: Iterable[int], stride: int = 16) -> "ScaleSchedule":
+        """The schedule that one row `(num_scales, h, w)` of `image_grid_shw` stands for."""
+        num_scales, h, w = (int(value) for value in row)
+        return cls((h, w), num_scales, stride)
+
+    @classmethod
+    def from_size(cls, height: int, width: int, num_scales: int | None = None, stride: int = 16) -> "ScaleSchedule":
+        """The schedule of an image of `height` x `width` pixels.
+
+        Args:
+            height (`int`): Height in pixels.
+            width (`int`): Width in pixels.
+            num_scales (`int`, *optional*):
+                Forces the number of scales: then only the aspect ratio of `height` and `width` counts, and
+                the nearest bucket is taken. Without it the size must be exactly that of a schedule.
+            stride (`int`, *optional*, defaults to 16): Pixels a cell of the last grid.
+
+        Raises:
+            `ValueError`: if no schedule ends at this size; the message names the nearest sizes.
+        """
+        if height <= 0 or width <= 0:
+            raise ValueError(f"`height` and `width` must be positive, but got {height} x {width}.")
+        log_aspect = math.log(height / width)
+        if num_scales is not None:
+            if abs(log_aspect) > math.log(MAX_ASPECT_RATIO) + 1e-6:
+                raise ValueError(f"{height} x {width} is beyond the aspect ratios 1:4 to 4:1.")
+            return cls(nearest_bucket(height, width), num_scales, stride)
+        match = _schedules_by_grid().get((height / stride, width / stride))
+        if match is None:
+            nearest = ", ".join(f"{h} x {w}" for h, w in nearest_sizes(height, width, stride))
+            raise ValueError(
+                f"No scale schedule ends at height {height} x width {width}. The nearest legal sizes (height x width) "
+                f"are {nearest}. Pick one of them, or pass `num_scales` to choose by aspect ratio alone."
+            )
+        return cls(match.bucket, match.num_scales, stride)
+
+    def prefix(self, num_scales: int) -> "ScaleSchedule":
+        """The schedule of the first `num_scales` scales (the same bucket)."""
+        if not 1 <= num_scales <= self.num_scales:
+            raise ValueError(f"A prefix of {self.num_scales} scales has 1 to {self.num_scales} scales, not {num_scales}.")
+        return ScaleSchedule(self.bucket, num_scales, self.stride)
+
+    def flops(self, hidden_size: int, num_text_tokens: int, num_layers: int = 1) -> int:
+        """Forward FLOPs of a prompt's prefill and all scales, by the paper's cost model (appendix A.2).
+
+        A layer costs `12 * q * hidden_size**2 + 4 * q * kv * hidden_size` for `q` new tokens that attend to `kv`
+        (themselves among them). The text is one dense step; the 1x1 scale counts as a step.
+        """
+        total, kv = 0, 0
+        for q in (num_text_tokens, *self.scale_lengths):
+            kv += q
+            total += 12 * q * hidden_size**2 + 4 * q * kv * hidden_size
+        return num_layers * total
+
+
+@lru_cache
+def _schedules_by_grid() -> dict[tuple[int, int], ScaleSchedule]:
+    """Last grid -> schedule. Coarse grids are shared by many buckets; the one of nearest aspect, then fewest scales, wins."""
+    best: dict[tuple[int, int], tuple[tuple[float, int, int], ScaleSchedule]] = {}
+    for bucket in aspect_buckets():
+        for num_scales in range(1, len(BASE_SIDES) + 1):
+            schedule = ScaleSchedule(bucket, num_scales)
+            grid = schedule.grids[-1]
+            distance = abs(math.log(bucket[0] / bucket[1]) - math.log(grid[0] / grid[1]))
+            key = (distance, num_scales, -bucket[0] * bucket[1])
+            if grid not in best or key < best[grid][0]:
+                best[grid] = (key, schedule)
+    return {grid: schedule for grid, (_, schedule) in best.items()}
+
+
+def nearest_sizes(height: int, width: int, stride: int = 16, count: int = 3) -> list[tuple[int, int]]:
+    """The `count` legal sizes (height, width in pixels) nearest to the given one, nearest first.
+
+    Aspect and area are compared on a log scale, aspect counting more: a user who misses a size by a few pixels
+    wants the same shape.
+    """
+
+    def distance(size: tuple[int, int]) -> float:
+        h, w = size
+        aspect = math.log(h / w) - math.log(height / width)
+        area = math.log(h * w) - math.log(height * width)
+        return 4 * aspect**2 + area**2
+
+    sizes = [(h * stride, w * stride) for h, w in _schedules_by_grid()]
+    return sorted(sizes, key=distance)[:count]
