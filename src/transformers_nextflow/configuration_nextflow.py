@@ -119,6 +119,8 @@ class NextFlowImageTokenizerConfig(PreTrainedConfig):
             Pixels a cell of the last grid.
         semantic_config (`dict` or `PreTrainedConfig`, *optional*):
             The semantic encoder, any vision encoder's configuration. Defaults to SigLIP2-so400m-patch16-naflex.
+        vision_feature_layer (`int`, *optional*, defaults to -2):
+            Which of the semantic encoder's hidden states is used.
         semantic_feature_dim (`int`, *optional*):
             Width of the teacher's features that the semantic decoder predicts. Defaults to the encoder's width.
         semantic_decoder_layers (`int`, *optional*, defaults to 3):
@@ -162,6 +164,7 @@ class NextFlowImageTokenizerConfig(PreTrainedConfig):
     num_scales: int = 18
     stride: int = 16
     semantic_config: dict | PreTrainedConfig | None = None
+    vision_feature_layer: int = -2
     semantic_feature_dim: int | None = None
     semantic_decoder_layers: int = 3
     semantic_decoder_hidden_size: int | None = None

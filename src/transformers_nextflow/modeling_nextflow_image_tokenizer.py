@@ -1,0 +1,500 @@
+"""NextFlow's image tokenizer: two encoder branches, one multi-scale dual-codebook quantizer, two decoders.
+
+Axes: B images, H x W pixels, (h, w) = (H, W) / stride the last grid, N codes, D channels of a code vector.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
+from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
+from transformers.utils import ModelOutput
+
+from .configuration_nextflow import NextFlowImageTokenizerConfig
+from .multi_scale_quantizer import MultiScaleQuantizer, SelfCorrection
+from .scale_schedule import ScaleSchedule
+
+
+@dataclass
+class NextFlowImageTokenizerOutput(ModelOutput):
+    """
+    What [`NextFlowImageTokenizer`] makes of images. A list of images gives lists (one entry an image, without the
+    batch axis) in `codes`, `target_codes` and `quantized`.
+
+    Args:
+        codes (`torch.LongTensor` of shape `(B, N)`):
+            Codes, scale by scale, row-major within a scale.
+        target_codes (`torch.LongTensor` of shape `(B, N)`):
+            Nearest codes; they differ from `codes` only under self-correction, where they are what a model should predict.
+        quantized (`torch.FloatTensor` of shape `(B, D, h, w)`):
+            Sum of the upsampled code vectors, fp32.
+        image_grid_shw (`torch.LongTensor` of shape `(B, 3)`):
+            Number of scales, bucket height, bucket width of each image.
+        pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`, *optional*):
+            Reconstruction (`forward` only).
+        semantic_features (`torch.FloatTensor` of shape `(B, h * w, C)`, *optional*):
+            Prediction of the teacher's features (`forward` only).
+        codebook_loss (`torch.FloatTensor`, *optional*):
+            Only in training mode.
+        commitment_loss (`torch.FloatTensor`, *optional*):
+            Only in training mode.
+    """
+
+    codes: torch.Tensor | list[torch.Tensor] | None = None
+    target_codes: torch.Tensor | list[torch.Tensor] | None = None
+    quantized: torch.Tensor | list[torch.Tensor] | None = None
+    image_grid_shw: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None
+    semantic_features: torch.Tensor | None = None
+    codebook_loss: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
+
+
+class NextFlowResBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice; a 1x1 shortcut where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(num_groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(num_groups, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = self.conv1(F.silu(self.norm1(hidden_states)))
+        residual = self.conv2(F.silu(self.norm2(residual)))
+        return self.shortcut(hidden_states) + residual
+
+
+class NextFlowAttentionBlock(nn.Module):
+    """Single-head attention over all places of a feature map."""
+
+    def __init__(self, channels: int, num_groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
+        self.q_proj = nn.Conv2d(channels, channels, 1)
+        self.k_proj = nn.Conv2d(channels, channels, 1)
+        self.v_proj = nn.Conv2d(channels, channels, 1)
+        self.out_proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(hidden_states)
+        query, key, value = (
+            projection(normed).flatten(2).transpose(1, 2).unsqueeze(1)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)[:, 0]
+        return hidden_states + self.out_proj(attended.transpose(1, 2).reshape(hidden_states.shape))
+
+
+class NextFlowDownsample(nn.Module):
+    """Halves the resolution; padded at the right and bottom only, as VQGAN does."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
+
+
+class NextFlowUpsample(nn.Module):
+    """Doubles the resolution: nearest neighbours, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+
+
+def _middle(channels: int, num_groups: int) -> list[nn.Module]:
+    return [
+        NextFlowResBlock(channels, channels, num_groups),
+        NextFlowAttentionBlock(channels, num_groups),
+        NextFlowResBlock(channels, channels, num_groups),
+    ]
+
+
+class NextFlowPixelEncoder(nn.Module):
+    """VQGAN-style CNN: pixels `(B, 3, H, W)` to a feature map `(B, latent_channels, h, w)`."""
+
+    def __init__(self, config: NextFlowImageTokenizerConfig):
+        super().__init__()
+        widths, groups = list(config.encoder_hidden_sizes), config.cnn_norm_groups
+        self.patch_size = config.pixel_patch_size
+        self.conv_in = nn.Conv2d(3 * self.patch_size**2, widths[0], 3, padding=1)
+        blocks: list[nn.Module] = []
+        channels = widths[0]
+        for level, width in enumerate(widths):
+            lowest = level == len(widths) - 1
+            for _ in range(config.encoder_num_res_blocks):
+                blocks.append(NextFlowResBlock(channels, width, groups))
+                if lowest:
+                    blocks.append(NextFlowAttentionBlock(width, groups))
+                channels = width
+            if not lowest:
+                blocks.append(NextFlowDownsample(channels))
+        self.blocks = nn.ModuleList([*blocks, *_middle(channels, groups)])
+        self.norm_out = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.conv_out = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.conv_in(F.pixel_unshuffle(pixel_values, self.patch_size))
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+
+
+class NextFlowPixelDecoder(nn.Module):
+    """VQGAN-style CNN: a feature map `(B, latent_channels, h, w)` to pixels `(B, 3, H, W)`."""
+
+    def __init__(self, config: NextFlowImageTokenizerConfig):
+        super().__init__()
+        widths, groups = list(config.decoder_hidden_sizes), config.cnn_norm_groups
+        self.patch_size = config.pixel_patch_size
+        channels = widths[-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
+        blocks = _middle(channels, groups)
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(config.decoder_num_res_blocks + 1):
+                blocks.append(NextFlowResBlock(channels, width, groups))
+                if level == len(widths) - 1:
+                    blocks.append(NextFlowAttentionBlock(width, groups))
+                channels = width
+            if level > 0:
+                blocks.append(NextFlowUpsample(channels))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm_out = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.conv_out = nn.Conv2d(channels, 3 * self.patch_size**2, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.conv_in(hidden_states)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(hidden_states))), self.patch_size)
+
+
+class NextFlowSemanticDecoder(nn.Module):
+    """A small ViT and a Linear-Tanh-Linear: the semantic half `(B, D_sem, h, w)` to the teacher's features `(B, h * w, C)`."""
+
+    def __init__(self, config: NextFlowImageTokenizerConfig):
+        super().__init__()
+        width = config.semantic_decoder_hidden_size
+        # A naflex ViT on 1x1 "patches" of code vectors takes any grid.
+        self.transformer = Siglip2VisionModel(
+            Siglip2VisionConfig(
+                hidden_size=width,
+                intermediate_size=4 * width,
+                num_hidden_layers=config.semantic_decoder_layers,
+                num_attention_heads=config.semantic_decoder_num_heads,
+                num_channels=config.semantic_code_dim,
+                patch_size=1,
+                hidden_act="gelu",
+                vision_use_head=False,
+            )
+        )
+        self.proj_out = _mlp(width, width, config.semantic_feature_dim)
+
+    def forward(self, semantic: torch.Tensor) -> torch.Tensor:
+        patches = semantic.flatten(2).transpose(1, 2)
+        shapes = torch.tensor([semantic.shape[-2:]] * len(semantic))
+        mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
+        return self.proj_out(self.transformer(patches, mask, shapes).last_hidden_state)
+
+
+def _mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_features, hidden_features), nn.Tanh(), nn.Linear(hidden_features, out_features))
+
+
+class NextFlowImageTokenizer(PreTrainedModel):
+    """
+    Turns images into codes on many scales and back (dual codebook, TokenFlow arXiv 2412.03069; NextFlow section 3).
+
+    Images of one size are encoded as a batch, a list of images of different sizes one size after the other. Encoding
+    and decoding are deterministic; look-ups run in fp32 whatever the weights' dtype.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_nextflow import NextFlowImageTokenizer, tiny_checkpoint
+
+    >>> tokenizer = NextFlowImageTokenizer.from_pretrained(tiny_checkpoint(), subfolder="image_tokenizer")
+    >>> encoded = tokenizer.encode(torch.zeros(1, 3, 128, 128))
+    >>> encoded.codes.shape, encoded.image_grid_shw.tolist()
+    (torch.Size([1, 204]), [[8, 16, 16]])
+    >>> tokenizer.decode(encoded.codes, encoded.image_grid_shw).shape
+    torch.Size([1, 3, 128, 128])
+    ```
+    """
+
+    config_class = NextFlowImageTokenizerConfig
+    config: NextFlowImageTokenizerConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    base_model_prefix = ""
+    _no_split_modules = ["NextFlowResBlock", "Siglip2EncoderLayer"]
+    _keep_in_fp32_modules_strict = ["quantizer"]
+    _supports_sdpa = True
+
+    def __init__(self, config: NextFlowImageTokenizerConfig):
+        super().__init__(config)
+        if config.semantic_config.model_type != "siglip2_vision_model":
+            raise ValueError(
+                f'The semantic encoder "{config.semantic_config.model_type}" is not supported; use "siglip2_vision_model".'
+            )
+        width = config.semantic_config.hidden_size
+        self.semantic_encoder = AutoModel.from_config(config.semantic_config)
+        self.semantic_proj = _mlp(width, width, config.semantic_code_dim)
+        self.pixel_encoder = NextFlowPixelEncoder(config)
+        self.pixel_proj = nn.Conv2d(config.latent_channels, config.pixel_code_dim, 1)
+        self.quantizer = MultiScaleQuantizer(
+            config.codebook_size,
+            config.semantic_code_dim,
+            config.pixel_code_dim,
+            config.semantic_distance_weight,
+            config.commitment_cost,
+        )
+        self.semantic_decoder = NextFlowSemanticDecoder(config)
+        self.post_pixel_proj = nn.Conv2d(config.pixel_code_dim, config.latent_channels, 1)
+        self.pixel_decoder = NextFlowPixelDecoder(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, MultiScaleQuantizer):
+            module.reset_parameters()
+        elif isinstance(module, nn.Conv2d):
+            module.reset_parameters()  # torch's own fan-in rule suits a CNN better than a fixed deviation
+        elif not isinstance(module, nn.Embedding):  # the codebooks are drawn with their quantizer
+            super()._init_weights(module)
+
+    # Encoding
+
+    def schedule_of(self, pixel_values: torch.Tensor) -> ScaleSchedule:
+        """The schedule of images `(..., H, W)`; a `ValueError` names the legal sizes where there is none."""
+        height, width = pixel_values.shape[-2:]
+        return ScaleSchedule.from_size(height, width, stride=self.config.stride)
+
+    def encode_semantic(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features `(B, C, h, w)` of the semantic encoder, for pixels `(B, 3, H, W)` in [-1, 1]."""
+        h, w = (side // self.config.stride for side in pixel_values.shape[-2:])
+        patch = self.config.semantic_config.patch_size
+        if patch != self.config.stride:
+            pixel_values = F.interpolate(pixel_values, size=(h * patch, w * patch), mode="bicubic", antialias=True)
+        patches = F.unfold(pixel_values, patch, stride=patch)  # (B, 3 * patch * patch, h * w), channels first
+        patches = patches.unflatten(1, (3, -1)).permute(0, 3, 2, 1).flatten(2)  # naflex wants channels last
+        mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
+        shapes = torch.tensor([(h, w)] * len(patches))
+        outputs = self.semantic_encoder(patches, mask, shapes, output_hidden_states=True)
+        features = outputs.hidden_states[self.config.vision_feature_layer]
+        return features.transpose(1, 2).unflatten(2, (h, w))
+
+    def encode_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Joint feature map `(B, D, h, w)`, `[semantic | pixel]`, before quantization."""
+        pixel_values = pixel_values.to(self.dtype)
+        semantic = self.semantic_proj(self.encode_semantic(pixel_values).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return torch.cat([semantic, self.pixel_proj(self.pixel_encoder(pixel_values))], dim=1)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        pixel_values: torch.Tensor | Sequence[torch.Tensor],
+        image_grid_shw: torch.Tensor | None = None,
+        self_correction: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> NextFlowImageTokenizerOutput:
+        """Encodes images to codes.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)` or a list of tensors `(3, H, W)`):
+                Images in [-1, 1]. `H` and `W` must be a schedule's size (see [`ScaleSchedule`]).
+            image_grid_shw (`torch.LongTensor` of shape `(B, 3)`, *optional*):
+                The schedules to use. By default they follow from the images' sizes.
+            self_correction (`bool`, *optional*, defaults to `False`):
+                Draw some codes among the nearest few (the config's `self_correction_*`); `target_codes` stay the nearest.
+            generator (`torch.Generator`, *optional*):
+                Source of those draws, on the model's device.
+
+        Returns:
+            [`NextFlowImageTokenizerOutput`]; lists in, lists out.
+
+        Raises:
+            `ValueError`: for a size that no schedule has, or a shape that is not that of RGB images.
+        """
+        if not isinstance(pixel_values, torch.Tensor):
+            return self._encode_list(list(pixel_values), image_grid_shw, self_correction, generator)
+        schedule = self._check_images(pixel_values, image_grid_shw)
+        result = self.quantizer(
+            self.encode_features(pixel_values.to(self.device)),
+            schedule.grids,
+            self._self_correction() if self_correction else None,
+            generator,
+        )
+        return NextFlowImageTokenizerOutput(
+            codes=result.codes,
+            target_codes=result.target_codes,
+            quantized=result.quantized,
+            image_grid_shw=torch.tensor([schedule.grid_shw] * len(pixel_values), device=self.device),
+        )
+
+    def _encode_list(self, images, image_grid_shw, self_correction, generator) -> NextFlowImageTokenizerOutput:
+        if not images:
+            raise ValueError("`pixel_values` is an empty list; give at least one image.")
+        rows = [None] * len(images) if image_grid_shw is None else [row[None] for row in image_grid_shw]
+        encoded = [self.encode(image[None], row, self_correction, generator) for image, row in zip(images, rows, strict=True)]
+        return NextFlowImageTokenizerOutput(
+            codes=[output.codes[0] for output in encoded],
+            target_codes=[output.target_codes[0] for output in encoded],
+            quantized=[output.quantized[0] for output in encoded],
+            image_grid_shw=torch.cat([output.image_grid_shw for output in encoded]),
+        )
+
+    def _check_images(self, pixel_values: torch.Tensor, image_grid_shw: torch.Tensor | None) -> ScaleSchedule:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(
+                f"`pixel_values` must have the shape (batch, 3, height, width), but has {tuple(pixel_values.shape)}."
+            )
+        schedule = self.schedule_of(pixel_values) if image_grid_shw is None else self._schedule(image_grid_shw)
+        if (schedule.height, schedule.width) != tuple(pixel_values.shape[-2:]):
+            raise ValueError(
+                f"`image_grid_shw` {schedule.grid_shw} stands for {schedule.height} x {schedule.width} pixels, "
+                f"but the images have {pixel_values.shape[-2]} x {pixel_values.shape[-1]}."
+            )
+        if schedule.num_scales > self.config.num_scales:
+            raise ValueError(
+                f"Images of {schedule.height} x {schedule.width} take {schedule.num_scales} scales, "
+                f"but this tokenizer has {self.config.num_scales}. Resize the images."
+            )
+        return schedule
+
+    def _self_correction(self) -> SelfCorrection:
+        config = self.config
+        return SelfCorrection(
+            config.self_correction_top_k, config.self_correction_token_fraction, config.self_correction_temperature
+        )
+
+    # Decoding
+
+    def _schedule(self, image_grid_shw: torch.Tensor) -> ScaleSchedule:
+        rows = {tuple(row) for row in torch.as_tensor(image_grid_shw).reshape(-1, 3).tolist()}
+        if len(rows) != 1:
+            raise ValueError(f"Images of one batch must share one grid, but got {sorted(rows)}. Pass lists instead.")
+        return ScaleSchedule.from_grid_shw(rows.pop(), self.config.stride)
+
+    def codes_to_latents(self, codes: torch.Tensor, image_grid_shw: torch.Tensor) -> torch.Tensor:
+        """The accumulated quantized map `(B, D, h, w)` of codes `(B, n)` that fill the first whole scales, fp32.
+
+        Raises:
+            `ValueError`: for codes outside the codebook, codes that stop inside a scale, or mixed grids.
+        """
+        schedule = self._schedule(image_grid_shw)
+        codes = codes.to(self.device)
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.codebook_size:
+            raise ValueError(
+                f"Codes must lie in [0, {self.config.codebook_size}), but range from {int(codes.min())} to "
+                f"{int(codes.max())}. Were they made by another image tokenizer, or is the visual offset still on them?"
+            )
+        return self.quantizer.decode(codes, schedule.grids, schedule.grids[-1])
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels `(B, 3, H, W)`, clamped to [-1, 1], of an accumulated quantized map `(B, D, h, w)`."""
+        pixel = latents[:, self.config.semantic_code_dim :].to(self.dtype)
+        return self.pixel_decoder(self.post_pixel_proj(pixel)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def decode(
+        self, codes: torch.Tensor | Sequence[torch.Tensor], image_grid_shw: torch.Tensor
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Decodes codes to images.
+
+        Args:
+            codes (`torch.LongTensor` of shape `(B, n)` or a list of tensors `(n,)`):
+                Codes of all scales or of the first few: a prefix gives a preview at full size.
+            image_grid_shw (`torch.LongTensor` of shape `(B, 3)` or `(1, 3)`):
+                Schedules of the whole images, one row an image; one for all in a batch.
+
+        Returns:
+            `torch.Tensor` of shape `(B, 3, H, W)` in [-1, 1], or a list of tensors `(3, H, W)` for a list.
+        """
+        return self._decode_with(self.decode_latents, codes, image_grid_shw)
+
+    @torch.no_grad()
+    def decode_semantic(
+        self, codes: torch.Tensor | Sequence[torch.Tensor], image_grid_shw: torch.Tensor
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """The semantic decoder's features `(B, h * w, C)` of codes; arguments as in [`~NextFlowImageTokenizer.decode`]."""
+        return self._decode_with(self._decode_semantic_latents, codes, image_grid_shw)
+
+    def _decode_semantic_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.semantic_decoder(latents[:, : self.config.semantic_code_dim].to(self.dtype))
+
+    def _decode_with(self, decoder: Callable[[torch.Tensor], torch.Tensor], codes, image_grid_shw):
+        if isinstance(codes, torch.Tensor):
+            return decoder(self.codes_to_latents(codes, image_grid_shw))
+        rows = torch.as_tensor(image_grid_shw).reshape(-1, 3)
+        if len(rows) != len(codes):
+            raise ValueError(f"Got {len(codes)} images' codes but {len(rows)} rows of `image_grid_shw`; give one a row.")
+        return [decoder(self.codes_to_latents(image[None], row))[0] for image, row in zip(codes, rows, strict=True)]
+
+    # Training
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_shw: torch.Tensor | None = None,
+        kept_scales: Sequence[int] | None = None,
+        semantic: bool = True,
+    ) -> NextFlowImageTokenizerOutput:
+        """Encodes, quantizes and decodes, with gradients.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+                Images of one size, in [-1, 1].
+            image_grid_shw (`torch.LongTensor` of shape `(B, 3)`, *optional*):
+                Their schedule; by default it follows from the size.
+            kept_scales (`Sequence[int]`, *optional*):
+                Indices of the scales to quantize on; the others are skipped (scale drop). By default all.
+            semantic (`bool`, *optional*, defaults to `True`):
+                `False` leaves the semantic branch out (the first training stage): codes are then chosen by pixels alone.
+
+        Returns:
+            [`NextFlowImageTokenizerOutput`] with `pixel_values` (not clamped), `semantic_features` and the losses.
+        """
+        schedule = self._check_images(pixel_values, image_grid_shw)
+        grids = schedule.grids if kept_scales is None else [schedule.grids[index] for index in kept_scales]
+        if semantic:
+            features = self.encode_features(pixel_values)
+        else:
+            pixel = self.pixel_proj(self.pixel_encoder(pixel_values.to(self.dtype)))
+            nothing = pixel.new_zeros(len(pixel), self.config.semantic_code_dim, *pixel.shape[-2:])
+            features = torch.cat([nothing, pixel], dim=1)
+        result = self.quantizer(features, grids)
+        quantized_pixel = result.quantized[:, self.config.semantic_code_dim :].to(self.dtype)
+        return NextFlowImageTokenizerOutput(
+            codes=result.codes,
+            target_codes=result.target_codes,
+            quantized=result.quantized,
+            image_grid_shw=torch.tensor([schedule.grid_shw] * len(pixel_values), device=pixel_values.device),
+            pixel_values=self.pixel_decoder(self.post_pixel_proj(quantized_pixel)),
+            semantic_features=self._decode_semantic_latents(result.quantized) if semantic else None,
+            codebook_loss=result.codebook_loss,
+            commitment_loss=result.commitment_loss,
+        )
+
+    def enlarge_pixel_decoder(self) -> None:
+        """Replaces the pixel decoder by a new one of twice the width and depth (the last training stage trains it alone)."""
+        self.config.decoder_hidden_sizes = [2 * width for width in self.config.decoder_hidden_sizes]
+        self.config.decoder_num_res_blocks = 2 * self.config.decoder_num_res_blocks
+        decoder = NextFlowPixelDecoder(self.config)
+        self.pixel_decoder = decoder.to(device=self.device, dtype=self.dtype)
+
+
+__all__ = ["NextFlowImageTokenizer", "NextFlowImageTokenizerOutput"]
