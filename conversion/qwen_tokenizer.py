@@ -1,0 +1,153 @@
+"""Make NextFlow's text tokenizer from Qwen's rank file: `python conversion/qwen_tokenizer.py --ranks qwen.tiktoken --output DIR`.
+
+Qwen's vocabulary is published as a `.tiktoken` file (one token a line, base64, with its rank); the PyPI package
+`dashscope` carries it as `resources/qwen.tiktoken` (Apache-2.0). A rank file holds no merges, but they can be read
+off it. With `--num-ranks` only the first ranks are kept, which gives a smaller tokenizer that agrees with Qwen's on
+every text that needs no later rank.
+"""
+
+import argparse
+import base64
+from pathlib import Path
+
+from transformers import AddedToken, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from transformers_nextflow.processing_nextflow import CHAT_TEMPLATE
+
+# Qwen2.5's own added tokens, in order of their ids, which start right after the ranks. True: a control token, left out
+# by `decode(skip_special_tokens=True)`; False: an ordinary word that is only never split.
+QWEN_ADDED_TOKENS = {
+    "<|endoftext|>": True,
+    "<|im_start|>": True,
+    "<|im_end|>": True,
+    "<|object_ref_start|>": True,
+    "<|object_ref_end|>": True,
+    "<|box_start|>": True,
+    "<|box_end|>": True,
+    "<|quad_start|>": True,
+    "<|quad_end|>": True,
+    "<|vision_start|>": True,
+    "<|vision_end|>": True,
+    "<|vision_pad|>": True,
+    "<|image_pad|>": True,
+    "<|video_pad|>": True,
+    "<tool_call>": False,
+    "</tool_call>": False,
+    "<|fim_prefix|>": False,
+    "<|fim_middle|>": False,
+    "<|fim_suffix|>": False,
+    "<|fim_pad|>": False,
+    "<|repo_name|>": False,
+    "<|file_sep|>": False,
+}
+NEXTFLOW_TOKENS = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"}
+NUM_BYTES = 256
+
+
+def load_ranks(ranks_path: str | Path, num_ranks: int | None = None) -> dict[bytes, int]:
+    """Token bytes -> rank, for the first `num_ranks` ranks of a `.tiktoken` file (all of them by default).
+
+    Raises:
+        `ValueError`: if a line cannot be read, if the ranks are not 0, 1, 2, ... or if there are fewer than asked for.
+    """
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(Path(ranks_path).read_bytes().splitlines(), start=1):
+        if len(ranks) == num_ranks:
+            break
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            raise ValueError(
+                f'Line {number} of "{ranks_path}" is not "<base64 token> <rank>"; is it a .tiktoken file?'
+            ) from error
+    if list(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f'The ranks in "{ranks_path}" must count up from 0 without a gap or a repeated token.')
+    if num_ranks is not None and not NUM_BYTES <= num_ranks <= len(ranks):
+        raise ValueError(
+            f'`num_ranks` must be between {NUM_BYTES} (the bytes) and {len(ranks)} (what "{ranks_path}" holds), '
+            f"but got {num_ranks}."
+        )
+    return ranks
+
+
+def find_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two parts that byte pair encoding joins last when it makes `token`.
+
+    It runs the encoding with the ranks before the token's own, which must leave exactly two parts.
+    """
+    parts = [token[i : i + 1] for i in range(len(token))]
+    unknown = len(ranks)
+    while len(parts) > 2:
+        pair_ranks = [ranks.get(left + right, unknown) for left, right in zip(parts, parts[1:], strict=False)]
+        best = min(pair_ranks)
+        if best >= ranks[token]:
+            raise ValueError(f"The ranks are not closed under merges: {token!r} is not made of two tokens before it.")
+        index = pair_ranks.index(best)
+        parts[index : index + 2] = [parts[index] + parts[index + 1]]
+    return parts[0], parts[1]
+
+
+def build_qwen_tokenizer(ranks_path: str | Path, num_ranks: int | None = None) -> Qwen2Tokenizer:
+    """
+    Builds the fast tokenizer: Qwen's byte-level BPE, then Qwen2.5's added tokens, then `<boi>`, `<eoi>`, `<image>`.
+
+    Args:
+        ranks_path (`str` or `Path`):
+            A `.tiktoken` file.
+        num_ranks (`int`, *optional*):
+            Keep this many ranks only; at least 256. By default all of them (151,643 in Qwen's file).
+
+    Returns:
+        `Qwen2Tokenizer`: pads on the left with `<|endoftext|>`; `eos_token` is `<|im_end|>`; there is no BOS.
+
+    Raises:
+        `ValueError`: if the file is not a rank file or if its ranks are not closed under merges.
+    """
+    ranks = load_ranks(ranks_path, num_ranks)
+    to_unicode = bytes_to_unicode()
+
+    def spell(token: bytes) -> str:
+        return "".join(to_unicode[byte] for byte in token)
+
+    missing = [byte for byte in range(NUM_BYTES) if bytes([byte]) not in ranks]
+    if missing:
+        raise ValueError(f'"{ranks_path}" lacks the single bytes {missing}; byte-level BPE needs all {NUM_BYTES}.')
+    merges = [find_merge(token, ranks) for token in ranks if len(token) > 1]
+    tokenizer = Qwen2Tokenizer(
+        vocab={spell(token): rank for token, rank in ranks.items()},
+        merges=[(spell(left), spell(right)) for left, right in merges],
+        padding_side="left",
+        unk_token=None,
+        # With these, `<|endoftext|>` is the only token that the constructor adds; the others follow in Qwen's order.
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+    )
+    tokenizer.add_tokens(
+        [AddedToken(text, special=special, normalized=False) for text, special in QWEN_ADDED_TOKENS.items()]
+    )
+    tokenizer.add_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in NEXTFLOW_TOKENS.values()], special_tokens=True
+    )
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer._set_model_specific_special_tokens(NEXTFLOW_TOKENS)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", required=True, help="the .tiktoken file")
+    parser.add_argument("--num-ranks", type=int, help="keep only the first so many ranks (default: all)")
+    parser.add_argument("--output", required=True, help="folder for the tokenizer's files")
+    arguments = parser.parse_args()
+    tokenizer = build_qwen_tokenizer(arguments.ranks, arguments.num_ranks)
+    tokenizer.save_pretrained(arguments.output)
+    print(f"{len(tokenizer)} tokens written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
