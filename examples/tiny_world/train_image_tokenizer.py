@@ -1,0 +1,226 @@
+"""Trains nextflow-tiny's image tokenizer: the paper's three stages, small, on two CPU cores (model.md of the paper: section 3).
+
+Stages: `pixel` (the pixel branch alone), `joint` (both branches, with the teacher's features as the semantic target) and
+`decoder` (everything frozen but a new pixel decoder of twice the width).
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from transformers_nextflow import NextFlowImageTokenizer, NextFlowImageTokenizerConfig
+
+NUM_SCALES = 8
+REVIVE_EVERY = 25
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage: its name, its share of the wall-clock budget, its peak learning rate."""
+
+    name: str
+    share: float
+    learning_rate: float
+
+
+STAGES = (Stage("pixel", 0.22, 1.5e-3), Stage("joint", 0.53, 1.2e-3), Stage("decoder", 0.25, 1.2e-3))
+
+
+def tiny_config(semantic_feature_dim: int) -> NextFlowImageTokenizerConfig:
+    """nextflow-tiny's tokenizer: the real architecture with narrow parts."""
+    return NextFlowImageTokenizerConfig(
+        codebook_size=2048,
+        semantic_code_dim=16,
+        pixel_code_dim=8,
+        semantic_distance_weight=0.3,
+        num_scales=NUM_SCALES,
+        semantic_config={
+            "model_type": "siglip2_vision_model",
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_patches": 64,
+            "vision_use_head": False,
+        },
+        vision_feature_layer=-1,
+        semantic_feature_dim=semantic_feature_dim,
+        semantic_decoder_layers=2,
+        semantic_decoder_num_heads=4,
+        pixel_patch_size=4,
+        encoder_hidden_sizes=[64, 96, 128],
+        encoder_num_res_blocks=1,
+        decoder_hidden_sizes=[40, 64, 96],
+        decoder_num_res_blocks=1,
+        latent_channels=64,
+        cnn_norm_groups=8,
+        self_correction_token_fraction=0.3,
+    )
+
+
+def to_pixels(images: np.ndarray) -> torch.Tensor:
+    """uint8 `(B, H, W, 3)` to fp32 `(B, 3, H, W)` in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def psnr(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of each image `(B, 3, H, W)` in [-1, 1], `(B,)`."""
+    error = (prediction.clamp(-1, 1) - target).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(4 / error.clamp_min(1e-10))
+
+
+def draw_kept_scales(rng: np.random.Generator) -> list[int]:
+    """In half of the steps every middle scale is dropped with probability one half; the first and the last stay."""
+    if rng.random() < 0.5:
+        return list(range(NUM_SCALES))
+    middle = [scale for scale in range(1, NUM_SCALES - 1) if rng.random() < 0.5]
+    return [0, *middle, NUM_SCALES - 1]
+
+
+@torch.no_grad()
+def revive_dead_codes(model: NextFlowImageTokenizer, counts: torch.Tensor, generator: torch.Generator) -> int:
+    """Moves codes that were not used lately next to codes that are used much; returns how many moved."""
+    dead = (counts == 0).nonzero()[:, 0]
+    if len(dead) == 0 or counts.sum() == 0:
+        return 0
+    source = torch.multinomial(counts.float().sqrt(), len(dead), replacement=True, generator=generator)
+    for table in (model.quantizer.semantic_codebook, model.quantizer.pixel_codebook):
+        rows = F.normalize(table.weight[source], dim=-1)
+        table.weight[dead] = rows + 0.15 * torch.randn(rows.shape, generator=generator) / rows.shape[-1] ** 0.5
+    return len(dead)
+
+
+def step_losses(
+    model: NextFlowImageTokenizer, stage: Stage, pixels: torch.Tensor, teacher: Callable | None, kept: list[int]
+) -> tuple[torch.Tensor, dict[str, float], torch.Tensor]:
+    """Total loss, its parts for the log, and the codes of one batch."""
+    with torch.autocast("cpu", torch.bfloat16):
+        if stage.name == "decoder":
+            with torch.no_grad():
+                encoded = model.encode(pixels)
+            prediction, codes = model.decode_latents(encoded.quantized, clamp=False), encoded.codes
+            output = None
+        else:
+            output = model(pixels, kept_scales=kept, semantic=stage.name == "joint")
+            prediction, codes = output.pixel_values, output.codes
+    prediction = prediction.float()
+    reconstruction = F.l1_loss(prediction, pixels) + 2 * F.mse_loss(prediction, pixels)
+    loss, parts = (
+        reconstruction,
+        {"reconstruction": float(reconstruction), "psnr": float(psnr(prediction, pixels).mean())},
+    )
+    if output is not None:
+        loss = loss + output.codebook_loss + output.commitment_loss
+        parts["codebook"] = float(output.codebook_loss)
+        if stage.name == "joint":
+            target = teacher(pixels).flatten(2).transpose(1, 2)
+            semantic = 1 - F.cosine_similarity(output.semantic_features.float(), target, dim=-1).mean()
+            loss = loss + 0.3 * semantic
+            parts["semantic"] = float(semantic)
+    return loss, parts, codes
+
+
+def trainable_parameters(model: NextFlowImageTokenizer, stage: Stage) -> list[torch.nn.Parameter]:
+    """The parameters that a stage trains; the others are frozen."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(
+            name.startswith(("pixel_decoder", "post_pixel_proj"))
+            if stage.name == "decoder"
+            else stage.name == "joint" or not name.startswith("semantic_")
+        )
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def train(
+    images: np.ndarray,
+    make_teacher: Callable[[], Callable],
+    folder: Path,
+    seconds: float,
+    seed: int = 0,
+    batch_size: int = 32,
+    stages: tuple[Stage, ...] = STAGES,
+    semantic_feature_dim: int = 320,
+) -> NextFlowImageTokenizer:
+    """Trains all stages within a wall-clock budget; picks up where a killed run stopped.
+
+    Args:
+        images (`np.ndarray` of shape `(M, 128, 128, 3)`, uint8): training pictures.
+        make_teacher: makes a function from pixels `(B, 3, 128, 128)` in [-1, 1] to features `(B, C, 8, 8)`.
+        folder (`Path`): where checkpoints go; `folder / "final"` is the result.
+        seconds (`float`): budget of all stages together.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher = None
+    config = tiny_config(semantic_feature_dim)
+    for number, stage in enumerate(stages):
+        done = folder / stage.name
+        if (done / "model.safetensors").exists():
+            print(f"[tokenizer] stage {stage.name} is done already", flush=True)
+            continue
+        torch.manual_seed(seed + number)
+        rng = np.random.default_rng(seed + number)
+        generator = torch.Generator().manual_seed(seed + number)
+        if number == 0:
+            model = NextFlowImageTokenizer(config)
+        else:
+            model = NextFlowImageTokenizer.from_pretrained(folder / stages[number - 1].name)
+        if stage.name == "decoder":
+            model.enlarge_pixel_decoder()
+        if stage.name == "joint" and teacher is None:
+            teacher = make_teacher()
+        model = model.to(memory_format=torch.channels_last).train()
+        optimizer = torch.optim.AdamW(trainable_parameters(model, stage), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
+        state_file, step, spent = folder / f"{stage.name}.state.pt", 0, 0.0
+        if state_file.exists():
+            state = torch.load(state_file, weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            step, spent = state["step"], state["spent"]
+            rng = np.random.default_rng((seed + number, step))
+        budget, last, saved = stage.share * seconds, time.time(), time.time()
+        counts = torch.zeros(config.codebook_size)
+        while spent < budget:
+            progress = spent / budget
+            warm = min(1.0, (step + 1) / 100)
+            for group in optimizer.param_groups:
+                group["lr"] = warm * stage.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+            pixels = to_pixels(images[rng.integers(0, len(images), batch_size)])
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            loss, parts, codes = step_losses(model, stage, pixels, teacher, draw_kept_scales(rng))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            counts *= 0.97
+            counts += torch.bincount(codes.flatten(), minlength=config.codebook_size)
+            counts[counts < 0.5] = 0
+            revived = 0
+            if stage.name != "decoder" and step % REVIVE_EVERY == 0 and progress < 0.7:
+                revived = revive_dead_codes(model, counts, generator)
+            now = time.time()
+            spent, last = spent + now - last, now
+            if step % 50 == 0:
+                line = " ".join(f"{name} {value:.3f}" for name, value in parts.items())
+                print(
+                    f"[tokenizer] {stage.name} step {step} {spent:.0f}/{budget:.0f} s {line} "
+                    f"used {int((counts > 0).sum())} revived {revived}",
+                    flush=True,
+                )
+            if now - saved > 120:
+                saved = now
+                torch.save(
+                    {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent},
+                    state_file,
+                )
+        model.save_pretrained(done)
+        state_file.unlink(missing_ok=True)
+    final = NextFlowImageTokenizer.from_pretrained(folder / stages[-1].name)
+    final.save_pretrained(folder / "final")
+    return final.eval()
