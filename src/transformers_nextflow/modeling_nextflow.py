@@ -1,0 +1,425 @@
+"""NextFlow's language model: one decoder-only transformer over text ids and visual codes (arXiv 2601.02204)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLAttention,
+    Qwen2_5_VLDecoderLayer,
+    Qwen2_5_VLRMSNorm,
+    Qwen2_5_VLRotaryEmbedding,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_nextflow import NextFlowConfig
+from .head_loss import head_cross_entropy, is_plain_linear
+from .scale_schedule import ScaleSchedule
+from .token_layout import ImageGroup, code_coordinates, find_image_groups, get_token_layout, scale_loss_weights
+
+
+class NextFlowPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading and the flags that transformers reads."""
+
+    config_class = NextFlowConfig
+    base_model_prefix = "model"
+    input_modalities = ("text", "image")
+    output_modalities = ("text", "image")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Qwen2_5_VLDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": Qwen2_5_VLDecoderLayer, "attentions": Qwen2_5_VLAttention}
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, NextFlowModel):
+            # A row of the codebook is two unit vectors; the first layer keeps that spread.
+            init.normal_(module.visual_codebook.weight, std=math.sqrt(2 / self.config.visual_code_dim))
+            init.normal_(module.connector[0].weight, std=1 / math.sqrt(self.config.visual_code_dim))
+
+
+class NextFlowModel(NextFlowPreTrainedModel):
+    """Qwen2.5-VL's text layers on NextFlow's input view: embeddings, positions and masks are all made here."""
+
+    def __init__(self, config: NextFlowConfig):
+        super().__init__(config)
+        if "sliding_attention" in config.layer_types:
+            raise ValueError("NextFlow attends to whole images: `use_sliding_window` must be False.")
+        # Visual ids have no row: they enter through the codebook and the connector.
+        self.embed_tokens = nn.Embedding(config.text_vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(Qwen2_5_VLDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen2_5_VLRotaryEmbedding(config)
+        self.visual_codebook = nn.Embedding(config.visual_codebook_size, config.visual_code_dim)
+        self.connector = nn.Sequential(
+            nn.Linear(config.visual_code_dim, config.hidden_size),
+            nn.GELU(),
+            nn.Linear(config.hidden_size, config.hidden_size),
+        )
+        self.scale_embedding = nn.Embedding(config.num_scales, config.hidden_size)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        image_grid_shw: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        scale_index: int | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`, *optional*):
+                Token-view ids. With `scale_index=s`: the ids of the codes of scale s - 1, `(B, n_{s-1})` (with
+                `visual_feature_mode="accumulated"`: of all scales before s).
+            image_grid_shw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*):
+                Number of scales, bucket height and bucket width of each image, in reading order over the batch. With
+                `scale_index`: one row a sample, all equal.
+            attention_mask (`torch.Tensor` of shape `(B, past + L)`, *optional*):
+                0 where a slot is padding (left or right). A 4D mask or a dict is used as it is.
+            position_ids (`torch.Tensor` of shape `(3, B, L)`, *optional*):
+                Scale, row and column coordinates. Made here when absent; required with `scale_index`, and with a cache
+                that holds an image. Four rows carry text positions of packed sequences first, as in Qwen2.5-VL.
+            scale_index (`int`, *optional*):
+                A cached decoding step: 0-based index (at least 1) of the scale whose n_s slots are fed, and whose
+                codes the n_s outputs predict. They see the whole cache and each other.
+
+        Raises:
+            `ValueError`: if ids, grids and arguments don't fit each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is not None and image_grid_shw is not None:
+            raise ValueError("`image_grid_shw` needs `input_ids`: the codes of the images are read from them.")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
+
+        block_ids, image_groups = None, []
+        if scale_index is not None:
+            inputs_embeds = self._embed_scale(input_ids, image_grid_shw, scale_index)
+            if position_ids is None:
+                raise ValueError("A scale step needs `position_ids`; `scale_position_ids` makes them.")
+        elif input_ids is not None:
+            own_mask = _mask_of_last(attention_mask, input_ids.shape[1])
+            image_groups = self._find_images(input_ids, image_grid_shw, own_mask)
+            inputs_embeds = self._embed(input_ids, image_groups)
+            if image_groups:
+                layout = get_token_layout(input_ids, image_groups, own_mask, float(self.config.rope_spatial_range))
+                block_ids = layout.block_ids
+                if position_ids is None:
+                    position_ids = layout.position_ids + num_past
+        if position_ids is None:
+            position_ids = _text_position_ids(inputs_embeds, attention_mask, num_past)
+        elif position_ids.ndim == 2:
+            position_ids = position_ids.expand(3, *position_ids.shape)
+        text_position_ids = None
+        if position_ids.shape[0] == 4:
+            text_position_ids, position_ids = position_ids[0], position_ids[1:]
+
+        if isinstance(attention_mask, dict):
+            mask = attention_mask["full_attention"]
+        elif scale_index is not None:
+            mask = self._scale_step_mask(inputs_embeds, attention_mask, past_key_values, num_past)
+            kwargs["is_causal"] = False  # or SDPA would take "no mask" for "causal" and use the first n_s keys only
+        else:
+            mask = self._causal_mask(
+                inputs_embeds, attention_mask, past_key_values, num_past, text_position_ids, block_ids
+            )
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                position_ids=text_position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    def _find_images(
+        self, input_ids: torch.Tensor, image_grid_shw: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> list[ImageGroup]:
+        if not torch.compiler.is_compiling():
+            self._check_ids(input_ids, image_grid_shw)
+        if image_grid_shw is None:
+            return []
+        return find_image_groups(
+            input_ids,
+            image_grid_shw,
+            attention_mask,
+            text_vocab_size=self.config.text_vocab_size,
+            boi_token_id=self.config.boi_token_id,
+            max_num_scales=self.config.num_scales,
+        )
+
+    def _check_ids(self, input_ids: torch.Tensor, image_grid_shw: torch.Tensor | None):
+        if input_ids.numel() == 0:
+            return
+        smallest, largest = (int(bound) for bound in input_ids.aminmax())
+        if smallest < 0 or largest >= self.config.vocab_size:
+            raise ValueError(
+                f"`input_ids` must be between 0 and {self.config.vocab_size - 1}, but they reach from {smallest} to "
+                f"{largest}. Visual ids are {self.config.text_vocab_size} + code, and the codebook has "
+                f"{self.config.visual_codebook_size} codes."
+            )
+        if image_grid_shw is None and largest >= self.config.text_vocab_size:
+            raise ValueError(
+                f"`input_ids` hold image codes (ids from {self.config.text_vocab_size} on), but `image_grid_shw` is "
+                "missing: pass one row (number of scales, bucket height, bucket width) for each image."
+            )
+
+    def _embed(self, input_ids: torch.Tensor, image_groups: list[ImageGroup]) -> torch.Tensor:
+        """Input view of token-view ids: `(B, L)` -> `(B, L, H)`."""
+        # The slot of an image's last code carries <eoi>; the other code slots are overwritten below.
+        is_code = input_ids >= self.config.text_vocab_size
+        embeds = self.embed_tokens(input_ids.masked_fill(is_code, self.config.eoi_token_id))
+        if not image_groups:
+            return embeds
+        slots, features = [], []
+        for group in image_groups:
+            codes = input_ids.flatten()[group.slots] - self.config.text_vocab_size
+            maps = self._feature_maps(codes, group.schedule, range(1, group.num_scales))
+            if maps is not None:
+                slots.append(group.feature_slots.flatten())
+                features.append(self._project(maps, group.schedule, range(1, group.num_scales)).flatten(0, 1))
+        if not slots:
+            return embeds
+        embeds_of_all = embeds.flatten(0, 1)
+        return embeds_of_all.index_copy(0, torch.cat(slots), torch.cat(features).to(embeds.dtype)).view_as(embeds)
+
+    def _embed_scale(
+        self, input_ids: torch.Tensor | None, image_grid_shw: torch.Tensor | None, scale_index: int
+    ) -> torch.Tensor:
+        """Input slots of one scale from the codes before it: `(B, n_{s-1})` -> `(B, n_s, H)`."""
+        if input_ids is None or image_grid_shw is None:
+            raise ValueError("A scale step needs `input_ids` (the codes of the scale before) and `image_grid_shw`.")
+        grids = {tuple(row) for row in image_grid_shw.tolist()}
+        if len(grids) != 1 or len(image_grid_shw) != len(input_ids):
+            raise ValueError(
+                "A scale step needs one row of `image_grid_shw` a sample, and all rows equal, but got "
+                f"{len(image_grid_shw)} rows for {len(input_ids)} samples: {sorted(grids)}."
+            )
+        schedule = ScaleSchedule.from_grid_shw(grids.pop())
+        if not 1 <= scale_index < min(schedule.num_scales, self.config.num_scales):
+            raise ValueError(
+                f"`scale_index` must be between 1 and {min(schedule.num_scales, self.config.num_scales) - 1} here, but "
+                f"got {scale_index}."
+            )
+        accumulated = self.config.visual_feature_mode == "accumulated"
+        first = 0 if accumulated else scale_index - 1
+        num_codes = schedule.offsets[scale_index] - schedule.offsets[first]
+        if input_ids.shape[1] != num_codes:
+            raise ValueError(
+                f"The step for scale {scale_index} takes the {num_codes} codes of "
+                f"{'all scales before' if accumulated else f'scale {first}'}, but got {input_ids.shape[1]}."
+            )
+        codes = input_ids - self.config.text_vocab_size
+        if int(codes.min()) < 0 or int(codes.max()) >= self.config.visual_codebook_size:
+            raise ValueError(
+                f"A scale step takes visual ids only, {self.config.text_vocab_size} to {self.config.vocab_size - 1}."
+            )
+        scales = range(scale_index, scale_index + 1)
+        maps = self._feature_maps(codes, schedule, scales, first)
+        return self._project(maps, schedule, scales)
+
+    def _feature_maps(
+        self, codes: torch.Tensor, schedule: ScaleSchedule, scales: range, first: int = 0
+    ) -> torch.Tensor | None:
+        """What the codes tell about `scales` before the connector.
+
+        Args:
+            codes (`torch.LongTensor` of shape `(G, n)`): Codes from scale `first` on, up to the one before the last of
+                `scales` at least.
+            scales (`range`): The scales to make features for, each at least 1.
+
+        Returns:
+            `torch.FloatTensor` of shape `(G, sum of n_s over scales, visual_code_dim)`; None if `scales` is empty.
+        """
+        if not scales:
+            return None
+        # Bicubic resizing of low-precision maps loses what the code vectors were trained to hold.
+        vectors = self.visual_codebook(codes).float()
+        accumulated = self.config.visual_feature_mode == "accumulated"
+        maps, running = [], None
+        for s in range(1 if accumulated else scales.start, scales.stop):
+            cells = slice(*(offset - schedule.offsets[first] for offset in schedule.offsets[s - 1 : s + 1]))
+            previous = vectors[:, cells].transpose(1, 2).unflatten(-1, schedule.grids[s - 1])
+            if accumulated and running is not None:
+                previous = running + previous
+            running = F.interpolate(previous, schedule.grids[s], mode="bicubic", align_corners=False)
+            if s in scales:
+                maps.append(running.flatten(2).transpose(1, 2))
+        return torch.cat(maps, dim=1)
+
+    def _project(self, maps: torch.Tensor, schedule: ScaleSchedule, scales: range) -> torch.Tensor:
+        """Feature maps `(G, n, visual_code_dim)` -> input slots `(G, n, H)`, with scale and scale-length embeddings."""
+        cells = slice(schedule.offsets[scales.start], schedule.offsets[scales.stop])
+        scale_of_code = code_coordinates(schedule)[0][cells].to(maps.device)
+        features = self.connector(maps.to(self.connector[0].weight.dtype))
+        scale_length = self._scale_length_embedding(schedule.num_scales).to(features)
+        return features + self.scale_embedding(scale_of_code) + scale_length
+
+    def _scale_length_embedding(self, num_scales: int) -> torch.Tensor:
+        """Sinusoidal embedding `(H,)` of an image's number of scales, as wide as a freshly made embedding."""
+        half = self.config.hidden_size // 2
+        angles = num_scales * 10000.0 ** (-torch.arange(half, dtype=torch.float32) / half)
+        embedding = math.sqrt(2) * self.config.initializer_range * torch.cat([angles.sin(), angles.cos()])
+        return F.pad(embedding, (0, self.config.hidden_size - 2 * half))
+
+    def _scale_step_mask(self, inputs_embeds, attention_mask, past_key_values, num_past):
+        """No mask when every cached slot is real, so that fused kernels run."""
+        num_visible = num_past + inputs_embeds.shape[1]
+        num_keys = num_visible
+        if past_key_values is not None:
+            num_keys, _ = past_key_values.get_mask_sizes(inputs_embeds.shape[1], 0)
+        if attention_mask is None:
+            if num_keys == num_visible:
+                return None
+            attention_mask = inputs_embeds.new_ones((inputs_embeds.shape[0], int(num_visible)), dtype=torch.long)
+        # A static cache hands out its empty slots too.
+        attention_mask = F.pad(attention_mask, (0, num_keys - attention_mask.shape[-1]))
+        return create_bidirectional_mask(self.config, inputs_embeds, attention_mask, past_key_values=past_key_values)
+
+    def _causal_mask(self, inputs_embeds, attention_mask, past_key_values, num_past, text_position_ids, block_ids):
+        """Causal between blocks, full inside a block; without images exactly Qwen's mask (or none)."""
+        if block_ids is not None:
+            if is_flash_attention_requested(self.config):
+                raise ValueError(
+                    f'attn_implementation="{self.config._attn_implementation}" can\'t let the slots of one scale see each '
+                    'other, which sequences with images need. Use "sdpa" or "flex_attention" (scale steps with a cache '
+                    "run on flash attention)."
+                )
+            block_ids = F.pad(block_ids, (int(num_past), 0), value=-1)
+        return create_causal_mask(
+            self.config,
+            inputs_embeds,
+            attention_mask,
+            past_key_values,
+            position_ids=text_position_ids,
+            block_sequence_ids=block_ids,
+        )
+
+
+class NextFlowForCausalLM(NextFlowPreTrainedModel, GenerationMixin):
+    """NextFlow with its one output head over text and visual ids."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: NextFlowConfig):
+        super().__init__(config)
+        self.model = NextFlowModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        image_grid_shw: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        scale_index: int | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        visual_logits: bool = False,
+        skip_logits: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            image_grid_shw=image_grid_shw,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            scale_index=scale_index,
+            **kwargs,
+        )
+        loss = logits = None
+        if labels is not None:
+            loss = self._loss(
+                outputs.last_hidden_state, labels, input_ids, image_grid_shw, attention_mask, num_items_in_batch
+            )
+        if labels is None or not (self.training if skip_logits is None else skip_logits):
+            hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+            logits = self._visual_head(hidden_states) if visual_logits else self.lm_head(hidden_states)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _loss(self, hidden_states, labels, input_ids, image_grid_shw, attention_mask, num_items_in_batch):
+        """Stock shifted cross-entropy, with the scales of every image reweighted."""
+        targets = labels[:, 1:].to(hidden_states.device)
+        predicts = targets != -100
+        weights = None
+        if self.config.scale_reweight_alpha != 0 and image_grid_shw is not None:
+            own_mask = _mask_of_last(attention_mask, labels.shape[1])
+            groups = self.model._find_images(input_ids, image_grid_shw, own_mask)
+            alpha = float(self.config.scale_reweight_alpha)
+            weights = scale_loss_weights(groups, labels.shape, hidden_states.device, alpha)[:, 1:][predicts]
+        total = head_cross_entropy(self.lm_head, hidden_states[:, :-1][predicts], targets[predicts], weights)
+        return total / (predicts.sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def _visual_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits of the visual rows only; the text rows are multiplied only where the head can't be cut."""
+        head, first = self.lm_head, self.config.text_vocab_size
+        if is_plain_linear(head):
+            return F.linear(hidden_states, head.weight[first:])
+        return head(hidden_states)[..., first:]
+
+
+def _mask_of_last(attention_mask, length: int) -> torch.Tensor | None:
+    """The part of a 2D padding mask that covers the last `length` slots."""
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        return attention_mask[:, -length:]
+    return None
+
+
+def _text_position_ids(inputs_embeds: torch.Tensor, attention_mask, num_past: int) -> torch.Tensor:
+    """Positions `(3, B, L)` of plain text: a running count that skips padding."""
+    batch_size, length = inputs_embeds.shape[:2]
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:].to(inputs_embeds.device)
+    else:
+        positions = (torch.arange(length, device=inputs_embeds.device) + num_past).expand(batch_size, -1)
+    return positions.float().expand(3, -1, -1)
