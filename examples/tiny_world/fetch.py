@@ -51,7 +51,8 @@ def fetch(package: NpmPackage, cache: str | Path | None = None) -> Path:
         npm = shutil.which("npm")
         if npm is None:
             raise RuntimeError(
-                f"The emoji need {package.name} {package.version} from npm. Install npm, or put {package.archive} into {folder}."
+                f"The emoji need {package.name} {package.version} from npm. Install npm, or put {package.archive} "
+                f"into {folder}."
             )
         folder.mkdir(parents=True, exist_ok=True)
         spec = f"{package.name}@{package.version}"

