@@ -105,7 +105,8 @@ class Thing:
 class Scene:
     """A caption and all that is needed to draw and to judge it.
 
-    `relation` is the word of a `position` caption ("left of", ...) and reads from `objects[0]` to `objects[1]`.
+    `relation` is the word of a `position` caption ("left of", ...) and reads from `objects[0]` to `objects[1]`;
+    `size_word` is "small", "large" or "".
     """
 
     caption: str
@@ -113,6 +114,7 @@ class Scene:
     objects: tuple[Thing, ...]
     background: str
     relation: str | None = None
+    size_word: str = ""
 
     @property
     def held_out(self) -> bool:
@@ -248,16 +250,16 @@ def _put(rng: np.random.Generator, shape: str, colour: str, centre: tuple[int, i
     return Thing(shape, colour, int(centre[0] + dx), int(centre[1] + dy), side)
 
 
-def _finish(rng, text: str, kind: str, objects, relation: str | None = None) -> Scene:
+def _finish(rng, text: str, kind: str, objects, relation: str | None = None, size_word: str = "") -> Scene:
     background, phrase = draw_background(rng)
     caption = str(rng.choice(OPENINGS)) + text + phrase
-    return Scene(caption, kind, tuple(objects), background, relation)
+    return Scene(caption, kind, tuple(objects), background, relation, size_word)
 
 
 def _single(rng: np.random.Generator) -> Scene:
     shape, size = str(rng.choice(SHAPES)), str(rng.choice(["", "", "small", "large"]))
     text = article(f"{size} {shape}".strip())
-    return _finish(rng, text, "single", [_put(rng, shape, DEFAULT_COLOURS[shape], (64, 64), SIZES[size])])
+    return _finish(rng, text, "single", [_put(rng, shape, DEFAULT_COLOURS[shape], (64, 64), SIZES[size])], size_word=size)
 
 
 def _colour(rng: np.random.Generator) -> Scene:
@@ -268,7 +270,7 @@ def _colour(rng: np.random.Generator) -> Scene:
     )
     forms = [article(f"{size} {colour} {shape}".strip())] * 3 + [article(f"{size} {shape}".strip()) + f" in {colour}"]
     thing = _put(rng, shape, colour, (64, 64), SIZES[size])
-    return _finish(rng, str(rng.choice(forms)), "colour", [thing])
+    return _finish(rng, str(rng.choice(forms)), "colour", [thing], size_word=size)
 
 
 def _two(rng: np.random.Generator) -> Scene:
