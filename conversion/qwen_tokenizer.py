@@ -1,4 +1,6 @@
-"""Make NextFlow's text tokenizer from Qwen's rank file: `python conversion/qwen_tokenizer.py --ranks qwen.tiktoken --output DIR`.
+"""Makes NextFlow's text tokenizer from Qwen's rank file.
+
+    python conversion/qwen_tokenizer.py --ranks qwen.tiktoken --num-ranks 8192 --output DIR
 
 Qwen's vocabulary is published as a `.tiktoken` file (one token a line, base64, with its rank); the PyPI package
 `dashscope` carries it as `resources/qwen.tiktoken` (Apache-2.0). A rank file holds no merges, but they can be read
@@ -8,6 +10,7 @@ every text that needs no later rank.
 
 import argparse
 import base64
+from itertools import pairwise
 from pathlib import Path
 
 from transformers import AddedToken, Qwen2Tokenizer
@@ -82,7 +85,7 @@ def find_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     parts = [token[i : i + 1] for i in range(len(token))]
     unknown = len(ranks)
     while len(parts) > 2:
-        pair_ranks = [ranks.get(left + right, unknown) for left, right in zip(parts, parts[1:], strict=False)]
+        pair_ranks = [ranks.get(left + right, unknown) for left, right in pairwise(parts)]
         best = min(pair_ranks)
         if best >= ranks[token]:
             raise ValueError(f"The ranks are not closed under merges: {token!r} is not made of two tokens before it.")
