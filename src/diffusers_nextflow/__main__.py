@@ -1,0 +1,160 @@
+"""Draws images in a terminal: `python -m diffusers_nextflow "a red circle left of a blue square" --output out.png`."""
+
+import argparse
+import os
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+PROGRAM = "python -m diffusers_nextflow"
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what was wrong in one line, without repeating all options."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all options)\n")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(PROGRAM, description="Draw images from a prompt, scale by scale.")
+    parser.add_argument("prompt", help="what to draw")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("out.png"),
+        help="image file (default: %(default)s); several images go to out_0.png, out_1.png, ...",
+    )
+    parser.add_argument("--steps-dir", type=Path, help="folder for a preview of every scale: scale_01_1x1.png, ...")
+    parser.add_argument("--num-images", type=int, default=1, help="how many images (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, help="same seed, same image; the next images count on from it (default: a random one)"
+    )
+    parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the one in the package)")
+
+    drawing = parser.add_argument_group("drawing", "what is left out comes from the checkpoint")
+    drawing.add_argument("--height", type=int, help="pixels")
+    drawing.add_argument("--width", type=int, help="pixels")
+    drawing.add_argument("--num-scales", type=int, help="number of scales; height and width then only give the shape")
+    drawing.add_argument("--negative-prompt", help="what to lead away from")
+    drawing.add_argument("--guidance-scale", type=float, help="how closely to follow the prompt; 1 is no guidance")
+    drawing.add_argument("--temperature", type=float, help="how freely to draw; 1 is as trained")
+    drawing.add_argument("--top-k", type=int, help="draw from this many best codes; 1 is greedy")
+    drawing.add_argument("--top-p", type=float, help="draw from the best codes that hold this share of probability")
+
+    running = parser.add_argument_group("running")
+    running.add_argument("--device", help="cpu, cuda, mps, ... (default: the best there is)")
+    running.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on a CPU, else bfloat16"
+    )
+    running.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    return parser.parse_args(arguments)
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Finds what can be known to be wrong before seconds go into imports and a model."""
+    from PIL import Image
+
+    output = arguments.output
+    if not arguments.prompt.strip():
+        raise ValueError("the prompt is empty; say what to draw")
+    if arguments.num_images < 1:
+        raise ValueError(f"--num-images must be at least 1, not {arguments.num_images}")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
+        raise ValueError(f"--seed must be between 0 and 2**63 - 1, not {arguments.seed}")
+    Image.init()
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+        ending = f'"{output.suffix}" is no image format' if output.suffix else "has no file extension"
+        raise ValueError(f'--output "{output}": {ending}; name it like "{output.with_suffix(".png")}"')
+    if output.is_dir():
+        raise ValueError(f'--output "{output}" is a folder; name a file in it')
+    for folder in filter(None, (output.parent, arguments.steps_dir)):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f'cannot write into the folder "{folder}"')
+    model = arguments.model
+    if model is not None and not os.path.isdir(model) and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+        raise ValueError(f'--model "{model}" is neither a folder nor the name of a Hub repository (owner/name)')
+
+
+def load_pipeline(arguments: argparse.Namespace):
+    """The pipeline on its device, with a progress bar that names scales and grids."""
+    import torch
+    import transformers
+    from diffusers.utils import logging
+    from diffusers.utils.torch_utils import get_device
+
+    from diffusers_nextflow import NextFlowPipeline
+    from transformers_nextflow import tiny_checkpoint
+
+    for library_logging in (logging, transformers.utils.logging):
+        library_logging.set_verbosity_error()
+        library_logging.disable_progress_bar()
+    device = arguments.device or get_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f'--device "{device}" cannot be used here: {str(error).splitlines()[0]}') from error
+    dtype = arguments.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
+    pipe = NextFlowPipeline.from_pretrained(arguments.model or tiny_checkpoint(), dtype=getattr(torch, dtype)).to(
+        device
+    )
+    pipe.set_progress_bar_config(bar_format="{desc} |{bar:24}| {elapsed}", disable=arguments.quiet or None)
+    return pipe
+
+
+def draw(arguments: argparse.Namespace) -> None:
+    """Loads the model, draws and writes the images and their previews."""
+    pipe = load_pipeline(arguments)
+
+    import torch
+
+    seed = random.randrange(2**31) if arguments.seed is None else arguments.seed
+    seeds = [seed + index for index in range(arguments.num_images)]
+    endings = [""] if len(seeds) == 1 else [f"_{index}" for index in range(len(seeds))]
+
+    def save_previews(pipe, step, timestep, tensors):
+        h, w = pipe.schedule.grids[step]
+        for preview, ending in zip(pipe.decode_latents(tensors["latents"]), endings, strict=True):
+            preview.save(arguments.steps_dir / f"scale_{step + 1:02d}_{h}x{w}{ending}.png")
+        return tensors
+
+    start = time.perf_counter()
+    images = pipe(
+        arguments.prompt,
+        negative_prompt=arguments.negative_prompt,
+        height=arguments.height,
+        width=arguments.width,
+        num_scales=arguments.num_scales,
+        guidance_scale=arguments.guidance_scale,
+        num_images_per_prompt=len(seeds),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        image_temperature=arguments.temperature,
+        image_top_k=arguments.top_k,
+        image_top_p=arguments.top_p,
+        callback_on_step_end=save_previews if arguments.steps_dir else None,
+    ).images
+    seconds = time.perf_counter() - start
+    for image, seed, ending in zip(images, seeds, endings, strict=True):
+        path = arguments.output.with_stem(arguments.output.stem + ending)
+        image.save(path)
+        if not arguments.quiet:
+            print(f"{path}: {image.height} x {image.width} pixels (height x width), seed {seed}, {seconds:.1f} s")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for anything that the user can put right."""
+    parsed = parse_arguments(arguments)
+    try:
+        check_arguments(parsed)
+        draw(parsed)
+    except (ValueError, OSError) as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,339 @@
+"""The NextFlow pipeline for diffusers: a prompt in, images out, one step a scale.
+
+Axes: B images (prompts x images per prompt), D channels of a code vector, (h, w) the last grid, H x W pixels.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import BatchEncoding, ImageProcessingMixin, PreTrainedTokenizerBase
+
+from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizer, ScaleSchedule
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class NextFlowPipelineOutput(BaseOutput):
+    """
+    What [`NextFlowPipeline`] returns.
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            B images, the images of one prompt side by side: PIL images, an array `(B, H, W, 3)` in [0, 1], a tensor
+            `(B, 3, H, W)` in [0, 1], or latents `(B, D, h, w)`, as `output_type` says.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+
+
+class NextFlowPipeline(DiffusionPipeline):
+    r"""
+    Text to image by next-scale prediction (NextFlow, arXiv 2601.02204).
+
+    There is no denoising: an autoregressive model draws an image scale by scale, from 1x1 up, and an image tokenizer
+    decodes the codes. So a *step* is a scale, and *latents* are the sum of the upsampled code vectors so far.
+
+    Args:
+        model ([`~transformers_nextflow.NextFlowForCausalLM`]): The language model that draws.
+        image_tokenizer ([`~transformers_nextflow.NextFlowImageTokenizer`]): Decodes codes to pixels.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The text tokenizer.
+        image_processor ([`~transformers_nextflow.NextFlowImageProcessor`]): For images that are given to the model.
+        diffusion_decoder (*optional*): Room for the paper's optional decoder. Not supported yet.
+        scheduler (*optional*): The diffusion decoder's scheduler. Not supported yet.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from diffusers_nextflow import NextFlowPipeline
+    >>> from transformers_nextflow import tiny_checkpoint
+
+    >>> pipe = NextFlowPipeline.from_pretrained(tiny_checkpoint())
+    >>> image = pipe("a red circle left of a blue square", generator=torch.Generator().manual_seed(0)).images[0]
+    >>> image.size
+    (128, 128)
+    ```
+    """
+
+    model_cpu_offload_seq = "model->image_tokenizer"
+    _optional_components: ClassVar[list[str]] = ["diffusion_decoder", "scheduler"]
+    # Sequential offload fetches weights when a sub-module's `forward` runs; the quantizer reads its codebooks directly.
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["image_tokenizer"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "codes"]
+
+    def __init__(
+        self,
+        model: NextFlowForCausalLM,
+        image_tokenizer: NextFlowImageTokenizer,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: ImageProcessingMixin,
+        diffusion_decoder: Any = None,
+        scheduler: Any = None,
+    ):
+        super().__init__()
+        if diffusion_decoder is not None or scheduler is not None:
+            raise ValueError("`diffusion_decoder` and `scheduler` are not supported yet; leave them out.")
+        if model.config.visual_codebook_size != image_tokenizer.config.codebook_size:
+            raise ValueError(
+                f"The model draws {model.config.visual_codebook_size} codes but the image tokenizer has "
+                f"{image_tokenizer.config.codebook_size}; they are not of one checkpoint."
+            )
+        self.register_modules(
+            model=model,
+            image_tokenizer=image_tokenizer,
+            tokenizer=tokenizer,
+            image_processor=image_processor,
+            diffusion_decoder=diffusion_decoder,
+            scheduler=scheduler,
+        )
+        self._postprocessor = VaeImageProcessor()
+        self._interrupt = False
+        self._schedule = ScaleSchedule()
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to stop; what the scales so far show is returned."""
+        return self._interrupt
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        """The scales of the images that are being drawn, or were drawn last."""
+        return self._schedule
+
+    # Loading and saving
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As diffusers', but a plain transformers checkpoint, which has no `model_index.json`, is welcome too."""
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir() and not (folder / cls.config_name).is_file():
+            return _index_of_transformers_checkpoint(folder)
+        return super().load_config(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> str | os.PathLike:
+        """As diffusers', but a repository without `model_index.json` is fetched as a plain transformers checkpoint."""
+        try:
+            return super().download(pretrained_model_name, **kwargs)
+        except EntryNotFoundError:
+            names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+            known = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            return snapshot_download(
+                pretrained_model_name, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"], **known
+            )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """As diffusers'; a `ValueError` where an adapter would be lost or saved without its base."""
+        for name, component in self.components.items():
+            if type(component).__module__.split(".")[0] == "peft" or getattr(
+                component, "_hf_peft_config_loaded", False
+            ):
+                raise ValueError(
+                    f"`{name}` carries a PEFT adapter, which a pipeline cannot save. Merge it first: "
+                    f"`pipe.{name} = pipe.{name}.merge_and_unload()`; or save the adapter by itself."
+                )
+        super().save_pretrained(save_directory, **kwargs)
+
+    # Generating
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        image: PIL.Image.Image | list[PIL.Image.Image] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_scales: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        image_temperature: float | list[float] | None = None,
+        image_top_k: int | list[int] | None = None,
+        image_top_p: float | list[float] | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[["NextFlowPipeline", int, int, dict], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_dict: bool = True,
+    ) -> NextFlowPipelineOutput | tuple:
+        r"""
+        Draws images. What is left out comes from the model's generation config.
+
+        Args:
+            prompt (`str` or `list[str]`):
+                What to draw.
+            image (*optional*):
+                Room for editing. Not supported yet.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                What guidance leads away from; by default from no prompt at all. One for all prompts, or one a prompt.
+            height, width (`int`, *optional*):
+                Pixels; they choose the schedule (see [`~transformers_nextflow.ScaleSchedule.from_size`]).
+            num_scales (`int`, *optional*):
+                Forces the number of scales; then only the aspect ratio of `height` and `width` counts.
+            guidance_scale (`float`, *optional*):
+                Strength of classifier-free guidance; 1 turns it off.
+            num_images_per_prompt (`int`, *optional*, defaults to 1):
+                Images a prompt.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of all draws: one, or one an image. The same seed gives an image its looks, whatever the batch.
+            image_temperature, image_top_k, image_top_p (number or list of numbers, *optional*):
+                How codes are sampled; one for all scales, or one a scale.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"`, `"np"`, `"pt"` or `"latent"`; see [`NextFlowPipelineOutput`].
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipe, step, step, tensors)` after each scale; scales count from 0. What it returns
+                is not used: codes that are drawn stay drawn.
+            callback_on_step_end_tensor_inputs (`Sequence[str]`, *optional*, defaults to `("latents",)`):
+                Tensors the callback gets: `"latents"`, the accumulated map `(B, D, h, w)`, which
+                [`~NextFlowPipeline.decode_latents`] turns into a preview; `"codes"`, all codes so far `(B, n)`.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                `False` returns a plain tuple.
+
+        Returns:
+            [`NextFlowPipelineOutput`], or `(images,)`.
+
+        Raises:
+            `ValueError`: for arguments that don't fit; the message says what does.
+        """
+        prompts = _as_list("prompt", prompt)
+        negative_prompts = None if negative_prompt is None else _as_list("negative_prompt", negative_prompt)
+        if negative_prompts is not None and len(negative_prompts) not in (1, len(prompts)):
+            raise ValueError(
+                f"Got {len(negative_prompts)} negative prompts for {len(prompts)} prompts; give one, or one each."
+            )
+        if image is not None:
+            raise ValueError("`image` is not supported yet: this pipeline draws from a prompt alone.")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` must be at least 1, but got {num_images_per_prompt}.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f'`output_type` must be one of {", ".join(OUTPUT_TYPES)}, but got "{output_type}".')
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, but may only hold "
+                f"{self._callback_tensor_inputs}."
+            )
+
+        self._interrupt = False
+        inputs = self._tokenize(prompts)
+        negative_inputs = None if negative_prompts is None else self._tokenize(negative_prompts)
+        drawn = inputs.input_ids.new_empty(0, 0)
+
+        def on_scale_end(step: int, schedule: ScaleSchedule, codes: torch.Tensor) -> None:
+            nonlocal drawn
+            drawn, self._schedule = codes, schedule
+            h, w = schedule.grids[step]
+            progress_bar.total = schedule.num_scales
+            progress_bar.set_description(f"scale {step + 1}/{schedule.num_scales} · {h}x{w}", refresh=False)
+            progress_bar.update()
+            if callback_on_step_end is not None:
+                tensors = {"codes": codes}
+                if "latents" in callback_on_step_end_tensor_inputs:
+                    tensors["latents"] = self._codes_to_latents(codes)
+                callback_on_step_end(
+                    self, step, step, {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                )
+            if self._interrupt:
+                raise _Interrupted
+
+        with self.progress_bar(total=self.model.config.num_scales) as progress_bar, suppress(_Interrupted):
+            self.model.generate(
+                **inputs,
+                generation_mode="image",
+                height=height,
+                width=width,
+                num_scales=num_scales,
+                guidance_scale=guidance_scale,
+                negative_prompt_ids=None if negative_inputs is None else negative_inputs.input_ids,
+                negative_prompt_attention_mask=None if negative_inputs is None else negative_inputs.attention_mask,
+                num_return_sequences=num_images_per_prompt,
+                generator=generator,
+                image_temperature=image_temperature,
+                image_top_k=image_top_k,
+                image_top_p=image_top_p,
+                on_scale_end=on_scale_end,
+            )
+
+        images = self.decode_latents(self._codes_to_latents(drawn), output_type)
+        self.maybe_free_model_hooks()
+        return NextFlowPipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def decode_latents(
+        self, latents: torch.Tensor, output_type: str = "pil"
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        """Images of accumulated latents `(B, D, h, w)`, whole or, in a callback, of the scales so far."""
+        if output_type == "latent":
+            return latents
+        _onload(self.image_tokenizer)
+        return self._postprocessor.postprocess(self.image_tokenizer.decode_latents(latents), output_type)
+
+    def _codes_to_latents(self, codes: torch.Tensor) -> torch.Tensor:
+        _onload(self.image_tokenizer)
+        return self.image_tokenizer.codes_to_latents(codes, torch.tensor([self._schedule.grid_shw]))
+
+    def _tokenize(self, prompts: list[str]) -> BatchEncoding:
+        """Raw prompts, padded on the left; `generate` puts `<boi>` behind them."""
+        inputs = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        return inputs.to(self._execution_device)
+
+
+class _Interrupted(Exception):
+    """Leaves `generate` after a scale."""
+
+
+def _as_list(name: str, prompts: str | list[str]) -> list[str]:
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"`{name}` must be a string or a list of strings, but got {prompts!r}.")
+    return prompts
+
+
+def _onload(module: torch.nn.Module) -> None:
+    """Offload hooks fire on `forward` alone; before another method of a component is called, they have to be told."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
+
+
+def _index_of_transformers_checkpoint(folder: Path) -> dict[str, Any]:
+    """What `model_index.json` would say of a transformers checkpoint: all flat but the image tokenizer's sub-folder.
+
+    Raises:
+        `ValueError`: if it is not such a folder.
+    """
+    for name in ("config.json", "tokenizer_config.json", "image_tokenizer"):
+        if not (folder / name).exists():
+            raise ValueError(
+                f'"{folder}" has no `{name}`. A NextFlow pipeline loads from a folder that '
+                "`NextFlowPipeline.save_pretrained` wrote (it has a `model_index.json`), or from one that both a "
+                "`NextFlowForCausalLM` and a `NextFlowProcessor` were saved to."
+            )
+    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return {
+        "_class_name": NextFlowPipeline.__name__,
+        "_diffusers_version": diffusers.__version__,
+        "model": ["transformers_nextflow", "NextFlowForCausalLM"],
+        "image_tokenizer": ["transformers_nextflow", "NextFlowImageTokenizer"],
+        "tokenizer": ["transformers", tokenizer_config["tokenizer_class"]],
+        "image_processor": ["transformers_nextflow", "NextFlowImageProcessor"],
+    }
+
+
+diffusers.NextFlowPipeline = NextFlowPipeline  # where `DiffusionPipeline.from_pretrained` looks for a pipeline's class
+
+__all__ = ["NextFlowPipeline", "NextFlowPipelineOutput"]

@@ -1,0 +1,93 @@
+"""What more than one test file needs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from transformers_nextflow import (
+    NextFlowConfig,
+    NextFlowForCausalLM,
+    NextFlowImageProcessor,
+    NextFlowImageTokenizer,
+    NextFlowImageTokenizerConfig,
+    NextFlowProcessor,
+)
+
+NUM_SCALES = 5
+CODEBOOK_SIZE = 64
+
+
+def build_byte_tokenizer() -> Qwen2Tokenizer:
+    """Qwen's tokenizer with a vocabulary of single bytes (ids 0 to 255), then its special tokens and NextFlow's."""
+    return Qwen2Tokenizer(
+        vocab={character: byte for byte, character in bytes_to_unicode().items()},
+        merges=[],
+        padding_side="left",
+        unk_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"},
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_random_checkpoint(tmp_path_factory) -> Path:
+    """A plain transformers checkpoint of random weights: 5 scales (80 x 80 pixels), 64 codes, a vocabulary of bytes."""
+    folder = tmp_path_factory.mktemp("tiny_random_checkpoint")
+    tokenizer = build_byte_tokenizer()
+    special_ids = {name: tokenizer.convert_tokens_to_ids(f"<{name}>") for name in ("boi", "eoi", "image")}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = NextFlowForCausalLM(
+            NextFlowConfig(
+                text_vocab_size=len(tokenizer),
+                visual_codebook_size=CODEBOOK_SIZE,
+                vocab_size=len(tokenizer) + CODEBOOK_SIZE,
+                visual_code_dim=12,
+                num_scales=NUM_SCALES,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                max_position_embeddings=512,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+                **{f"{name}_token_id": token_id for name, token_id in special_ids.items()},
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=None,
+            )
+        )
+        image_tokenizer = NextFlowImageTokenizer(
+            NextFlowImageTokenizerConfig(
+                codebook_size=CODEBOOK_SIZE,
+                semantic_code_dim=8,
+                pixel_code_dim=4,
+                num_scales=NUM_SCALES,
+                semantic_config={
+                    "model_type": "siglip2_vision_model",
+                    "hidden_size": 16,
+                    "intermediate_size": 32,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                },
+                semantic_decoder_layers=1,
+                semantic_decoder_num_heads=2,
+                pixel_patch_size=4,
+                encoder_hidden_sizes=[8, 8, 8],
+                encoder_num_res_blocks=1,
+                decoder_hidden_sizes=[8, 8, 8],
+                decoder_num_res_blocks=1,
+                latent_channels=8,
+                cnn_norm_groups=2,
+            )
+        )
+    model.save_pretrained(folder)
+    processor = NextFlowProcessor(
+        image_processor=NextFlowImageProcessor(), tokenizer=tokenizer, image_tokenizer=image_tokenizer
+    )
+    processor.save_pretrained(folder)
+    return folder
