@@ -1,6 +1,7 @@
-"""The world of nextflow-tiny: deterministic, its splits apart, its captions true, its judges right on what was drawn."""
+"""The world of nextflow-tiny: deterministic, splits apart, captions true, judges right on what was drawn."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ class TestJudge:
         drawn = scenes("test", 60, seed=5)
         wrong = [
             (picture, scene)
-            for picture, scene in zip(drawn, drawn[1:], strict=False)
+            for picture, scene in pairwise(drawn)
             if {(o.shape, o.colour) for o in picture.objects} != {(o.shape, o.colour) for o in scene.objects}
         ]
         strict = [judge_scene(shapes.render(picture), scene).strict for picture, scene in wrong]
