@@ -36,7 +36,9 @@ from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizer, N
 
 TEST_KINDS = tuple(kind for kind in KINDS if kind != HARD_KIND)
 NUM_EMOJI_NAMES = 100
-SAMPLING_SETTINGS = ("guidance_scale", "image_top_k", "image_top_p", "image_temperature")
+NUM_TIMED = 5
+FAMILIES = ("shapes", "emoji", "words")
+SAMPLING_SETTINGS = {"guidance_scale": float, "image_top_k": int, "image_top_p": float, "image_temperature": float}
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,8 @@ def accuracy_figures(
     ]
     for name in ("strict", "accuracy"):
         kinds = [figure for figure in figures if figure.group.startswith("shapes: ") and figure.name == name]
+        if not kinds:
+            continue
         values = [_mean_or_none([getattr(figure, source) for figure in kinds]) for source in sources]
         figures.insert(0, Figure("shapes, overall", name, sum(figure.n for figure in kinds), *values))
     return figures
@@ -274,67 +278,82 @@ def first_samples(samples: Sequence[Sample], number: int = 16) -> list[int]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None):
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; `settings` holds the sampling settings that were given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path, help="folder (default: the shipped nextflow-tiny)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few prompts of each kind")
-    parser.add_argument("--families", nargs="+", default=["shapes", "emoji", "words"])
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--ceiling-only", action="store_true", help="image tokenizer only; the folder may be just that")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--cache", type=Path, help="where the emoji packages are kept")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     parser.add_argument("--samples", type=Path, help="write a sheet of the first 16 samples here")
-    for setting in SAMPLING_SETTINGS:
-        parser.add_argument(f"--{setting.replace('_', '-')}", type=float, help="default: the checkpoint's")
+    for setting, number in SAMPLING_SETTINGS.items():
+        parser.add_argument(f"--{setting.replace('_', '-')}", type=number, help="default: the checkpoint's")
     options = parser.parse_args(arguments)
+    given = {setting: getattr(options, setting) for setting in SAMPLING_SETTINGS}
+    options.settings = {setting: value for setting, value in given.items() if value is not None}
+    return options
 
-    sizes = QUICK if options.quick else Sizes()
-    makers = {
-        "shapes": lambda: shapes_samples(sizes, options.seed),
-        "emoji": lambda: emoji_samples(sizes, options.seed, options.cache),
-        "words": lambda: words_samples(sizes, options.seed),
-    }
-    if unknown := set(options.families) - set(makers):
-        parser.error(f"unknown families {sorted(unknown)}; choose from {list(makers)}")
-    samples = [sample for family in options.families for sample in makers[family]()]
+
+def make_samples(families: Sequence[str], sizes: Sizes, seed: int, cache: Path | None) -> list[Sample]:
+    """The prompts of some families, in the order of `FAMILIES`."""
+    makers = (
+        lambda: shapes_samples(sizes, seed),
+        lambda: emoji_samples(sizes, seed, cache),
+        lambda: words_samples(sizes, seed),
+    )
+    return [sample for family, make in zip(FAMILIES, makers, strict=True) if family in families for sample in make()]
+
+
+def draw_and_time(
+    checkpoint: Path, samples: Sequence[Sample], options: argparse.Namespace
+) -> tuple[NextFlowImageTokenizer, list[np.ndarray], list[Figure]]:
+    """The checkpoint's image tokenizer, its pictures for all prompts, and the time a picture takes."""
+    processor = NextFlowProcessor.from_pretrained(checkpoint)
+    model = NextFlowForCausalLM.from_pretrained(checkpoint).eval()
+    prompts, batch = [sample.prompt for sample in samples], options.batch_size
+    start = time.perf_counter()
+    generated = generate(model, processor, prompts, options.seed, batch, options.settings)
+    batched = (time.perf_counter() - start) / len(prompts)
+    start = time.perf_counter()
+    generate(model, processor, prompts[:NUM_TIMED], options.seed, 1, options.settings)
+    alone = (time.perf_counter() - start) / NUM_TIMED
+    speed = [
+        Figure("seconds an image", f"batches of {batch}", len(prompts), batched),
+        Figure("seconds an image", "one at a time", NUM_TIMED, alone),
+    ]
+    return processor.image_tokenizer, generated, speed
+
+
+def main(arguments: Sequence[str] | None = None):
+    options = parse_options(arguments)
     checkpoint = options.checkpoint or Path(tiny_checkpoint())
-    generated, speed = None, []
-    settings = {name: value for name in SAMPLING_SETTINGS if (value := getattr(options, name)) is not None}
-    if "image_top_k" in settings:
-        settings["image_top_k"] = int(settings["image_top_k"])
+    samples = make_samples(options.families, QUICK if options.quick else Sizes(), options.seed, options.cache)
     if options.ceiling_only:
         folder = checkpoint / "image_tokenizer"
         tokenizer = NextFlowImageTokenizer.from_pretrained(folder if folder.exists() else checkpoint).eval()
+        generated, speed = None, []
     else:
-        processor = NextFlowProcessor.from_pretrained(checkpoint)
-        model, tokenizer = NextFlowForCausalLM.from_pretrained(checkpoint).eval(), processor.image_tokenizer
-        prompts = [sample.prompt for sample in samples]
-        start = time.perf_counter()
-        generated = generate(model, processor, prompts, options.seed, options.batch_size, settings)
-        seconds = (time.perf_counter() - start) / len(prompts)
-        speed.append(Figure("seconds an image", f"batches of {options.batch_size}", len(prompts), seconds))
-        start = time.perf_counter()
-        generate(model, processor, prompts[:5], options.seed, 1, settings)
-        speed.append(Figure("seconds an image", "one at a time", 5, (time.perf_counter() - start) / 5))
+        tokenizer, generated, speed = draw_and_time(checkpoint, samples, options)
     reconstructed, counts = reconstruct(tokenizer, [sample.truth for sample in samples])
     figures = [
         *accuracy_figures(samples, generated, reconstructed),
         *reconstruction_figures(tokenizer, samples, reconstructed, counts),
         *speed,
     ]
-
     table = format_table(figures, options.seed)
     print(table)
     if options.markdown:
         options.markdown.write_text(table + "\n", encoding="utf-8")
     if options.json:
-        report = {"seed": options.seed, "settings": settings, "figures": [asdict(figure) for figure in figures]}
+        report = {"seed": options.seed, "settings": options.settings, "figures": [asdict(figure) for figure in figures]}
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if options.samples:
-        first = first_samples(samples)
-        shown = generated if generated is not None else reconstructed
+        first, shown = first_samples(samples), reconstructed if generated is None else generated
         save_sheet([samples[i] for i in first], [shown[i] for i in first], options.samples)
 
 
