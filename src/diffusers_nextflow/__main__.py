@@ -19,7 +19,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(PROGRAM, description="Draw images from a prompt, scale by scale.")
+    parser = OneLineParser(PROGRAM, usage="%(prog)s PROMPT [options]", description="Draws images, scale by scale.")
     parser.add_argument("prompt", help="what to draw")
     parser.add_argument(
         "--output",
@@ -57,6 +57,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Finds what can be known to be wrong before seconds go into imports and a model."""
     from PIL import Image
 
+    from transformers_nextflow import ScaleSchedule
+
     output = arguments.output
     if not arguments.prompt.strip():
         raise ValueError("the prompt is empty; say what to draw")
@@ -74,6 +76,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise ValueError(f'cannot write into the folder "{folder}"')
+    if arguments.height and arguments.width and arguments.num_scales is None:
+        ScaleSchedule.from_size(arguments.height, arguments.width)
     model = arguments.model
     if model is not None and not os.path.isdir(model) and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
         raise ValueError(f'--model "{model}" is neither a folder nor the name of a Hub repository (owner/name)')

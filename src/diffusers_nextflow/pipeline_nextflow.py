@@ -289,6 +289,11 @@ class NextFlowPipeline(DiffusionPipeline):
     def _tokenize(self, prompts: list[str]) -> BatchEncoding:
         """Raw prompts, padded on the left; `generate` puts `<boi>` behind them."""
         inputs = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        config = self.model.config
+        marks = torch.tensor([config.boi_token_id, config.eoi_token_id, config.image_token_id])
+        if torch.isin(inputs.input_ids, marks).any():
+            names = ", ".join(self.tokenizer.convert_ids_to_tokens(marks))
+            raise ValueError(f"A prompt is plain text: it must not hold any of {names}, which mark images.")
         return inputs.to(self._execution_device)
 
 

@@ -1,0 +1,164 @@
+"""`python -m diffusers_nextflow`: from a prompt to files, and one clear line for what goes wrong."""
+
+import re
+import subprocess
+import sys
+import time
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from diffusers_nextflow import NextFlowPipeline
+from diffusers_nextflow.__main__ import main
+
+PROMPT = "a red circle left of a blue square"
+
+
+@pytest.fixture(autouse=True)
+def keep_logging():
+    """The command makes the libraries silent, which is right for a process of its own and wrong for the other tests."""
+    libraries = [transformers.utils.logging, diffusers.utils.logging]
+    verbosities = [library.get_verbosity() for library in libraries]
+    yield
+    for library, verbosity in zip(libraries, verbosities, strict=True):
+        library.set_verbosity(verbosity)
+        library.enable_progress_bar()
+
+
+@pytest.fixture
+def command(tiny_random_checkpoint, tmp_path, monkeypatch):
+    """Runs the command in this process and in an empty folder, with the random checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *options: main([PROMPT, "--model", str(tiny_random_checkpoint), "--device", "cpu", *options])
+
+
+def read(path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_one_image(command, tmp_path, capsys, tiny_random_checkpoint):
+    assert command("--output", "pictures/circle.png", "--seed", "3") == 0
+    said = capsys.readouterr().out
+    assert re.fullmatch(r"pictures/circle\.png: 80 x 80 pixels \(height x width\), seed 3, \d+\.\d s\n", said)
+    pipe = NextFlowPipeline.from_pretrained(tiny_random_checkpoint, dtype=torch.float32)
+    [expected] = pipe(PROMPT, generator=torch.Generator().manual_seed(3)).images
+    assert np.array_equal(read(tmp_path / "pictures" / "circle.png"), np.asarray(expected))
+
+
+def test_several_images_are_those_of_the_next_seeds(command, tmp_path, capsys):
+    assert command("--num-images", "2", "--seed", "7") == 0
+    assert capsys.readouterr().out.count("out_") == 2
+    assert not (tmp_path / "out.png").exists()
+    assert command("--seed", "8", "--output", "eight.png", "--quiet") == 0
+    assert capsys.readouterr().out == ""
+    assert np.array_equal(read(tmp_path / "out_1.png"), read(tmp_path / "eight.png"))
+    assert not np.array_equal(read(tmp_path / "out_0.png"), read(tmp_path / "out_1.png"))
+
+
+def test_without_a_seed_the_line_tells_which_it_was(command, tmp_path, capsys):
+    assert command("--output", "first.png") == 0
+    [seed] = re.findall(r"seed (\d+)", capsys.readouterr().out)
+    assert command("--output", "again.png", "--seed", seed) == 0
+    assert np.array_equal(read(tmp_path / "first.png"), read(tmp_path / "again.png"))
+
+
+def test_a_preview_of_every_scale(command, tmp_path):
+    assert command("--steps-dir", "steps", "--num-scales", "3", "--height", "1", "--width", "1", "--seed", "0") == 0
+    names = [path.name for path in sorted((tmp_path / "steps").iterdir())]
+    assert names == ["scale_01_1x1.png", "scale_02_2x2.png", "scale_03_3x3.png"]
+    previews = [read(tmp_path / "steps" / name) for name in names]
+    assert {preview.shape for preview in previews} == {(48, 48, 3)}
+    assert np.array_equal(previews[-1], read(tmp_path / "out.png"))
+
+
+def test_previews_of_several_images(command, tmp_path):
+    assert command("--steps-dir", "steps", "--num-scales", "2", "--num-images", "2") == 0
+    names = [path.name for path in sorted((tmp_path / "steps").iterdir())]
+    assert names == [f"scale_{scale}_{index}.png" for scale in ("01_1x1", "02_2x2") for index in range(2)]
+
+
+def test_sampling_options_reach_the_model(command, tmp_path):
+    for index, options in enumerate((["--seed", "0"], ["--seed", "1"])):
+        greedy = ["--top-k", "1", "--guidance-scale", "2", "--negative-prompt", "blue", "--output", f"{index}.png"]
+        assert command(*options, *greedy) == 0
+    assert np.array_equal(read(tmp_path / "0.png"), read(tmp_path / "1.png"))
+    assert command("--seed", "0", "--temperature", "2", "--top-p", "0.9", "--dtype", "bfloat16") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--height", "100", "--width", "100"], "The nearest legal sizes (height x width) are 96 x 96"),
+        (["--height", "1024", "--width", "1024"], "this model has 5"),
+        (["--output", "picture"], '--output "picture": has no file extension; name it like "picture.png"'),
+        (["--output", "picture.doc"], '".doc" is no image format'),
+        (["--output", "a-file/out.png"], "a-file"),
+        (["--output", "a-folder.png"], '--output "a-folder.png" is a folder'),
+        (["--steps-dir", "a-file"], "a-file"),
+        (["--num-images", "0"], "--num-images must be at least 1, not 0"),
+        (["--seed", "-1"], "--seed must be between 0"),
+        (
+            ["--model", "no/such/folder"],
+            '--model "no/such/folder" is neither a folder nor the name of a Hub repository',
+        ),
+        (["--model", "a-folder.png"], '"a-folder.png" has no `config.json`'),
+        (["--device", "cuda:99"], '--device "cuda:99" cannot be used here'),
+        (["--device", "toaster"], '--device "toaster" cannot be used here'),
+        (["--temperature", "0"], "`image_temperature` must be positive"),
+        (["--top-p", "1.5"], "`image_top_p` must be above 0"),
+        (["--guidance-scale", "-1"], "`guidance_scale` must be at least 0"),
+    ],
+)
+def test_misuse_is_one_line(options, message, command, tmp_path, capsys):
+    (tmp_path / "a-file").touch()
+    (tmp_path / "a-folder.png").mkdir()
+    assert command(*options) == 2
+    output = capsys.readouterr()
+    [line] = output.err.splitlines()
+    assert line.startswith("python -m diffusers_nextflow: error: ") and message in line
+    assert output.out == ""
+
+
+def test_an_empty_prompt_is_misuse(capsys):
+    assert main([" "]) == 2
+    assert "the prompt is empty; say what to draw" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "message"), [([], "required: prompt"), ([PROMPT, "--sede", "1"], "--sede")])
+def test_wrong_options_are_one_line_too(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line and line.endswith("(--help lists all options)")
+
+
+def run(*arguments, folder):
+    """Runs python in a fresh process; the process and its seconds."""
+    start = time.perf_counter()
+    process = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
+    return process, time.perf_counter() - start
+
+
+def test_help_waits_for_no_import(tmp_path):
+    process, _ = run("-X", "importtime", "-m", "diffusers_nextflow", "--help", folder=tmp_path)
+    assert process.returncode == 0 and "--steps-dir" in process.stdout
+    imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
+    assert imported.isdisjoint({"torch", "transformers", "diffusers", "numpy"})
+
+
+@pytest.mark.slow
+def test_a_fresh_process_takes_at_most_three_times_its_imports(tiny_random_checkpoint, tmp_path):
+    process, imports = run("-c", "import torch, transformers, diffusers", folder=tmp_path)
+    assert process.returncode == 0, process.stderr
+    options = ["--model", str(tiny_random_checkpoint), "--seed", "0", "--steps-dir", "steps"]
+    process, seconds = run("-m", "diffusers_nextflow", PROMPT, *options, folder=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert Image.open(tmp_path / "out.png").size == (80, 80)
+    assert len(list((tmp_path / "steps").iterdir())) == 5
+    generation = float(re.findall(r"([\d.]+) s$", process.stdout)[0])
+    assert seconds <= 3 * imports + generation

@@ -1,0 +1,316 @@
+"""The diffusers pipeline: both layouts, the same pictures as `generate`, and what a call can ask for."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from huggingface_hub.errors import EntryNotFoundError
+
+from diffusers_nextflow import NextFlowPipeline, NextFlowPipelineOutput, pipeline_nextflow
+from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizer, ScaleSchedule
+
+PROMPT = "a red circle"
+NUM_SCALES = 5
+SCHEDULE = ScaleSchedule(num_scales=NUM_SCALES)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(pipe, prompt=PROMPT, seed=0, **settings):
+    return pipe(prompt, generator=seeded(seed), output_type="pt", **settings).images
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_random_checkpoint):
+    pipe = NextFlowPipeline.from_pretrained(tiny_random_checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def diffusers_folder(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("diffusers_folder")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+# Loading and saving
+
+
+@pytest.mark.parametrize("loader", [NextFlowPipeline, DiffusionPipeline, AutoPipelineForText2Image])
+def test_a_saved_pipeline_loads_and_draws_the_same(loader, pipe, diffusers_folder):
+    loaded = loader.from_pretrained(diffusers_folder)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is NextFlowPipeline
+    assert loaded.components.keys() == pipe.components.keys()
+    assert torch.equal(draw(loaded), draw(pipe))
+
+
+def test_a_saved_pipeline_names_the_package_of_its_components(diffusers_folder):
+    index = json.loads((diffusers_folder / "model_index.json").read_text())
+    assert index["model"] == ["transformers_nextflow", "NextFlowForCausalLM"]
+    assert index["image_tokenizer"] == ["transformers_nextflow", "NextFlowImageTokenizer"]
+    assert index["diffusion_decoder"] == index["scheduler"] == [None, None]
+
+
+def test_a_transformers_checkpoint_with_an_index_loads_in_diffusers(pipe, tiny_random_checkpoint, tmp_path):
+    """One folder can be both layouts: diffusers looks for a component in the root if it has no sub-folder."""
+    folder = shutil.copytree(tiny_random_checkpoint, tmp_path / "checkpoint")
+    pipe.save_config(folder)
+    loaded = DiffusionPipeline.from_pretrained(folder)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded), draw(pipe))
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer_config.json", "image_tokenizer"])
+def test_an_incomplete_checkpoint_is_named(missing, tiny_random_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_random_checkpoint, tmp_path / "checkpoint")
+    shutil.rmtree(folder / missing) if (folder / missing).is_dir() else (folder / missing).unlink()
+    with pytest.raises(ValueError, match=f"has no `{missing}`.*NextFlowProcessor"):
+        NextFlowPipeline.from_pretrained(folder)
+
+
+class Hub:
+    """Stands in for the Hub: one repository, which is a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.siblings = [
+            type("File", (), {"rfilename": file.relative_to(folder).as_posix()})
+            for file in folder.rglob("*")
+            if file.is_file()
+        ]
+
+    def hf_hub_download(self, repository, filename, **kwargs):
+        if not (self.folder / filename).is_file():
+            raise EntryNotFoundError(filename)
+        return str(self.folder / filename)
+
+
+@pytest.mark.parametrize("loader", [NextFlowPipeline, DiffusionPipeline])
+def test_a_pipeline_on_the_hub_loads(loader, pipe, diffusers_folder, monkeypatch):
+    hub = Hub(diffusers_folder)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils._resolve_revision", lambda *args, **kwargs: None)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.model_info", lambda *args, **kwargs: hub)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.hf_hub_download", hub.hf_hub_download)
+    loaded = loader.from_pretrained("somebody/a-pipeline")
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded), draw(pipe))
+
+
+def test_a_transformers_checkpoint_on_the_hub_loads(pipe, tiny_random_checkpoint, monkeypatch):
+    hub, fetched = Hub(tiny_random_checkpoint), []
+
+    def snapshot_download(repository, **kwargs):
+        fetched.append((repository, kwargs["revision"], kwargs["allow_patterns"]))
+        return str(hub.folder)
+
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils._resolve_revision", lambda *args, **kwargs: None)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.model_info", lambda *args, **kwargs: hub)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.hf_hub_download", hub.hf_hub_download)
+    monkeypatch.setattr(pipeline_nextflow, "snapshot_download", snapshot_download)
+    loaded = NextFlowPipeline.from_pretrained("somebody/a-checkpoint", revision="v1")
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded), draw(pipe))
+    [(repository, revision, patterns)] = fetched
+    assert (repository, revision) == ("somebody/a-checkpoint", "v1")
+    assert not any(pattern.endswith((".bin", ".py")) for pattern in patterns)
+
+
+@pytest.mark.parametrize("layout", ["tiny_random_checkpoint", "diffusers_folder"])
+def test_dtype(layout, request):
+    pipe = NextFlowPipeline.from_pretrained(request.getfixturevalue(layout), dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.model.dtype == pipe.image_tokenizer.dtype == torch.bfloat16
+    assert draw(pipe).dtype == torch.bfloat16
+    assert {p.dtype for p in pipe.image_tokenizer.quantizer.parameters()} == {torch.float32}
+    assert pipe.to(torch.float32).model.dtype == torch.float32
+
+
+def test_components_can_be_given(pipe, tiny_random_checkpoint):
+    loaded = NextFlowPipeline.from_pretrained(
+        tiny_random_checkpoint, model=pipe.model, image_tokenizer=pipe.image_tokenizer
+    )
+    assert loaded.model is pipe.model and loaded.image_tokenizer is pipe.image_tokenizer
+
+
+def test_an_adapter_is_not_lost_on_saving(pipe, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = NextFlowForCausalLM(pipe.model.config)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    adapted_pipe = NextFlowPipeline(**{**pipe.components, "model": adapted})
+    with pytest.raises(ValueError, match=r"`model` carries a PEFT adapter.*merge_and_unload"):
+        adapted_pipe.save_pretrained(tmp_path)
+    adapted_pipe.model = adapted.merge_and_unload()
+    adapted_pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+def test_what_is_not_supported_yet_is_refused(pipe):
+    with pytest.raises(ValueError, match="`diffusion_decoder` and `scheduler` are not supported yet"):
+        NextFlowPipeline(**{**pipe.components, "scheduler": object()})
+    with pytest.raises(ValueError, match="`image` is not supported yet"):
+        pipe(PROMPT, image=pipe(PROMPT).images[0])
+
+
+def test_an_image_tokenizer_of_another_codebook_is_refused(pipe):
+    config = type(pipe.image_tokenizer.config)(**{**pipe.image_tokenizer.config.to_dict(), "codebook_size": 32})
+    with pytest.raises(ValueError, match="The model draws 64 codes but the image tokenizer has 32"):
+        NextFlowPipeline(**{**pipe.components, "image_tokenizer": NextFlowImageTokenizer(config)})
+
+
+# Generating
+
+
+def test_the_pipeline_draws_what_generate_draws(pipe):
+    inputs = pipe.tokenizer(PROMPT, return_tensors="pt")
+    output = pipe.model.generate(
+        **inputs, generation_mode="image", guidance_scale=3.0, generator=seeded(), return_dict_in_generate=True
+    )
+    expected = pipe.image_tokenizer.decode(output.image_codes, output.image_grid_shw)
+    images = draw(pipe, guidance_scale=3.0)
+    assert images.shape == (1, 3, SCHEDULE.height, SCHEDULE.width)
+    torch.testing.assert_close(images, expected / 2 + 0.5)
+
+
+def test_the_seed_decides_and_the_global_random_state_is_left_alone(pipe):
+    state = torch.get_rng_state()
+    first, same, other = draw(pipe), draw(pipe), draw(pipe, seed=1)
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_output_types(pipe):
+    tensor = draw(pipe)
+    array = pipe(PROMPT, generator=seeded(), output_type="np").images
+    [picture] = pipe(PROMPT, generator=seeded()).images
+    latents = pipe(PROMPT, generator=seeded(), output_type="latent").images
+    assert tensor.min() >= 0 and tensor.max() <= 1
+    assert np.array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(np.asarray(picture), (array[0] * 255).round().astype("uint8"))
+    assert latents.shape == (1, pipe.image_tokenizer.config.code_dim, *SCHEDULE.grids[-1])
+    assert torch.equal(pipe.decode_latents(latents, "pt"), tensor)
+
+
+def test_return_dict(pipe):
+    assert isinstance(pipe(PROMPT), NextFlowPipelineOutput)
+    images = pipe(PROMPT, return_dict=False)
+    assert isinstance(images, tuple) and len(images) == 1
+
+
+def test_images_of_a_prompt_stand_side_by_side(pipe):
+    prompts = ["a red circle", "two blue squares left of a star"]
+    generators = [seeded(seed) for seed in range(4)]
+    images = pipe(prompts, num_images_per_prompt=2, generator=generators, output_type="pt").images
+    alone = [draw(pipe, prompts[index // 2], seed=index) for index in range(4)]
+    torch.testing.assert_close(images, torch.cat(alone))
+
+
+def test_size_and_number_of_scales(pipe):
+    assert pipe(PROMPT, height=64, width=64).images[0].size == (64, 64)
+    assert pipe(PROMPT, num_scales=3).images[0].size == (48, 48)
+    wide = ScaleSchedule.from_size(1, 2, num_scales=NUM_SCALES)
+    [picture] = pipe(PROMPT, height=1, width=2, num_scales=NUM_SCALES).images
+    assert (picture.height, picture.width) == (wide.height, wide.width)
+    assert pipe.schedule == wide
+
+
+def test_guidance_and_negative_prompt(pipe):
+    plain, guided, away = (
+        draw(pipe, **settings)
+        for settings in (
+            {"guidance_scale": 1.0},
+            {"guidance_scale": 5.0},
+            {"guidance_scale": 5.0, "negative_prompt": "red"},
+        )
+    )
+    assert not torch.equal(plain, guided) and not torch.equal(guided, away)
+    one_for_all = draw(pipe, [PROMPT, PROMPT], guidance_scale=5.0, negative_prompt="red")
+    torch.testing.assert_close(one_for_all[:1], away)
+
+
+def test_the_callback_sees_one_scale_at_a_time(pipe):
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        assert timestep == step and pipe.schedule == SCHEDULE
+        seen.append((step, tensors["codes"].shape[1], pipe.decode_latents(tensors["latents"], "pt")))
+        return tensors
+
+    images = draw(pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["latents", "codes"])
+    steps, num_codes, previews = zip(*seen, strict=True)
+    assert steps == tuple(range(NUM_SCALES))
+    assert num_codes == SCHEDULE.offsets[1:]
+    assert all(preview.shape == images.shape for preview in previews)
+    assert torch.equal(previews[-1], images) and not torch.equal(previews[-2], images)
+
+
+def test_a_callback_can_interrupt(pipe):
+    previews = []
+
+    def callback(pipe, step, timestep, tensors):
+        previews.append(pipe.decode_latents(tensors["latents"], "pt"))
+        pipe._interrupt = step == 2
+
+    images = draw(pipe, callback_on_step_end=callback)
+    assert len(previews) == 3 and torch.equal(images, previews[-1])
+    assert draw(pipe).shape == images.shape and not pipe.interrupt
+
+
+def test_the_progress_bar_counts_scales(tiny_random_checkpoint, pipe):
+    terminal = io.StringIO()
+    talkative = NextFlowPipeline(**pipe.components)
+    talkative.set_progress_bar_config(file=terminal)
+    talkative(PROMPT, num_scales=3)
+    assert "scale 3/3 · 3x3" in terminal.getvalue() and "3/3 [" in terminal.getvalue()
+
+
+def test_model_cpu_offload_goes_through_the_model_then_the_image_tokenizer(pipe, monkeypatch):
+    import accelerate
+
+    onloaded = []
+    pre_forward = accelerate.hooks.CpuOffload.pre_forward
+
+    def record(hook, module, *args, **kwargs):
+        onloaded.append(type(module))
+        return pre_forward(hook, module, *args, **kwargs)
+
+    monkeypatch.setattr(accelerate.hooks.CpuOffload, "pre_forward", record)
+    offloaded = NextFlowPipeline(**pipe.components)
+    offloaded.set_progress_bar_config(disable=True)
+    try:
+        offloaded.enable_model_cpu_offload(device="cpu")
+        images = draw(offloaded)
+    finally:
+        offloaded.remove_all_hooks()
+    assert list(dict.fromkeys(onloaded)) == [NextFlowForCausalLM, NextFlowImageTokenizer]
+    assert torch.equal(images, draw(pipe))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": []}, "`prompt` must be a string or a list of strings"),
+        ({"prompt": None}, "`prompt` must be a string or a list of strings"),
+        ({"prompt": "a <image> of a cat"}, "must not hold any of <boi>, <eoi>, <image>"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["a", "b", "c"]}, "Got 3 negative prompts for 2 prompts"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be at least 1"),
+        ({"output_type": "jpeg"}, '`output_type` must be one of pil, np, pt, latent, but got "jpeg"'),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"\['noise'\], but may only hold \['latents', 'codes'\]"),
+        ({"height": 100, "width": 100}, "nearest legal sizes .* are 96 x 96"),
+        ({"height": 80}, "`height` and `width`"),
+        ({"height": 1024, "width": 1024}, "18 scales, but this model has 5"),
+        ({"image_top_k": [1, 2]}, "`image_top_k` has 2 entries, but the image has 5 scales"),
+        ({"generator": [seeded()], "num_images_per_prompt": 2}, "Got 1 generators for 2 images"),
+        ({"prompt": "x" * 600}, "context of 512"),
+    ],
+)
+def test_bad_arguments(pipe, settings, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"prompt": PROMPT, **settings})

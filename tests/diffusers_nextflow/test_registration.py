@@ -1,0 +1,40 @@
+"""Importing the package is free, and diffusers knows NextFlow whichever of the two is imported first."""
+
+import subprocess
+import sys
+
+import pytest
+
+import diffusers_nextflow
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = {"torch", "transformers", "diffusers", "PIL", "numpy"}
+    assert run(f"import sys, diffusers_nextflow; print({heavy} & set(sys.modules))").strip() == "set()"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import diffusers_nextflow; from diffusers import DiffusionPipeline, AutoPipelineForText2Image",
+        "from diffusers import DiffusionPipeline, AutoPipelineForText2Image; import diffusers_nextflow",
+    ],
+)
+def test_diffusers_knows_the_pipeline(imports):
+    code = (
+        f"{imports}; import diffusers; from diffusers.pipelines import auto_pipeline, pipeline_loading_utils as utils;"
+        "pipeline = diffusers.NextFlowPipeline; assert pipeline is diffusers_nextflow.NextFlowPipeline;"
+        "assert auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING['nextflow'] is pipeline;"
+        "assert {'transformers_nextflow', 'diffusers_nextflow'} <= set(utils.LOADABLE_CLASSES)"
+    )
+    run(code)
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'NextFlowPipelin'"):
+        diffusers_nextflow.NextFlowPipelin  # noqa: B018
