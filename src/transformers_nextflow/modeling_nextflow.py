@@ -397,7 +397,9 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, GenerationMixin):
             groups = self.model._find_images(input_ids, image_grid_shw, own_mask)
             alpha = float(self.config.scale_reweight_alpha)
             weights = scale_loss_weights(groups, labels.shape, hidden_states.device, alpha)[:, 1:][predicts]
-        total = head_cross_entropy(self.lm_head, hidden_states[:, :-1][predicts], targets[predicts], weights)
+        total = head_cross_entropy(
+            self.lm_head, hidden_states[:, :-1][predicts], targets[predicts], self.config.vocab_size, weights
+        )
         return total / (predicts.sum() if num_items_in_batch is None else num_items_in_batch)
 
     def _visual_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
