@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
@@ -22,6 +21,7 @@ from transformers.utils.generic import is_flash_attention_requested, merge_with_
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nextflow import NextFlowConfig
+from .generation_nextflow import NextFlowGenerationMixin
 from .head_loss import head_cross_entropy, is_plain_linear
 from .scale_schedule import ScaleSchedule
 from .token_layout import ImageGroup, code_coordinates, find_image_groups, get_token_layout, scale_loss_weights
@@ -328,7 +328,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         )
 
 
-class NextFlowForCausalLM(NextFlowPreTrainedModel, GenerationMixin):
+class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
     """NextFlow with its one output head over text and visual ids."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
