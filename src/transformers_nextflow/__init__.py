@@ -1,0 +1,91 @@
+"""NextFlow for transformers: configuration, models, image tokenizer, processor, generation, pipelines and trainers.
+
+Importing this package makes NextFlow known to transformers' Auto classes and pipelines. It costs nothing: every name is
+loaded when it is first used, and the registration waits for transformers' own Auto modules.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import _registration
+
+if TYPE_CHECKING:
+    from .configuration_nextflow import NextFlowConfig, NextFlowImageTokenizerConfig
+    from .generation_nextflow import NextFlowGenerateOutput, NextFlowGenerationMixin
+    from .image_processing_nextflow import NextFlowImageProcessor
+    from .image_processing_pil_nextflow import NextFlowImageProcessorPil
+    from .modeling_nextflow import NextFlowForCausalLM, NextFlowModel, NextFlowPreTrainedModel
+    from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer, NextFlowImageTokenizerOutput
+    from .pipelines import NextFlowTextToImagePipeline
+    from .processing_nextflow import NextFlowProcessor
+    from .scale_schedule import ScaleSchedule, aspect_buckets, nearest_bucket, nearest_sizes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NextFlowConfig",
+    "NextFlowForCausalLM",
+    "NextFlowGenerateOutput",
+    "NextFlowGenerationMixin",
+    "NextFlowImageProcessor",
+    "NextFlowImageProcessorPil",
+    "NextFlowImageTokenizer",
+    "NextFlowImageTokenizerConfig",
+    "NextFlowImageTokenizerOutput",
+    "NextFlowModel",
+    "NextFlowPreTrainedModel",
+    "NextFlowProcessor",
+    "NextFlowTextToImagePipeline",
+    "ScaleSchedule",
+    "aspect_buckets",
+    "nearest_bucket",
+    "nearest_sizes",
+    "tiny_checkpoint",
+]
+
+_MODULES = {
+    "configuration_nextflow": ("NextFlowConfig", "NextFlowImageTokenizerConfig"),
+    "generation_nextflow": ("NextFlowGenerateOutput", "NextFlowGenerationMixin"),
+    "image_processing_nextflow": ("NextFlowImageProcessor",),
+    "image_processing_pil_nextflow": ("NextFlowImageProcessorPil",),
+    "modeling_nextflow": ("NextFlowForCausalLM", "NextFlowModel", "NextFlowPreTrainedModel"),
+    "modeling_nextflow_image_tokenizer": ("NextFlowImageTokenizer", "NextFlowImageTokenizerOutput"),
+    "pipelines": ("NextFlowTextToImagePipeline",),
+    "processing_nextflow": ("NextFlowProcessor",),
+    "scale_schedule": ("ScaleSchedule", "aspect_buckets", "nearest_bucket", "nearest_sizes"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def tiny_checkpoint() -> Path:
+    """The folder of nextflow-tiny, the small trained checkpoint that ships with the package.
+
+    It is a plain transformers checkpoint: 128 x 128 pixels, text to image, for trying things out and for tests.
+
+    Raises:
+        `FileNotFoundError`: if the package was installed without its data.
+    """
+    path = Path(__file__).parent / "checkpoints" / "nextflow-tiny"
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f'nextflow-tiny is missing: there is no checkpoint in "{path}". Reinstall transformers-nextflow with its '
+            "package data, or train the checkpoint with `python examples/train_tiny.py`."
+        )
+    return path
+
+
+_registration.register(sys.modules[__name__])

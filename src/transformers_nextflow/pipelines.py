@@ -1,0 +1,5 @@
+"""transformers pipelines of NextFlow."""
+
+
+def register_pipelines(registry) -> None:
+    pass
