@@ -72,15 +72,15 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(f'--output "{output}": {ending}; name it like "{output.with_suffix(".png")}"')
     if output.is_dir():
         raise ValueError(f'--output "{output}" is a folder; name a file in it')
-    for folder in filter(None, (output.parent, arguments.steps_dir)):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise ValueError(f'cannot write into the folder "{folder}"')
     if arguments.height and arguments.width and arguments.num_scales is None:
         ScaleSchedule.from_size(arguments.height, arguments.width)
     model = arguments.model
     if model is not None and not os.path.isdir(model) and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
         raise ValueError(f'--model "{model}" is neither a folder nor the name of a Hub repository (owner/name)')
+    for folder in filter(None, (output.parent, arguments.steps_dir)):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f'cannot write into the folder "{folder}"')
 
 
 def load_pipeline(arguments: argparse.Namespace):
@@ -102,9 +102,8 @@ def load_pipeline(arguments: argparse.Namespace):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f'--device "{device}" cannot be used here: {str(error).splitlines()[0]}') from error
     dtype = arguments.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
-    pipe = NextFlowPipeline.from_pretrained(arguments.model or tiny_checkpoint(), dtype=getattr(torch, dtype)).to(
-        device
-    )
+    checkpoint = arguments.model or tiny_checkpoint()
+    pipe = NextFlowPipeline.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).to(device)
     pipe.set_progress_bar_config(bar_format="{desc} |{bar:24}| {elapsed}", disable=arguments.quiet or None)
     return pipe
 
@@ -115,8 +114,8 @@ def draw(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    seed = random.randrange(2**31) if arguments.seed is None else arguments.seed
-    seeds = [seed + index for index in range(arguments.num_images)]
+    first_seed = random.randrange(2**31) if arguments.seed is None else arguments.seed
+    seeds = range(first_seed, first_seed + arguments.num_images)
     endings = [""] if len(seeds) == 1 else [f"_{index}" for index in range(len(seeds))]
 
     def save_previews(pipe, step, timestep, tensors):
@@ -157,6 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # what a shell says of a program that Ctrl-C ended
     return 0
 
 

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import diffusers
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -70,11 +70,14 @@ class NextFlowPipeline(DiffusionPipeline):
     ```
     """
 
-    model_cpu_offload_seq = "model->image_tokenizer"
-    _optional_components: ClassVar[list[str]] = ["diffusion_decoder", "scheduler"]
-    # Sequential offload fetches weights when a sub-module's `forward` runs; the quantizer reads its codebooks directly.
-    _exclude_from_cpu_offload: ClassVar[list[str]] = ["image_tokenizer"]
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "codes"]
+    model: NextFlowForCausalLM
+    image_tokenizer: NextFlowImageTokenizer
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: ImageProcessingMixin
+
+    model_cpu_offload_seq = "model->image_tokenizer"  # type: ignore[assignment]
+    _optional_components = ["diffusion_decoder", "scheduler"]  # noqa: RUF012 (a list in the base class)
+    _callback_tensor_inputs = ("latents", "codes")
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class NextFlowPipeline(DiffusionPipeline):
         )
         self._postprocessor = VaeImageProcessor()
         self._interrupt = False
-        self._schedule = ScaleSchedule()
+        self._schedule = ScaleSchedule(num_scales=model.config.num_scales)
 
     @property
     def interrupt(self) -> bool:
@@ -112,18 +115,19 @@ class NextFlowPipeline(DiffusionPipeline):
 
     @property
     def schedule(self) -> ScaleSchedule:
-        """The scales of the images that are being drawn, or were drawn last."""
+        """The scales of the images that are being drawn, or were drawn last (at first: of the largest square)."""
         return self._schedule
 
     # Loading and saving
 
     @classmethod
-    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs):
         """As diffusers', but a plain transformers checkpoint, which has no `model_index.json`, is welcome too."""
-        folder = Path(pretrained_model_name_or_path)
+        path = Path(pretrained_model_name_or_path)
+        folder = path.parent if path.name == cls.config_name else path  # `download` asks for the file in the cache
         if folder.is_dir() and not (folder / cls.config_name).is_file():
             return _index_of_transformers_checkpoint(folder)
-        return super().load_config(pretrained_model_name_or_path, **kwargs)
+        return super().load_config(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str | os.PathLike:
@@ -137,17 +141,16 @@ class NextFlowPipeline(DiffusionPipeline):
                 pretrained_model_name, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"], **known
             )
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As diffusers'; a `ValueError` where an adapter would be lost or saved without its base."""
         for name, component in self.components.items():
-            if type(component).__module__.split(".")[0] == "peft" or getattr(
-                component, "_hf_peft_config_loaded", False
-            ):
+            wrapped = type(component).__module__.split(".")[0] == "peft"
+            if wrapped or getattr(component, "_hf_peft_config_loaded", False):
                 raise ValueError(
                     f"`{name}` carries a PEFT adapter, which a pipeline cannot save. Merge it first: "
                     f"`pipe.{name} = pipe.{name}.merge_and_unload()`; or save the adapter by itself."
                 )
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     # Generating
 
@@ -167,7 +170,7 @@ class NextFlowPipeline(DiffusionPipeline):
         image_top_k: int | list[int] | None = None,
         image_top_p: float | list[float] | None = None,
         output_type: str = "pil",
-        callback_on_step_end: Callable[["NextFlowPipeline", int, int, dict], dict | None] | None = None,
+        callback_on_step_end: Callable[["NextFlowPipeline", int, int, dict[str, torch.Tensor]], Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
     ) -> NextFlowPipelineOutput | tuple:
@@ -225,7 +228,7 @@ class NextFlowPipeline(DiffusionPipeline):
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, but may only hold "
-                f"{self._callback_tensor_inputs}."
+                f"{list(self._callback_tensor_inputs)}."
             )
 
         self._interrupt = False
@@ -241,16 +244,13 @@ class NextFlowPipeline(DiffusionPipeline):
             progress_bar.set_description(f"scale {step + 1}/{schedule.num_scales} · {h}x{w}", refresh=False)
             progress_bar.update()
             if callback_on_step_end is not None:
-                tensors = {"codes": codes}
-                if "latents" in callback_on_step_end_tensor_inputs:
-                    tensors["latents"] = self._codes_to_latents(codes)
-                callback_on_step_end(
-                    self, step, step, {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                )
+                makers = {"latents": self._codes_to_latents, "codes": lambda codes: codes}
+                tensors = {name: makers[name](codes) for name in callback_on_step_end_tensor_inputs}
+                callback_on_step_end(self, step, step, tensors)
             if self._interrupt:
                 raise _Interrupted
 
-        with self.progress_bar(total=self.model.config.num_scales) as progress_bar, suppress(_Interrupted):
+        with self.progress_bar(total=self._schedule.num_scales) as progress_bar, suppress(_Interrupted):
             self.model.generate(
                 **inputs,
                 generation_mode="image",
@@ -290,8 +290,8 @@ class NextFlowPipeline(DiffusionPipeline):
         """Raw prompts, padded on the left; `generate` puts `<boi>` behind them."""
         inputs = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
         config = self.model.config
-        marks = torch.tensor([config.boi_token_id, config.eoi_token_id, config.image_token_id])
-        if torch.isin(inputs.input_ids, marks).any():
+        marks = [config.boi_token_id, config.eoi_token_id, config.image_token_id]
+        if torch.isin(inputs.input_ids, torch.tensor(marks)).any():
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(marks))
             raise ValueError(f"A prompt is plain text: it must not hold any of {names}, which mark images.")
         return inputs.to(self._execution_device)
@@ -339,6 +339,7 @@ def _index_of_transformers_checkpoint(folder: Path) -> dict[str, Any]:
     }
 
 
-diffusers.NextFlowPipeline = NextFlowPipeline  # where `DiffusionPipeline.from_pretrained` looks for a pipeline's class
+# Where `DiffusionPipeline.from_pretrained` looks for a pipeline's class.
+diffusers.NextFlowPipeline = NextFlowPipeline  # type: ignore[attr-defined]
 
 __all__ = ["NextFlowPipeline", "NextFlowPipelineOutput"]

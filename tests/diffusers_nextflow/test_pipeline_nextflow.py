@@ -3,14 +3,15 @@
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from diffusers_nextflow import NextFlowPipeline, NextFlowPipelineOutput, pipeline_nextflow
+from diffusers_nextflow import NextFlowPipeline, NextFlowPipelineOutput
 from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizer, ScaleSchedule
 
 PROMPT = "a red circle"
@@ -76,51 +77,57 @@ def test_an_incomplete_checkpoint_is_named(missing, tiny_random_checkpoint, tmp_
         NextFlowPipeline.from_pretrained(folder)
 
 
-class Hub:
-    """Stands in for the Hub: one repository, which is a folder."""
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub with one repository: `hub(folder)` publishes a folder, and returns the list of what is fetched whole."""
 
-    def __init__(self, folder):
-        self.folder = folder
-        self.siblings = [
-            type("File", (), {"rfilename": file.relative_to(folder).as_posix()})
-            for file in folder.rglob("*")
-            if file.is_file()
-        ]
+    def publish(folder, online=True):
+        names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        fetched = []
 
-    def hf_hub_download(self, repository, filename, **kwargs):
-        if not (self.folder / filename).is_file():
-            raise EntryNotFoundError(filename)
-        return str(self.folder / filename)
+        def model_info(repository, **kwargs):
+            if not online:
+                raise OfflineModeIsEnabled
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+        def hf_hub_download(repository, filename, **kwargs):
+            if filename not in names:
+                raise EntryNotFoundError(filename) if online else LocalEntryNotFoundError(filename)
+            return str(folder / filename)
+
+        def snapshot_download(repository, **kwargs):
+            fetched.append(kwargs)
+            return str(folder)
+
+        for module in ("diffusers.pipelines.pipeline_utils", "diffusers_nextflow.pipeline_nextflow"):
+            for function in (model_info, hf_hub_download, snapshot_download):
+                monkeypatch.setattr(f"{module}.{function.__name__}", function, raising=False)
+        monkeypatch.setattr(
+            "diffusers.pipelines.pipeline_utils._resolve_revision", lambda *args, revision, **kwargs: revision
+        )
+        return fetched
+
+    return publish
 
 
 @pytest.mark.parametrize("loader", [NextFlowPipeline, DiffusionPipeline])
-def test_a_pipeline_on_the_hub_loads(loader, pipe, diffusers_folder, monkeypatch):
-    hub = Hub(diffusers_folder)
-    monkeypatch.setattr("diffusers.pipelines.pipeline_utils._resolve_revision", lambda *args, **kwargs: None)
-    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.model_info", lambda *args, **kwargs: hub)
-    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.hf_hub_download", hub.hf_hub_download)
+def test_a_pipeline_on_the_hub_loads(loader, pipe, diffusers_folder, hub):
+    hub(diffusers_folder)
     loaded = loader.from_pretrained("somebody/a-pipeline")
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(draw(loaded), draw(pipe))
 
 
-def test_a_transformers_checkpoint_on_the_hub_loads(pipe, tiny_random_checkpoint, monkeypatch):
-    hub, fetched = Hub(tiny_random_checkpoint), []
-
-    def snapshot_download(repository, **kwargs):
-        fetched.append((repository, kwargs["revision"], kwargs["allow_patterns"]))
-        return str(hub.folder)
-
-    monkeypatch.setattr("diffusers.pipelines.pipeline_utils._resolve_revision", lambda *args, **kwargs: None)
-    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.model_info", lambda *args, **kwargs: hub)
-    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.hf_hub_download", hub.hf_hub_download)
-    monkeypatch.setattr(pipeline_nextflow, "snapshot_download", snapshot_download)
+@pytest.mark.parametrize("online", [True, False])
+def test_a_transformers_checkpoint_on_the_hub_loads(online, pipe, tiny_random_checkpoint, hub):
+    fetched = hub(tiny_random_checkpoint, online)
     loaded = NextFlowPipeline.from_pretrained("somebody/a-checkpoint", revision="v1")
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(draw(loaded), draw(pipe))
-    [(repository, revision, patterns)] = fetched
-    assert (repository, revision) == ("somebody/a-checkpoint", "v1")
-    assert not any(pattern.endswith((".bin", ".py")) for pattern in patterns)
+    [arguments] = fetched
+    assert arguments["revision"] == "v1"
+    if online:
+        assert not any(pattern.endswith((".bin", ".py")) for pattern in arguments["allow_patterns"])
 
 
 @pytest.mark.parametrize("layout", ["tiny_random_checkpoint", "diffusers_folder"])
