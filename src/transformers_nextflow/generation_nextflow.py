@@ -39,6 +39,7 @@ IGNORED_IN_IMAGE_MODE = frozenset(
         "stop_strings",
         "tokenizer",
         "synced_gpus",
+        "disable_compile",
     }
 )
 
@@ -213,7 +214,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
         def setting(name, default=None):
             return self._setting(name, settings.pop(name, None), generation_config, default)
 
-        schedule = self._image_schedule(setting("height"), setting("width"), setting("num_scales"))
+        size = {name: settings.pop(name, None) for name in ("height", "width", "num_scales")}
+        schedule = self._image_schedule(size, generation_config)
         plan = sampling_plan(
             schedule.num_scales,
             self.config.visual_codebook_size,
@@ -350,10 +352,19 @@ class NextFlowGenerationMixin(_GenerationMixin):
                 on_scale_end(step, schedule, codes)
         return codes
 
-    def _image_schedule(self, height: int | None, width: int | None, num_scales: int | None) -> ScaleSchedule:
+    def _image_schedule(
+        self, given: dict[str, int | None], generation_config: GenerationConfig | None
+    ) -> ScaleSchedule:
+        height = width = num_scales = None
+        stored = [vars(config) for config in (generation_config, self.generation_config) if config is not None]
+        for settings in (given, *stored):
+            num_scales = settings.get("num_scales") if num_scales is None else num_scales
+            height, width = settings.get("height"), settings.get("width")
+            if height is not None or width is not None:
+                break  # a size asked for must not meet a number of scales stored for another
+        limit = self.config.num_scales
         if (height is None) != (width is None):
             raise ValueError(f"Pass `height` and `width` together, but got height {height} and width {width}.")
-        limit = self.config.num_scales
         if height is None or width is None:
             schedule = ScaleSchedule(num_scales=limit if num_scales is None else num_scales)
         else:
@@ -516,7 +527,11 @@ class NextFlowGenerationMixin(_GenerationMixin):
     def _generate_text(self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, **kwargs):
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         if ids is not None:
-            pad_token_id = self._setting("pad_token_id", kwargs.get("pad_token_id"), generation_config)
+            pad_token_id, eos_token_id = (
+                self._setting(name, kwargs.get(name), generation_config) for name in ("pad_token_id", "eos_token_id")
+            )
+            if pad_token_id == eos_token_id:
+                pad_token_id = None  # a prompt may end with it
             check_left_padded(ids, kwargs.get("attention_mask"), pad_token_id)
             self._check_context(ids.shape[-1], 1)
         # A stored `guidance_scale` is for images; transformers would guide the text with it.

@@ -105,8 +105,9 @@ def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale
 def find_candidates(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """The codes that may be drawn at each position: top-k first, then top-p of what is left.
 
-    Of codes that tie for the last of the `top_k` places some are left out, so that exactly `top_k` stay. Top-p keeps a
-    code if the likelier ones together have less than `top_p`; the likeliest always stays.
+    All codes that tie for the last of the `top_k` places stay, as in VAR and transformers: which of them a sort puts
+    first depends on the machine. Top-p keeps a code if the likelier ones together have less than `top_p`; the
+    likeliest always stays.
 
     Args:
         logits (`torch.Tensor` of shape `(..., K)`): Logits, any temperature applied.
@@ -114,11 +115,16 @@ def find_candidates(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) ->
         top_p (`float`, *optional*, defaults to 1.0): 1 for no limit.
 
     Returns:
-        `logits` `(..., k)`, best first, `-inf` where top-p cuts off, and the codes `(..., k)` int64 they belong to. k
-        is `top_k`, or K without it.
+        `logits` `(..., k)`, best first, `-inf` where a code is cut off, and the codes `(..., k)` int64 they belong to.
+        k is `top_k` or, with ties, a little more; K without it.
     """
-    # Both lists are sorted, so top-p costs no second sort: with a small `top_k` this is most of sampling's time.
-    candidates, codes = logits.topk(top_k or logits.shape[-1])
+    num_candidates = logits.shape[-1]
+    if top_k:
+        # Sorting all K codes for top-p would be most of sampling's time.
+        last = logits.topk(top_k).values[..., -1:]
+        num_candidates = int((logits >= last).sum(-1).max())
+        logits = logits.masked_fill(logits < last, -torch.inf)
+    candidates, codes = logits.topk(num_candidates)
     if top_p < 1:
         probabilities = candidates.softmax(-1)
         likelier = probabilities.cumsum(-1) - probabilities
