@@ -9,16 +9,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-
 def chunk_rows(vocab_size: int) -> int:
     """Rows of a chunk: few enough that the logits stay in a CPU's cache, enough for full-speed matrix products."""
     return max(256, 2**23 // vocab_size)
 
 
 def is_plain_linear(head: nn.Module) -> bool:
-    """Whether a head is its weight and nothing else (no LoRA, quantisation, tensor parallelism or offloading)."""
+    """Whether a head is its weight and nothing else: no LoRA, quantisation, sharding, offloading or hooks."""
     return (
-        type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter and not head.weight.is_meta
+        type(head) is nn.Linear
+        and type(head.weight) is nn.Parameter
+        and head.bias is None
+        and not head.weight.is_meta
+        and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
     )
 
 

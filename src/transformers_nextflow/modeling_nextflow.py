@@ -1,6 +1,11 @@
-"""NextFlow's language model: one decoder-only transformer over text ids and visual codes (arXiv 2601.02204)."""
+"""NextFlow's language model: one decoder-only transformer over text ids and visual codes (arXiv 2601.02204).
+
+Letters: B rows, L slots a row, H hidden size, D width of a code vector, G images of one schedule, n codes, S scales.
+"""
+# ruff: noqa: RUF012 (class attributes have the base classes' types)
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +32,45 @@ from .scale_schedule import ScaleSchedule
 from .token_layout import ImageGroup, code_coordinates, find_image_groups, get_token_layout, scale_loss_weights
 
 
+def scale_feature_maps(
+    vectors: torch.Tensor, schedule: ScaleSchedule, scales: range, accumulated: bool = False
+) -> torch.Tensor:
+    """What the codes before a scale tell about it: the maps that the connector turns into input slots.
+
+    Residual (NextFlow): the code vectors of scale s - 1, resized to the grid of s. Accumulated (TokenFlow): the map of
+    scale s - 1 and its code vectors, summed and resized to the grid of s, from scale to scale.
+
+    Args:
+        vectors (`torch.FloatTensor` of shape `(G, n, D)`):
+            Code vectors of consecutive scales: from scale 0 on if `accumulated`, else from `scales.start - 1` on.
+        schedule (`ScaleSchedule`): The images' schedule.
+        scales (`range`): The scales to make maps for, the first at least 1.
+        accumulated (`bool`, *optional*, defaults to `False`): Which of the two.
+
+    Returns:
+        `torch.FloatTensor` of shape `(G, sum of n_s over scales, D)`.
+    """
+    first = 0 if accumulated else scales.start - 1
+    maps = [vectors[:, :0]]
+    resized = vectors.new_zeros(())
+    for s in range(first + 1, scales.stop):
+        start, stop = (offset - schedule.offsets[first] for offset in schedule.offsets[s - 1 : s + 1])
+        previous = vectors[:, start:stop].transpose(1, 2).unflatten(-1, schedule.grids[s - 1])
+        if accumulated:
+            previous = previous + resized
+        resized = F.interpolate(previous, schedule.grids[s], mode="bicubic", align_corners=False)
+        if s in scales:
+            maps.append(resized.flatten(2).transpose(1, 2))
+    return torch.cat(maps, dim=1)
+
+
 class NextFlowPreTrainedModel(PreTrainedModel):
     """Weight initialisation, loading and the flags that transformers reads."""
 
     config_class = NextFlowConfig
     base_model_prefix = "model"
     input_modalities = ("text", "image")
-    output_modalities = ("text", "image")
+    output_modalities = ("text", "image")  # type: ignore[assignment]  # a tuple upstream, too
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen2_5_VLDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -47,9 +84,61 @@ class NextFlowPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, NextFlowModel):
-            # A row of the codebook is two unit vectors; the first layer keeps that spread.
+            # A row of the codebook is two unit vectors; the connector's first layer keeps their spread.
             init.normal_(module.visual_codebook.weight, std=math.sqrt(2 / self.config.visual_code_dim))
             init.normal_(module.connector[0].weight, std=1 / math.sqrt(self.config.visual_code_dim))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As in transformers, but nothing is left to chance: every weight must be in the checkpoint, at its full size.
+
+        Raises:
+            `ValueError`: if weights are missing or of another size (pass `ignore_mismatched_sizes=True` to initialise
+            the latter anew), or if the checkpoint holds pickled weights only.
+        """
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+        if not kwargs["use_safetensors"]:
+            raise ValueError("NextFlow loads safetensors only (pickled weights can run code): drop `use_safetensors`.")
+        accept_mismatches = kwargs.pop("ignore_mismatched_sizes", False)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
+            )
+        except OSError as error:
+            folder = Path(pretrained_model_name_or_path or "") / (kwargs.get("subfolder") or "")
+            if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+                raise ValueError(
+                    f'"{folder}" holds pickled weights (*.bin) only, and NextFlow loads safetensors only. Load them '
+                    "where you trust them and write them again with `save_pretrained`."
+                ) from error
+            raise
+        if info["missing_keys"]:
+            raise ValueError(
+                f'"{pretrained_model_name_or_path}" is not a whole {cls.__name__} checkpoint. Missing weights: '
+                f"{', '.join(sorted(info['missing_keys']))}. (`{cls.__name__}(config)` makes a new model.)"
+            )
+        if info["mismatched_keys"] and not accept_mismatches:
+            sizes = ", ".join(
+                f"{name} has {tuple(found)} instead of {tuple(expected)}"
+                for name, found, expected in sorted(info["mismatched_keys"])
+            )
+            raise ValueError(
+                f'Weights in "{pretrained_model_name_or_path}" don\'t have the sizes that its config states: {sizes}. '
+                "Check `text_vocab_size` and `visual_codebook_size`, or convert the checkpoint again."
+            )
+        return (model, info) if output_loading_info else model
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Refused: ids are laid out as text, then visual codes, so new text rows would shift every visual id."""
+        raise ValueError(
+            "NextFlow's vocabulary can't be resized: visual ids follow the text ids. `text_vocab_size` has unused ids "
+            "for new tokens, as Qwen's vocabulary has."
+        )
 
 
 class NextFlowModel(NextFlowPreTrainedModel):
@@ -57,13 +146,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
     def __init__(self, config: NextFlowConfig):
         super().__init__(config)
-        if "sliding_attention" in config.layer_types:
+        if config.use_sliding_window:
             raise ValueError("NextFlow attends to whole images: `use_sliding_window` must be False.")
         # Visual ids have no row: they enter through the codebook and the connector.
         self.embed_tokens = nn.Embedding(config.text_vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(Qwen2_5_VLDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen2_5_VLRotaryEmbedding(config)
+        self.rotary_emb = Qwen2_5_VLRotaryEmbedding(config)  # type: ignore[arg-type]  # it reads text fields only
         self.visual_codebook = nn.Embedding(config.visual_codebook_size, config.visual_code_dim)
         self.connector = nn.Sequential(
             nn.Linear(config.visual_code_dim, config.hidden_size),
@@ -116,39 +205,41 @@ class NextFlowModel(NextFlowPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
 
-        block_ids, image_groups = None, []
+        block_ids = text_position_ids = None
         if scale_index is not None:
-            inputs_embeds = self._embed_scale(input_ids, image_grid_shw, scale_index)
+            hidden_states = self._embed_scale(input_ids, image_grid_shw, scale_index)
             if position_ids is None:
                 raise ValueError("A scale step needs `position_ids`; `scale_position_ids` makes them.")
         elif input_ids is not None:
             own_mask = _mask_of_last(attention_mask, input_ids.shape[1])
             image_groups = self._find_images(input_ids, image_grid_shw, own_mask)
-            inputs_embeds = self._embed(input_ids, image_groups)
+            hidden_states = self._embed(input_ids, image_groups)
             if image_groups:
                 layout = get_token_layout(input_ids, image_groups, own_mask, float(self.config.rope_spatial_range))
                 block_ids = layout.block_ids
                 if position_ids is None:
                     position_ids = layout.position_ids + num_past
+        else:
+            assert inputs_embeds is not None  # checked above; for the type checker
+            hidden_states = inputs_embeds
+
         if position_ids is None:
-            position_ids = _text_position_ids(inputs_embeds, attention_mask, num_past)
+            position_ids = _text_position_ids(hidden_states, attention_mask, num_past)
         elif position_ids.ndim == 2:
             position_ids = position_ids.expand(3, *position_ids.shape)
-        text_position_ids = None
-        if position_ids.shape[0] == 4:
+        elif position_ids.shape[0] == 4:
             text_position_ids, position_ids = position_ids[0], position_ids[1:]
 
         if isinstance(attention_mask, dict):
             mask = attention_mask["full_attention"]
         elif scale_index is not None:
-            mask = self._scale_step_mask(inputs_embeds, attention_mask, past_key_values, num_past)
+            mask = self._scale_step_mask(hidden_states, attention_mask, past_key_values, num_past)
             kwargs["is_causal"] = False  # or SDPA would take "no mask" for "causal" and use the first n_s keys only
         else:
             mask = self._causal_mask(
-                inputs_embeds, attention_mask, past_key_values, num_past, text_position_ids, block_ids
+                hidden_states, attention_mask, past_key_values, num_past, text_position_ids, block_ids
             )
 
-        hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
             hidden_states = layer(
@@ -203,17 +294,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
         embeds = self.embed_tokens(input_ids.masked_fill(is_code, self.config.eoi_token_id))
         if not image_groups:
             return embeds
-        slots, features = [], []
+        features = []
         for group in image_groups:
-            codes = input_ids.flatten()[group.slots] - self.config.text_vocab_size
-            maps = self._feature_maps(codes, group.schedule, range(1, group.num_scales))
-            if maps is not None:
-                slots.append(group.feature_slots.flatten())
-                features.append(self._project(maps, group.schedule, range(1, group.num_scales)).flatten(0, 1))
-        if not slots:
-            return embeds
-        embeds_of_all = embeds.flatten(0, 1)
-        return embeds_of_all.index_copy(0, torch.cat(slots), torch.cat(features).to(embeds.dtype)).view_as(embeds)
+            seen = group.slots[:, : group.schedule.offsets[group.num_scales - 1]]  # the last scale is never an input
+            codes = input_ids.flatten()[seen] - self.config.text_vocab_size
+            features.append(self._features(codes, group.schedule, range(1, group.num_scales)).flatten(0, 1))
+        slots = torch.cat([group.feature_slots.flatten() for group in image_groups])
+        return embeds.flatten(0, 1).index_copy(0, slots, torch.cat(features).to(embeds.dtype)).view_as(embeds)
 
     def _embed_scale(
         self, input_ids: torch.Tensor | None, image_grid_shw: torch.Tensor | None, scale_index: int
@@ -246,53 +333,23 @@ class NextFlowModel(NextFlowPreTrainedModel):
             raise ValueError(
                 f"A scale step takes visual ids only, {self.config.text_vocab_size} to {self.config.vocab_size - 1}."
             )
-        scales = range(scale_index, scale_index + 1)
-        maps = self._feature_maps(codes, schedule, scales, first)
-        return self._project(maps, schedule, scales)
+        return self._features(codes, schedule, range(scale_index, scale_index + 1))
 
-    def _feature_maps(
-        self, codes: torch.Tensor, schedule: ScaleSchedule, scales: range, first: int = 0
-    ) -> torch.Tensor | None:
-        """What the codes tell about `scales` before the connector.
-
-        Args:
-            codes (`torch.LongTensor` of shape `(G, n)`): Codes from scale `first` on, up to the one before the last of
-                `scales` at least.
-            scales (`range`): The scales to make features for, each at least 1.
-
-        Returns:
-            `torch.FloatTensor` of shape `(G, sum of n_s over scales, visual_code_dim)`; None if `scales` is empty.
-        """
-        if not scales:
-            return None
-        # Bicubic resizing of low-precision maps loses what the code vectors were trained to hold.
+    def _features(self, codes: torch.Tensor, schedule: ScaleSchedule, scales: range) -> torch.Tensor:
+        """Input slots of `scales` from the codes before them: `(G, n)` -> `(G, sum of n_s over scales, H)`."""
+        # In fp32: resizing in low precision would lose what the codes tell apart.
         vectors = self.visual_codebook(codes).float()
-        accumulated = self.config.visual_feature_mode == "accumulated"
-        maps, running = [], None
-        for s in range(1 if accumulated else scales.start, scales.stop):
-            cells = slice(*(offset - schedule.offsets[first] for offset in schedule.offsets[s - 1 : s + 1]))
-            previous = vectors[:, cells].transpose(1, 2).unflatten(-1, schedule.grids[s - 1])
-            if accumulated and running is not None:
-                previous = running + previous
-            running = F.interpolate(previous, schedule.grids[s], mode="bicubic", align_corners=False)
-            if s in scales:
-                maps.append(running.flatten(2).transpose(1, 2))
-        return torch.cat(maps, dim=1)
-
-    def _project(self, maps: torch.Tensor, schedule: ScaleSchedule, scales: range) -> torch.Tensor:
-        """Feature maps `(G, n, visual_code_dim)` -> input slots `(G, n, H)`, with scale and scale-length embeddings."""
+        maps = scale_feature_maps(vectors, schedule, scales, self.config.visual_feature_mode == "accumulated")
         cells = slice(schedule.offsets[scales.start], schedule.offsets[scales.stop])
-        scale_of_code = code_coordinates(schedule)[0][cells].to(maps.device)
-        features = self.connector(maps.to(self.connector[0].weight.dtype))
-        scale_length = self._scale_length_embedding(schedule.num_scales).to(features)
-        return features + self.scale_embedding(scale_of_code) + scale_length
+        scale_of_code = code_coordinates(schedule)[0][cells].to(codes.device)
+        features = self.connector(maps.to(self.scale_embedding.weight.dtype)) + self.scale_embedding(scale_of_code)
+        return features + self._scale_length_embedding(schedule.num_scales).to(features)
 
     def _scale_length_embedding(self, num_scales: int) -> torch.Tensor:
         """Sinusoidal embedding `(H,)` of an image's number of scales, as wide as a freshly made embedding."""
         half = self.config.hidden_size // 2
         angles = num_scales * 10000.0 ** (-torch.arange(half, dtype=torch.float32) / half)
-        embedding = math.sqrt(2) * self.config.initializer_range * torch.cat([angles.sin(), angles.cos()])
-        return F.pad(embedding, (0, self.config.hidden_size - 2 * half))
+        return math.sqrt(2) * self.config.initializer_range * torch.cat([angles.sin(), angles.cos()])
 
     def _scale_step_mask(self, inputs_embeds, attention_mask, past_key_values, num_past):
         """No mask when every cached slot is real, so that fused kernels run."""
@@ -313,9 +370,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if block_ids is not None:
             if is_flash_attention_requested(self.config):
                 raise ValueError(
-                    f'attn_implementation="{self.config._attn_implementation}" can\'t let the slots of one scale see each '
-                    'other, which sequences with images need. Use "sdpa" or "flex_attention" (scale steps with a cache '
-                    "run on flash attention)."
+                    f'attn_implementation="{self.config._attn_implementation}" can\'t let the slots of one scale see '
+                    'each other, as sequences with images need. Use "sdpa" or "flex_attention". (Text, and scale steps '
+                    "with a cache, do run on flash attention.)"
                 )
             block_ids = F.pad(block_ids, (int(num_past), 0), value=-1)
         return create_causal_mask(
@@ -328,11 +385,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
         )
 
 
-class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
+class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # type: ignore[misc]  # both name `config`
     """NextFlow with its one output head over text and visual ids."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # as in transformers
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: NextFlowConfig):
@@ -357,9 +414,37 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         visual_logits: bool = False,
         skip_logits: bool | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        r"""
+        Args:
+            labels (`torch.LongTensor` of shape `(B, L)`, *optional*):
+                Token-view ids to predict, -100 where nothing is; `labels=input_ids` works, the shift is made here. The
+                loss is the mean cross-entropy in which the scales of each image weigh `1 / (h_s * w_s) ** alpha`,
+                normalised within the image (`config.scale_reweight_alpha`; 0 gives the stock loss).
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Compute only the last `logits_to_keep` logits (0: all), or those at the given places.
+            visual_logits (`bool`, *optional*, defaults to `False`):
+                Return `(B, L, visual_codebook_size)` logits, of the visual ids only.
+            skip_logits (`bool`, *optional*):
+                Whether to return no logits beside a loss. By default they are left out in training mode: the loss is
+                computed in chunks that never hold them all.
+            shift_labels (`torch.LongTensor` of shape `(B, L)`, *optional*):
+                Labels that are shifted already; used instead of `labels`.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*):
+                What the sum of the losses is divided by; by default the number of predicted tokens.
+
+        The other arguments are [`NextFlowModel.forward`]'s.
+
+        Example:
+
+        ```python
+        >>> outputs = model(input_ids, image_grid_shw=torch.tensor([[8, 16, 16]]), labels=input_ids)
+        >>> outputs.loss.backward()
+        ```
+        """
         outputs = self.model(
             input_ids=input_ids,
             image_grid_shw=image_grid_shw,
@@ -371,13 +456,16 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
             scale_index=scale_index,
             **kwargs,
         )
+        hidden_states = outputs.last_hidden_state
         loss = logits = None
-        if labels is not None:
-            loss = self._loss(
-                outputs.last_hidden_state, labels, input_ids, image_grid_shw, attention_mask, num_items_in_batch
-            )
-        if labels is None or not (self.training if skip_logits is None else skip_logits):
-            hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        targets: torch.Tensor | None = shift_labels
+        if targets is None and labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if targets is not None:
+            weights = self._token_weights(input_ids, image_grid_shw, attention_mask)
+            loss = self._loss(hidden_states, targets.to(hidden_states.device), weights, num_items_in_batch)
+        if loss is None or not (self.training if skip_logits is None else skip_logits):
+            hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)
             logits = self._visual_head(hidden_states) if visual_logits else self.lm_head(hidden_states)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -387,20 +475,23 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _loss(self, hidden_states, labels, input_ids, image_grid_shw, attention_mask, num_items_in_batch):
-        """Stock shifted cross-entropy, with the scales of every image reweighted."""
-        targets = labels[:, 1:].to(hidden_states.device)
+    def _token_weights(self, input_ids, image_grid_shw, attention_mask) -> torch.Tensor | None:
+        """Weight `(B, L)` of predicting each token; None when all are 1."""
+        alpha = float(self.config.scale_reweight_alpha)
+        if image_grid_shw is None or alpha == 0:
+            return None
+        groups = self.model._find_images(input_ids, image_grid_shw, _mask_of_last(attention_mask, input_ids.shape[1]))
+        return scale_loss_weights(groups, input_ids.shape, input_ids.device, alpha)
+
+    def _loss(self, hidden_states, targets, weights, num_items_in_batch) -> torch.Tensor:
+        """Stock shifted cross-entropy, with a weight a token."""
         predicts = targets != -100
-        weights = None
-        if self.config.scale_reweight_alpha != 0 and image_grid_shw is not None:
-            own_mask = _mask_of_last(attention_mask, labels.shape[1])
-            groups = self.model._find_images(input_ids, image_grid_shw, own_mask)
-            alpha = float(self.config.scale_reweight_alpha)
-            weights = scale_loss_weights(groups, labels.shape, hidden_states.device, alpha)[:, 1:][predicts]
+        if weights is not None:
+            weights = F.pad(weights[:, 1:], (0, 1)).to(predicts.device)[predicts]
         total = head_cross_entropy(
-            self.lm_head, hidden_states[:, :-1][predicts], targets[predicts], self.config.vocab_size, weights
+            self.lm_head, hidden_states[predicts], targets[predicts], self.config.vocab_size, weights
         )
-        return total / (predicts.sum() if num_items_in_batch is None else num_items_in_batch)
+        return total / (predicts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
     def _visual_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits of the visual rows only; the text rows are multiplied only where the head can't be cut."""

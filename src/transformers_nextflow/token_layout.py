@@ -23,7 +23,7 @@ class ImageGroup(NamedTuple):
     Args:
         schedule (`ScaleSchedule`): The whole schedule, as `image_grid_shw` states it.
         num_scales (`int`): How many of its scales the sequences hold.
-        slots (`torch.LongTensor` of shape `(G, n)`): Where the codes stand, as indices into the flattened `(B * L)` ids.
+        slots (`torch.LongTensor` of shape `(G, n)`): Where the codes stand, in the ids flattened to `(B * L)`.
     """
 
     schedule: ScaleSchedule
@@ -109,7 +109,7 @@ def find_image_groups(
 
     Args:
         input_ids (`torch.LongTensor` of shape `(B, L)`): Token-view ids; ids from `text_vocab_size` on are visual.
-        image_grid_shw (`torch.LongTensor` of shape `(num_images, 3)`): One row an image, in reading order over the batch.
+        image_grid_shw (`torch.LongTensor` of shape `(num_images, 3)`): One row an image, in reading order.
         attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 0 where a slot is padding.
         text_vocab_size (`int`): The first visual id.
         boi_token_id (`int`): The id that opens an image.
@@ -119,8 +119,8 @@ def find_image_groups(
         `list[ImageGroup]`: one entry for each (schedule, number of scales present) that occurs.
 
     Raises:
-        `ValueError`: if codes don't follow a `<boi>`, if there are more or fewer images than grids, or if an image stops
-        inside a scale, is longer than its grid or has more scales than the model.
+        `ValueError`: if codes don't follow a `<boi>`, if there are more or fewer images than grids, or if an image
+        stops inside a scale, is longer than its grid or has more scales than the model.
     """
     if image_grid_shw.ndim != 2 or image_grid_shw.shape[-1] != 3:
         raise ValueError(
@@ -219,7 +219,9 @@ def get_token_layout(
     return TokenLayout(position_ids, block_ids, scale_index)
 
 
-def scale_loss_weights(image_groups: list[ImageGroup], shape: torch.Size, device: torch.device, alpha: float):
+def scale_loss_weights(
+    image_groups: list[ImageGroup], shape: torch.Size, device: torch.device, alpha: float
+) -> torch.Tensor:
     """Weight of every *token* in the loss (arXiv 2601.02204, scale reweighting).
 
     A code of scale s weighs `1 / (h_s * w_s) ** alpha`, normalised so that the weights of an image's codes sum to their
