@@ -38,6 +38,9 @@ class NextFlowImageTokenizerOutput(ModelOutput):
             Reconstruction (`forward` only).
         semantic_features (`torch.FloatTensor` of shape `(B, h * w, C)`, *optional*):
             Prediction of the teacher's features (`forward` only).
+        residual (`torch.FloatTensor` of shape `(B, D, h, w)`, *optional*):
+            What the codes leave of the features, with gradients (`forward` only). Penalise its square in training: the
+            codes hold directions only, and features that outgrow them cannot be told apart.
         codebook_loss (`torch.FloatTensor`, *optional*):
             Only in training mode.
         commitment_loss (`torch.FloatTensor`, *optional*):
@@ -50,6 +53,7 @@ class NextFlowImageTokenizerOutput(ModelOutput):
     image_grid_shw: torch.Tensor | None = None
     pixel_values: torch.Tensor | None = None
     semantic_features: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
     codebook_loss: torch.Tensor | None = None
     commitment_loss: torch.Tensor | None = None
 
@@ -332,24 +336,37 @@ class NextFlowImageTokenizer(PreTrainedModel):
         if not isinstance(pixel_values, torch.Tensor):
             return self._encode_list(list(pixel_values), image_grid_shw, self_correction, generator)
         schedule = self._check_images(pixel_values, image_grid_shw)
-        result = self.quantizer(
-            self.encode_features(pixel_values.to(self.device)),
-            schedule.grids,
-            self._self_correction() if self_correction else None,
-            generator,
-        )
+        features = self.encode_features(pixel_values.to(self.device))
+        return self.quantize(features, schedule, self_correction, generator)
+
+    @torch.no_grad()
+    def quantize(
+        self,
+        features: torch.Tensor,
+        schedule: ScaleSchedule | None = None,
+        self_correction: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> NextFlowImageTokenizerOutput:
+        """The second half of [`~NextFlowImageTokenizer.encode`]: codes of a joint feature map `(B, D, h, w)`."""
+        if schedule is None:
+            h, w = (side * self.config.stride for side in features.shape[-2:])
+            schedule = ScaleSchedule.from_size(h, w, stride=self.config.stride)
+        correction = self._self_correction() if self_correction else None
+        result = self.quantizer(features, schedule.grids, correction, generator)
         return NextFlowImageTokenizerOutput(
             codes=result.codes,
             target_codes=result.target_codes,
             quantized=result.quantized,
-            image_grid_shw=torch.tensor([schedule.grid_shw] * len(pixel_values), device=self.device),
+            image_grid_shw=torch.tensor([schedule.grid_shw] * len(features), device=features.device),
         )
 
     def _encode_list(self, images, image_grid_shw, self_correction, generator) -> NextFlowImageTokenizerOutput:
         if not images:
             raise ValueError("`pixel_values` is an empty list; give at least one image.")
         rows = [None] * len(images) if image_grid_shw is None else [row[None] for row in image_grid_shw]
-        encoded = [self.encode(image[None], row, self_correction, generator) for image, row in zip(images, rows, strict=True)]
+        encoded = [
+            self.encode(image[None], row, self_correction, generator) for image, row in zip(images, rows, strict=True)
+        ]
         return NextFlowImageTokenizerOutput(
             codes=[output.codes[0] for output in encoded],
             target_codes=[output.target_codes[0] for output in encoded],
@@ -404,10 +421,11 @@ class NextFlowImageTokenizer(PreTrainedModel):
             )
         return self.quantizer.decode(codes, schedule.grids, schedule.grids[-1])
 
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pixels `(B, 3, H, W)`, clamped to [-1, 1], of an accumulated quantized map `(B, D, h, w)`."""
+    def decode_latents(self, latents: torch.Tensor, clamp: bool = True) -> torch.Tensor:
+        """Pixels `(B, 3, H, W)` of an accumulated quantized map `(B, D, h, w)`, clamped to [-1, 1] unless for training."""
         pixel = latents[:, self.config.semantic_code_dim :].to(self.dtype)
-        return self.pixel_decoder(self.post_pixel_proj(pixel)).clamp(-1, 1)
+        pixel_values = self.pixel_decoder(self.post_pixel_proj(pixel))
+        return pixel_values.clamp(-1, 1) if clamp else pixel_values
 
     @torch.no_grad()
     def decode(
@@ -441,7 +459,9 @@ class NextFlowImageTokenizer(PreTrainedModel):
             return decoder(self.codes_to_latents(codes, image_grid_shw))
         rows = torch.as_tensor(image_grid_shw).reshape(-1, 3)
         if len(rows) != len(codes):
-            raise ValueError(f"Got {len(codes)} images' codes but {len(rows)} rows of `image_grid_shw`; give one a row.")
+            raise ValueError(
+                f"Got {len(codes)} images' codes but {len(rows)} rows of `image_grid_shw`; give one a row."
+            )
         return [decoder(self.codes_to_latents(image[None], row))[0] for image, row in zip(codes, rows, strict=True)]
 
     # Training
@@ -477,22 +497,27 @@ class NextFlowImageTokenizer(PreTrainedModel):
             nothing = pixel.new_zeros(len(pixel), self.config.semantic_code_dim, *pixel.shape[-2:])
             features = torch.cat([nothing, pixel], dim=1)
         result = self.quantizer(features, grids)
-        quantized_pixel = result.quantized[:, self.config.semantic_code_dim :].to(self.dtype)
         return NextFlowImageTokenizerOutput(
             codes=result.codes,
             target_codes=result.target_codes,
             quantized=result.quantized,
             image_grid_shw=torch.tensor([schedule.grid_shw] * len(pixel_values), device=pixel_values.device),
-            pixel_values=self.pixel_decoder(self.post_pixel_proj(quantized_pixel)),
+            pixel_values=self.decode_latents(result.quantized, clamp=False),
             semantic_features=self._decode_semantic_latents(result.quantized) if semantic else None,
+            residual=result.residual,
             codebook_loss=result.codebook_loss,
             commitment_loss=result.commitment_loss,
         )
 
-    def enlarge_pixel_decoder(self) -> None:
-        """Replaces the pixel decoder by a new one of twice the width and depth (the last training stage trains it alone)."""
-        self.config.decoder_hidden_sizes = [2 * width for width in self.config.decoder_hidden_sizes]
-        self.config.decoder_num_res_blocks = 2 * self.config.decoder_num_res_blocks
+    def enlarge_pixel_decoder(self, widen: int = 2, deepen: int = 1) -> None:
+        """Replaces the pixel decoder by a new, larger one, which the last training stage trains alone.
+
+        Args:
+            widen (`int`, *optional*, defaults to 2): Factor of the widths; the paper doubles the decoder's capacity.
+            deepen (`int`, *optional*, defaults to 1): Factor of the residual blocks a level; TokenFlow's enhanced decoder has 2.
+        """
+        self.config.decoder_hidden_sizes = [widen * width for width in self.config.decoder_hidden_sizes]
+        self.config.decoder_num_res_blocks = deepen * self.config.decoder_num_res_blocks
         decoder = NextFlowPixelDecoder(self.config)
         self.pixel_decoder = decoder.to(device=self.device, dtype=self.dtype)
 

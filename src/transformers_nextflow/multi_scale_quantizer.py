@@ -26,6 +26,9 @@ class QuantizedResult:
         target_codes (`torch.LongTensor` of shape `(B, N)`):
             The nearest code at each place, given the codes taken on the scales before. Equals `codes` without self-correction.
         quantized (`torch.FloatTensor` of shape `(B, D, h, w)`): Sum of the upsampled code vectors over all scales, fp32.
+        residual (`torch.FloatTensor` of shape `(B, D, h, w)`):
+            What the codes leave of the features; the gradient reaches the features. Codes hold directions only, so
+            nothing but a penalty on this keeps the features' length within reach of the codes.
         codebook_loss (`torch.FloatTensor`, *optional*): Pulls code vectors to features. Only in training mode.
         commitment_loss (`torch.FloatTensor`, *optional*): Pulls features to code vectors. Only in training mode.
     """
@@ -33,6 +36,7 @@ class QuantizedResult:
     codes: torch.Tensor
     target_codes: torch.Tensor
     quantized: torch.Tensor
+    residual: torch.Tensor
     codebook_loss: torch.Tensor | None = None
     commitment_loss: torch.Tensor | None = None
 
@@ -185,6 +189,7 @@ class MultiScaleQuantizer(nn.Module):
             codes=torch.cat(taken, dim=1),
             target_codes=torch.cat(nearest, dim=1),
             quantized=quantized,
+            residual=residual,
             codebook_loss=torch.stack(codebook_losses).mean() if self.training else None,
             commitment_loss=torch.stack(commitment_losses).mean() if self.training else None,
         )

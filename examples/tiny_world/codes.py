@@ -1,0 +1,81 @@
+"""Pictures and captions to a file of codes, once: the language model trains on codes and never sees a pixel."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from transformers_nextflow import NextFlowImageTokenizer
+
+from .dataset import mixed_sample
+from .train_image_tokenizer import to_pixels
+
+CHUNK = 2000
+
+
+@dataclass(frozen=True)
+class Codes:
+    """M samples of N codes, int16.
+
+    `clean` are the nearest codes; `corrected` are drawn among the nearest for some places (self-correction), and
+    `targets` are what should be predicted when `corrected` were seen.
+    """
+
+    captions: list[str]
+    families: list[str]
+    clean: np.ndarray
+    corrected: np.ndarray
+    targets: np.ndarray
+
+
+def extract_codes(
+    tokenizer: NextFlowImageTokenizer,
+    folder: Path,
+    num_samples: int,
+    seed: int,
+    cache: Path | None = None,
+    weights: dict[str, float] | None = None,
+) -> Codes:
+    """Encodes `num_samples` pictures of the mixture into `folder`, a chunk a file; chunks that exist are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(-(-num_samples // CHUNK)):
+        path = folder / f"{number:05d}.npz"
+        if path.exists():
+            continue
+        rng = np.random.default_rng((seed, number))
+        generator = torch.Generator().manual_seed(seed * 100_003 + number)
+        count = min(CHUNK, num_samples - number * CHUNK)
+        captions, pictures, families = zip(*(mixed_sample(rng, weights, cache) for _ in range(count)), strict=True)
+        arrays: dict[str, list[np.ndarray]] = {"clean": [], "corrected": [], "targets": []}
+        for start in range(0, count, 50):
+            pixels = to_pixels(np.stack(pictures[start : start + 50]))
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                features = tokenizer.encode_features(pixels)
+                clean = tokenizer.quantize(features)
+                drawn = tokenizer.quantize(features, self_correction=True, generator=generator)
+            for name, codes in zip(arrays, (clean.codes, drawn.codes, drawn.target_codes), strict=True):
+                arrays[name].append(codes.numpy().astype(np.int16))
+        temporary = path.with_suffix(".part.npz")
+        np.savez(
+            temporary,
+            captions=np.array(captions),
+            families=np.array(families),
+            **{name: np.concatenate(parts) for name, parts in arrays.items()},
+        )
+        temporary.rename(path)
+        print(f"[codes] {path.name} {min((number + 1) * CHUNK, num_samples)}/{num_samples}", flush=True)
+    return load_codes(folder)
+
+
+def load_codes(folder: Path) -> Codes:
+    """All chunks of a folder, in order."""
+    chunks = [np.load(path) for path in sorted(folder.glob("[0-9]*.npz"))]
+    if not chunks:
+        raise ValueError(f"{folder} holds no codes; run `extract_codes` first.")
+    return Codes(
+        captions=[str(caption) for chunk in chunks for caption in chunk["captions"]],
+        families=[str(family) for chunk in chunks for family in chunk["families"]],
+        **{name: np.concatenate([chunk[name] for chunk in chunks]) for name in ("clean", "corrected", "targets")},
+    )
