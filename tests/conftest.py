@@ -87,7 +87,10 @@ def tiny_random_checkpoint(tmp_path_factory) -> Path:
         )
     model.save_pretrained(folder)
     processor = NextFlowProcessor(
-        image_processor=NextFlowImageProcessor(), tokenizer=tokenizer, image_tokenizer=image_tokenizer
+        image_processor=NextFlowImageProcessor(num_scales=NUM_SCALES),
+        tokenizer=tokenizer,
+        image_tokenizer=image_tokenizer,
+        visual_token_offset=model.config.text_vocab_size,
     )
     processor.save_pretrained(folder)
     return folder

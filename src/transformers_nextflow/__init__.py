@@ -79,7 +79,7 @@ def tiny_checkpoint() -> Path:
     Raises:
         `FileNotFoundError`: if the package was installed without its data.
     """
-    path = Path(__file__).parent / "checkpoints" / "nextflow-tiny"
+    path = _registration.TINY_CHECKPOINT
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
             f'nextflow-tiny is missing: there is no checkpoint in "{path}". Reinstall transformers-nextflow with its '

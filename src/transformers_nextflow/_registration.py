@@ -7,9 +7,12 @@ because transformers' modeling files import the Auto modules themselves.
 """
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 from ._after_import import after_import
+
+TINY_CHECKPOINT = Path(__file__).parent / "checkpoints" / "nextflow-tiny"
 
 MODEL_TYPE = "nextflow"
 IMAGE_TOKENIZER_TYPE = "nextflow_image_tokenizer"
@@ -74,6 +77,11 @@ def _entries(auto_module: ModuleType) -> dict[str, dict[str, str | dict[str, str
 
 
 def _register_pipelines(pipelines: ModuleType) -> None:
-    from .pipelines import register_pipelines
-
-    register_pipelines(pipelines.PIPELINE_REGISTRY)
+    # A name here too. (`PIPELINE_REGISTRY.register_pipeline` takes the class and marks it as one whose code
+    # `save_pretrained` copies into every checkpoint.)
+    pipelines.PIPELINE_REGISTRY.supported_tasks["text-to-image"] = {
+        "impl": f"{__package__}.pipelines.NextFlowTextToImagePipeline",
+        "pt": (pipelines.AutoModelForMultimodalLM,),
+        "default": {"model": (str(TINY_CHECKPOINT), "main")},
+        "type": "text",
+    }

@@ -1,4 +1,28 @@
-"""The processor of NextFlow."""
+"""The processor of NextFlow: text and images to the token view and back.
+
+Token view: an image stands in a sequence as `<boi>` and its codes, each as the id `visual_token_offset + code`.
+"""
+
+import copy
+import os
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import cached_file
+
+from .image_processing_pil_nextflow import to_pil
+from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
+from .scale_schedule import ScaleSchedule
+
+IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
+PADDING_ARGUMENTS = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 # ChatML as Qwen writes it, without a system prompt of its own. An image part of a message becomes `<image>`. The
 # `generation` marks let trainers find what the assistant said (`return_assistant_tokens_mask=True`).
@@ -35,3 +59,408 @@ CHAT_TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+
+
+class NextFlowProcessor(ProcessorMixin):
+    r"""
+    Turns texts with `<image>` marks and pictures into the ids that NextFlow reads, and ids back into text and pictures.
+
+    It holds the image tokenizer, which the language model does not; it is saved in the sub-folder `image_tokenizer/`.
+
+    Args:
+        image_processor ([`NextFlowImageProcessor`] or [`NextFlowImageProcessorPil`]):
+            Brings pictures to the size of a scale schedule.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The text tokenizer; it must know `<boi>` and `<image>`.
+        image_tokenizer ([`NextFlowImageTokenizer`], *optional*):
+            Encodes and decodes pictures. Without it the processor handles text alone.
+        visual_token_offset (`int`, *optional*):
+            The first visual id, the model's `config.text_vocab_size`. Needed for pictures.
+        chat_template (`str`, *optional*):
+            A Jinja template; ChatML by default.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from transformers_nextflow import NextFlowProcessor, tiny_checkpoint
+
+    >>> processor = NextFlowProcessor.from_pretrained(tiny_checkpoint())
+    >>> picture = Image.new("RGB", (128, 128), "skyblue")
+    >>> batch = processor("<image>Make the sky pink.", images=[picture], return_tensors="pt")
+    >>> batch.image_grid_shw.tolist()
+    [[8, 16, 16]]
+    >>> processor.decode(batch.input_ids[0])
+    '<image>Make the sky pink.'
+    >>> processor.decode_images(batch.input_ids, batch.image_grid_shw)[0][0].size
+    (128, 128)
+    ```
+    """
+
+    def __init__(
+        self, image_processor=None, tokenizer=None, image_tokenizer=None, visual_token_offset=None, chat_template=None
+    ):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        self.image_tokenizer = image_tokenizer
+        self.visual_token_offset = visual_token_offset
+        self.image_token = getattr(tokenizer, "image_token", None) or "<image>"
+        self.boi_token = getattr(tokenizer, "boi_token", None) or "<boi>"
+        self.image_token_id = _id_of(tokenizer, self.image_token)
+        self.boi_token_id = _id_of(tokenizer, self.boi_token)
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        # The base class would take `image_tokenizer` for a second text tokenizer.
+        return ["image_processor", "tokenizer"]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "image_grid_shw"]
+
+    # Text and pictures to ids
+
+    def __call__(  # type: ignore[override]  # text comes first: it is what every call has
+        self,
+        text: str | Sequence[str] | None = None,
+        images: ImageInput | None = None,
+        videos=None,
+        audio=None,
+        self_correction: bool = False,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Makes model inputs.
+
+        Args:
+            text (`str` or `list[str]`):
+                One text or a batch. Each `<image>` in it stands for one picture.
+            images (a picture or a list of pictures, *optional*):
+                As many as there are marks, in reading order over the batch; or a list of them for each text. A picture
+                is a PIL image, an array, a tensor, a path, a URL or a base64 string.
+            self_correction (`bool`, *optional*, defaults to `False`):
+                Encode with self-correction and add `labels`.
+            generator (`torch.Generator`, *optional*):
+                Source of self-correction's draws, on the image tokenizer's device.
+            kwargs:
+                Options of the tokenizer (`padding`, `return_tensors`, ...) and of the image processor (`num_scales`,
+                `height`, `width`, `do_pad`, ...).
+
+        Returns:
+            [`BatchFeature`] with:
+                - **input_ids** `(B, L)` int64 -- the token view.
+                - **attention_mask** `(B, L)` int64.
+                - **image_grid_shw** `(num_images, 3)` int64 -- only with images: number of scales, bucket height and
+                  bucket width, in reading order over the batch.
+                - **labels** `(B, L)` int64 -- only with `self_correction`: the ids with the nearest codes instead of
+                  the drawn ones; -100 where there is padding.
+
+        Raises:
+            `ValueError`: if pictures and marks differ in number, if there is no image tokenizer for the pictures, or if
+                `truncation` would cut a picture.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError("NextFlow reads text and images; `videos` and `audio` must be None.")
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(sample, str) for sample in texts):
+            raise ValueError(
+                "`text` must be a string or a list of strings. For a picture alone pass its mark: "
+                f'text="{self.image_token}".'
+            )
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        text_kwargs = merged["text_kwargs"]
+        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # of no use with our ids
+            text_kwargs.pop(name, None)
+        return_tensors = text_kwargs.pop("return_tensors", None)
+        padding = {name: text_kwargs.pop(name) for name in PADDING_ARGUMENTS if name in text_kwargs}
+        max_length = padding.get("max_length") if text_kwargs.pop("truncation", False) else None
+
+        encoded = self.tokenizer(list(texts), **text_kwargs)
+        num_marks = [ids.count(self.image_token_id) for ids in encoded["input_ids"]]
+        pictures = self._flatten_images(images, num_marks)
+        codes, target_codes, grids = self._encode_images(pictures, self_correction, generator, merged["images_kwargs"])
+        fields = self._expand_marks(encoded, iter(codes))
+        if self_correction:
+            fields["labels"] = self._expand_marks(encoded, iter(target_codes))["input_ids"]
+        self._truncate(fields, max_length, num_marks)
+        batch = self._pad(fields, **padding)
+        if pictures:
+            batch["image_grid_shw"] = grids
+        return BatchFeature(batch, tensor_type=return_tensors)
+
+    def _flatten_images(self, images: Any, num_marks: list[int]) -> list[Any]:
+        """All pictures in reading order; checks that they are as many as the marks."""
+        marks = f"`{self.image_token}` marks"
+        if images is None or (isinstance(images, list | tuple) and not images):
+            if sum(num_marks):
+                raise ValueError(f"`text` has {sum(num_marks)} {marks}, but there are no `images`. Pass one a mark.")
+            return []
+        if isinstance(images, list | tuple) and all(isinstance(group, list | tuple) for group in images):
+            counts = [len(group) for group in images]
+            if counts != num_marks:
+                raise ValueError(
+                    f"The texts have {num_marks} {marks}, but the lists of `images` have {counts} pictures. "
+                    "Pass one list a text, with one picture a mark."
+                )
+            images = [image for group in images for image in group]
+            if not images:
+                return []
+        pictures: list[Any] = list(make_flat_list_of_images(self.image_processor.fetch_images(images)))  # type: ignore
+        if len(pictures) != sum(num_marks):
+            raise ValueError(
+                f"`text` has {sum(num_marks)} {marks}, but `images` has {len(pictures)} pictures. "
+                "Put one mark into the text where each picture stands."
+            )
+        return pictures
+
+    def _encode_images(
+        self, pictures: list[Any], self_correction: bool, generator: torch.Generator | None, images_kwargs: dict
+    ) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+        """Visual ids, target ids and grids, one entry a picture."""
+        if not pictures:
+            return [], [], []
+        image_tokenizer, offset = self._image_parts()
+        inputs = self.image_processor(pictures, **{**images_kwargs, "return_tensors": "pt"})
+        encoded = image_tokenizer.encode(
+            inputs["pixel_values"], inputs["image_grid_shw"], self_correction=self_correction, generator=generator
+        )
+        codes, targets = (
+            [(image_codes + offset).tolist() for image_codes in images]
+            for images in (encoded["codes"], encoded["target_codes"])
+        )
+        return codes, targets, inputs["image_grid_shw"].tolist()
+
+    def _image_parts(self) -> tuple[NextFlowImageTokenizer, int]:
+        if self.image_tokenizer is None:
+            raise ValueError(
+                "This processor has no image tokenizer, so it can neither read nor draw pictures. Load it from a "
+                f"checkpoint with a folder `{IMAGE_TOKENIZER_FOLDER}/`, or pass `image_tokenizer=`."
+            )
+        if self.visual_token_offset is None:
+            raise ValueError(
+                "This processor has no `visual_token_offset`, so it does not know the ids of image codes. It is the "
+                "model's `config.text_vocab_size`; pass it to the processor."
+            )
+        return self.image_tokenizer, self.visual_token_offset
+
+    def _expand_marks(self, encoded, codes: Iterable[list[int]]) -> dict[str, list[list[Any]]]:
+        """The tokenizer's fields with every mark replaced by `<boi>` and the ids of an image."""
+        codes = iter(codes)
+        fields: dict[str, list[list[Any]]] = {name: [] for name in encoded}
+        for row, ids in enumerate(encoded["input_ids"]):
+            spans = [[self.boi_token_id, *next(codes)] if token == self.image_token_id else [token] for token in ids]
+            for name in fields:
+                values = encoded[name][row]
+                spread = ([value] * len(span) for value, span in zip(values, spans, strict=True))
+                fields[name].append([item for span in (spans if name == "input_ids" else spread) for item in span])
+        return fields
+
+    def _truncate(self, fields: dict[str, list[list[Any]]], max_length: int | None, num_marks: list[int]) -> None:
+        if max_length is None:
+            return
+        for row, ids in enumerate(fields["input_ids"]):
+            if len(ids) <= max_length:
+                continue
+            if num_marks[row]:
+                raise ValueError(
+                    f"Text {row} takes {len(ids)} tokens with its pictures, more than `max_length` ({max_length}), and "
+                    "a picture can't be cut. Raise `max_length`, turn `truncation` off or use fewer `num_scales`."
+                )
+            kept = slice(max_length) if self.tokenizer.truncation_side == "right" else slice(-max_length, None)
+            for rows in fields.values():
+                rows[row] = rows[row][kept]
+
+    def _pad(self, fields: dict[str, list[list[Any]]], **padding) -> dict[str, Any]:
+        """Pads as the tokenizer does; it knows its own fields, the others follow."""
+        own = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask")
+        batch = dict(self.tokenizer.pad({name: fields[name] for name in own if name in fields}, **padding))
+        left = padding.get("padding_side", self.tokenizer.padding_side) == "left"
+        for name in fields.keys() - batch.keys():
+            filler = -100 if name == "labels" else (0, 0)
+            batch[name] = []
+            for values, padded in zip(fields[name], batch["input_ids"], strict=True):
+                fill = [filler] * (len(padded) - len(values))
+                batch[name].append(fill + values if left else values + fill)
+        return batch
+
+    # Ids to text and pictures
+
+    def decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:  # type: ignore[override]
+        """Text of ids: a string for one sequence, a list for a batch. A whole image reads `<image>`.
+
+        Args:
+            token_ids (`torch.Tensor`, `np.ndarray` or `list[int]`, of shape `(L,)` or `(B, L)`):
+                Ids in the token view.
+            skip_special_tokens (`bool`, *optional*, defaults to `False`):
+                Leaves special tokens out; `<image>` is one of them.
+            kwargs:
+                Options of the tokenizer's `decode`.
+        """
+        rows, is_batch = _to_rows(token_ids)
+        texts = [
+            self.tokenizer.decode(self._collapse_images(ids), skip_special_tokens=skip_special_tokens, **kwargs)
+            for ids in rows
+        ]
+        return texts if is_batch else texts[0]
+
+    def batch_decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> list[str]:  # type: ignore[override]
+        """A list of texts, one a sequence; see [`~NextFlowProcessor.decode`]."""
+        rows, _ = _to_rows(token_ids)
+        return self.decode(rows, skip_special_tokens, **kwargs) if rows else []  # type: ignore[return-value]
+
+    def _is_visual(self, token: int) -> bool:
+        return self.visual_token_offset is not None and token >= self.visual_token_offset
+
+    def _collapse_images(self, ids: list[int]) -> list[int]:
+        """Ids with one `<image>` for every run of visual ids and the `<boi>` before it."""
+        collapsed: list[int] = []
+        for visual, run in groupby(ids, key=self._is_visual):
+            if not visual:
+                collapsed.extend(run)
+                continue
+            if collapsed and collapsed[-1] == self.boi_token_id:
+                collapsed.pop()
+            collapsed.append(self.image_token_id)
+        return collapsed
+
+    def decode_images(self, token_ids, image_grid_shw) -> list[list[Image.Image]]:
+        """The pictures in ids.
+
+        Args:
+            token_ids (`torch.Tensor` or `list[int]`, of shape `(L,)` or `(B, L)`):
+                Ids in the token view. An image may stop after any whole scale; then it is a preview at full size.
+            image_grid_shw (`torch.Tensor` of shape `(num_images, 3)`):
+                Their grids, in reading order over the batch.
+
+        Returns:
+            `list[list[PIL.Image.Image]]`: for each sequence its pictures.
+
+        Raises:
+            `ValueError`: if images and grids differ in number, if an image stops inside a scale, or if its codes are
+                not in the image tokenizer's codebook.
+        """
+        offset = self._image_parts()[1]
+        codes_of_rows = [
+            [[token - offset for token in run] for visual, run in groupby(ids, key=self._is_visual) if visual]
+            for ids in _to_rows(token_ids)[0]
+        ]
+        pictures = iter(self._decode_codes([codes for row in codes_of_rows for codes in row], image_grid_shw))
+        return [[next(pictures) for _ in row] for row in codes_of_rows]
+
+    def _decode_codes(self, codes: Sequence[Any], image_grid_shw) -> list[Image.Image]:
+        image_tokenizer, _ = self._image_parts()
+        grids = torch.as_tensor(image_grid_shw).reshape(-1, 3)
+        if len(codes) != len(grids):
+            raise ValueError(
+                f"The ids hold {len(codes)} images, but `image_grid_shw` has {len(grids)} rows; it needs one an image."
+            )
+        if not len(codes):
+            return []
+        for number, (image_codes, grid) in enumerate(zip(codes, grids.tolist(), strict=True)):
+            schedule = ScaleSchedule.from_grid_shw(grid)
+            if len(image_codes) not in schedule.offsets[1:]:
+                raise ValueError(
+                    f"Image {number} has {len(image_codes)} codes, but its grid {schedule.grid_shw} has "
+                    f"{schedule.num_tokens}, and only whole scales can be left off: {schedule.offsets[1:]}."
+                )
+        tensors = [torch.as_tensor(image_codes) for image_codes in codes]
+        alike = len(grids.unique(dim=0)) == 1 and len({len(image_codes) for image_codes in codes}) == 1
+        return to_pil(image_tokenizer.decode(torch.stack(tensors) if alike else tensors, grids))
+
+    def post_process_multimodal_output(
+        self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs
+    ) -> list[str] | list[Image.Image]:
+        """Text or pictures from what the model generated; `pipeline("any-to-any")` calls it.
+
+        Args:
+            generated_outputs:
+                Text mode: ids `(B, L)`. Image mode: a [`NextFlowGenerateOutput`] with `image_codes` `(B, N)` and one
+                row of `image_grid_shw` a sequence, as the model's `decode_image_tokens` gives it.
+            skip_special_tokens (`bool`, *optional*, defaults to `True`):
+                Text mode: leave special tokens out.
+            generation_mode (`str`, *optional*, defaults to `"text"`):
+                `"text"` or `"image"`.
+
+        Returns:
+            `list[str]` or `list[PIL.Image.Image]`, one entry a sequence.
+        """
+        if generation_mode in (None, "text"):
+            return self.post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
+        if generation_mode != "image":
+            raise ValueError(f'`generation_mode` must be "text" or "image", but got "{generation_mode}".')
+        if getattr(generated_outputs, "image_codes", None) is None:
+            raise ValueError(
+                "Image mode needs codes and grids: pass `model.decode_image_tokens(sequences, image_grid_shw)`."
+            )
+        return self._decode_codes(generated_outputs.image_codes, generated_outputs.image_grid_shw)
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True, **kwargs):
+        """Texts of generated ids; `pipeline("image-text-to-text")` calls it."""
+        return self.decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    # Saving and loading
+
+    def to_dict(self) -> dict[str, Any]:
+        bare = copy.copy(self)  # the base class would copy the image tokenizer's weights
+        del bare.image_tokenizer
+        return super(NextFlowProcessor, bare).to_dict()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """Saves the processor; the image tokenizer goes to the sub-folder `image_tokenizer/`."""
+        files = super().save_pretrained(save_directory)
+        if self.image_tokenizer is not None:
+            self.image_tokenizer.save_pretrained(os.path.join(save_directory, IMAGE_TOKENIZER_FOLDER))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(save_directory)), **kwargs)
+        return files
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        processor_dict, unused_kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "image_tokenizer" not in kwargs:
+            processor_dict["image_tokenizer"] = cls._load_image_tokenizer(pretrained_model_name_or_path, kwargs)
+        return processor_dict, unused_kwargs
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        kwargs.pop("image_tokenizer", None)  # not for the tokenizer and the image processor
+        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+
+    @classmethod
+    def _load_image_tokenizer(cls, pretrained_model_name_or_path, kwargs: dict) -> NextFlowImageTokenizer | None:
+        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        subfolder = os.path.join(kwargs.get("subfolder", ""), IMAGE_TOKENIZER_FOLDER)
+        config_file = cached_file(
+            pretrained_model_name_or_path,
+            "config.json",
+            subfolder=subfolder,
+            _raise_exceptions_for_missing_entries=False,
+            **hub_arguments,
+        )
+        if config_file is None:
+            return None
+        return NextFlowImageTokenizer.from_pretrained(
+            pretrained_model_name_or_path, subfolder=subfolder, **hub_arguments
+        )
+
+
+def _id_of(tokenizer, token: str) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    if token_id is None or token_id == tokenizer.unk_token_id:
+        raise ValueError(
+            f"The tokenizer does not know `{token}`. NextFlow's tokenizers have `<boi>`, `<eoi>` and `<image>` after "
+            "Qwen's own tokens; `conversion/qwen_tokenizer.py` makes one."
+        )
+    return token_id
+
+
+def _to_rows(token_ids) -> tuple[list[list[int]], bool]:
+    """Ids as a list of lists, and whether they came as a batch."""
+    rows = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+    if isinstance(rows, int):
+        return [[rows]], False
+    rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
+    is_batch = bool(rows) and not isinstance(rows[0], int)
+    return (rows if is_batch else [rows]), is_batch
+
+
+__all__ = ["NextFlowProcessor"]
