@@ -294,6 +294,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     for setting, number in SAMPLING_SETTINGS.items():
         parser.add_argument(f"--{setting.replace('_', '-')}", type=number, help="default: the checkpoint's")
     options = parser.parse_args(arguments)
+    if options.checkpoint and not options.checkpoint.is_dir():
+        parser.error(f"there is no folder {options.checkpoint}; give a checkpoint's folder, or none for nextflow-tiny")
     given = {setting: getattr(options, setting) for setting in SAMPLING_SETTINGS}
     options.settings = {setting: value for setting, value in given.items() if value is not None}
     return options
