@@ -17,6 +17,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.utils import ModelOutput, logging
 
 from .configuration_nextflow import NextFlowConfig
+from .prompts import check_left_padded, count_images, move_right, split_grids, stack_rows
 from .sampling import ScaleSampling, guide, make_generators, sample_codes, sampling_plan
 from .scale_schedule import ScaleSchedule
 from .token_layout import find_image_groups, get_token_layout, scale_position_ids
@@ -187,7 +188,10 @@ class NextFlowGenerationMixin(_GenerationMixin):
         if mode != "text":
             raise ValueError(f'`generation_mode` must be one of {", ".join(GENERATION_MODES)}, but got "{mode}".')
         if unused := [name for name, value in image_arguments.items() if value is not None]:
-            raise ValueError(f'{", ".join(f"`{name}`" for name in unused)}: only for `generation_mode="image"`.')
+            raise ValueError(
+                f"Text mode does not take {', '.join(f'`{name}`' for name in unused)}. For an image pass "
+                '`generation_mode="image"`.'
+            )
         return self._generate_text(inputs, generation_config, **kwargs)
 
     def _setting(self, name: str, value: Any, generation_config: GenerationConfig | None, default: Any = None) -> Any:
@@ -228,6 +232,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
         )
         guided = any(sampling.guidance_scale != 1 for sampling in plan)
         num_images = setting("num_return_sequences", 1)
+        if num_images < 1:
+            raise ValueError(f"`num_return_sequences` must be at least 1, but got {num_images}.")
         return_dict = setting("return_dict_in_generate", False)
         pad_token_id = setting("pad_token_id", self.config.eoi_token_id)  # masked: any id would do
         cache_implementation = setting("cache_implementation", "dynamic")
@@ -237,23 +243,21 @@ class NextFlowGenerationMixin(_GenerationMixin):
             )
         if not setting("use_cache", True):
             raise ValueError("Image mode decodes with a cache: `use_cache` must not be False.")
-        if unknown := settings.keys() - IGNORED_IN_IMAGE_MODE:
+        if unknown := {name for name, value in settings.items() if value is not None} - IGNORED_IN_IMAGE_MODE:
             hints = [f"`image_{name}` for `{name}`" for name in ("temperature", "top_k", "top_p") if name in unknown]
             raise ValueError(
                 f"Image mode does not take {', '.join(f'`{name}`' for name in sorted(unknown))}."
                 + (f" Use {', '.join(hints)}." if hints else "")
             )
 
-        prompt_ids, prompt_mask = self._read_prompt(inputs, input_ids, attention_mask, pad_token_id)
-        if image_grid_shw is not None:
-            image_grid_shw = image_grid_shw.to(prompt_ids.device)
-        ids, mask = prompt_ids, prompt_mask = self._end_with_boi(prompt_ids, prompt_mask, pad_token_id)
-        grids = image_grid_shw
+        ids, mask = self._read_prompt(inputs, input_ids, attention_mask, pad_token_id)
+        prompt_ids, mask = self._end_with_boi(ids, mask, pad_token_id)
+        prompt_grids = None if image_grid_shw is None else image_grid_shw.to(self.device)
+        ids, grids = prompt_ids, prompt_grids
         if guided:
-            negative_ids, negative_mask = self._read_prompt(
-                negative_prompt_ids, None, negative_prompt_attention_mask, pad_token_id
-            )
-            unconditional = self._unconditional_prompt(ids, mask, negative_ids, negative_mask, pad_token_id)
+            negative = self._read_prompt(negative_prompt_ids, None, negative_prompt_attention_mask, pad_token_id)
+            negative = self._end_with_boi(*negative, pad_token_id)
+            unconditional = self._unconditional_prompt(ids, mask, *negative, pad_token_id)
             ids, mask = stack_rows((ids, mask), unconditional, pad_token_id)
             grids = None if grids is None else torch.cat([grids, grids])
         elif negative_prompt_ids is not None:
@@ -267,21 +271,23 @@ class NextFlowGenerationMixin(_GenerationMixin):
             streamer.end()
         self._last_image_schedule = schedule
 
-        rows = prompt_ids.repeat_interleave(num_images, dim=0)
-        sequences = torch.cat([rows, codes + self.config.text_vocab_size], dim=1)
-        if not return_dict:
-            return sequences
-        if guided:
+        sequences = torch.cat(
+            [prompt_ids.repeat_interleave(num_images, dim=0), codes + self.config.text_vocab_size], dim=1
+        )
+        if guided and (return_dict or past_key_values is not None):
             conditional_rows = torch.arange(len(codes), device=codes.device)
             cache.reorder_cache(conditional_rows)  # type: ignore[arg-type]
+        if not return_dict:
+            return sequences
         new_grid = torch.tensor([schedule.grid_shw], device=codes.device)
-        output_grids = new_grid.expand(len(codes), -1)
-        if image_grid_shw is not None:
-            prompt_grids = split_grids(prompt_ids, image_grid_shw, self.config.text_vocab_size)
-            output_grids = torch.cat([torch.cat([g, new_grid]).repeat(num_images, 1) for g in prompt_grids])
+        if prompt_grids is None:
+            grids = new_grid.repeat(len(codes), 1)
+        else:
+            grids_of_prompts = split_grids(prompt_ids, prompt_grids, self.config.text_vocab_size)
+            grids = torch.cat([torch.cat([rows, new_grid]).repeat(num_images, 1) for rows in grids_of_prompts])
         return NextFlowGenerateOutput(
             sequences=sequences,
-            image_grid_shw=output_grids,
+            image_grid_shw=grids,
             image_codes=codes,
             past_key_values=cache if ids.shape[1] == prompt_ids.shape[1] else None,
         )
@@ -450,7 +456,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         negative_mask: torch.Tensor,
         pad_token_id: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What guidance leads away from: the images of the prompts, the negative prompts, and `<boi>`."""
+        """What guidance leads away from: the images of the prompts, then the negative prompts with their `<boi>`."""
         if len(negative_ids) not in (1, len(ids)):
             raise ValueError(
                 f"Got {len(negative_ids)} negative prompts for {len(ids)} prompts. Pass one, or one a prompt."
@@ -462,11 +468,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
         # An image is its codes and the <boi> before them; the last <boi>, of the image to be drawn, opens none yet.
         opens_image = F.pad(is_code[:, 1:], (0, 1))
         kept = (is_code | opens_image) & mask.bool()
-        boi = ids[:, -1:]
         ids, mask = move_right(
-            torch.cat([ids, negative_ids, boi], dim=1),
-            torch.cat([kept, negative_mask.bool(), torch.ones_like(boi, dtype=torch.bool)], dim=1),
-            pad_token_id,
+            torch.cat([ids, negative_ids], dim=1), torch.cat([kept, negative_mask.bool()], dim=1), pad_token_id
         )
         longest = int(mask.sum(-1).max())
         return ids[:, -longest:], mask[:, -longest:]
@@ -555,10 +558,15 @@ class NextFlowGenerationMixin(_GenerationMixin):
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        grids = model_kwargs.get("image_grid_shw")
+        grids, mask = model_kwargs.get("image_grid_shw"), model_kwargs.get("attention_mask")
         if grids is None:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        return self._token_position_ids(inputs_tensor, grids, model_kwargs.get("attention_mask"))
+        if mask is not None and mask.shape != inputs_tensor.shape:
+            raise ValueError(
+                f"The attention mask has shape {tuple(mask.shape)}, but the prompts have {tuple(inputs_tensor.shape)}. "
+                "To go on from a cache, pass whole sequences: positions depend on the images in them."
+            )
+        return self._token_position_ids(inputs_tensor, grids, mask)
 
     def _expand_inputs_for_generation(
         self,
@@ -610,50 +618,3 @@ class NextFlowGenerationMixin(_GenerationMixin):
             grids = [rows[len(rows) - count :] for rows, count in zip(all_grids, counts, strict=True)]
             model_inputs["image_grid_shw"] = torch.cat(grids) if sum(counts) else None
         return model_inputs
-
-
-def check_left_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int | None):
-    """Generation goes on after the last column, so padding must stand on the left."""
-    if attention_mask is not None:
-        padded_right = attention_mask[:, 1:] < attention_mask[:, :-1]
-    elif pad_token_id is not None and len(input_ids) > 1:
-        padded_right = input_ids[:, -1:].eq(pad_token_id)
-    else:
-        return
-    if padded_right.any():
-        raise ValueError(
-            "The prompts are padded on the right, but generation goes on after the last column. Pad on the left: "
-            '`tokenizer.padding_side = "left"`.'
-        )
-
-
-def move_right(ids: torch.Tensor, keep: torch.Tensor, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left padding from any choice of tokens: ids `(B, L)` and bool `keep` `(B, L)` to ids and mask, `(B, L)` int64."""
-    order = keep.long().argsort(dim=-1, stable=True)
-    keep = keep.gather(-1, order)
-    return ids.gather(-1, order).masked_fill(~keep, pad_token_id), keep.long()
-
-
-def stack_rows(
-    upper: tuple[torch.Tensor, torch.Tensor], lower: tuple[torch.Tensor, torch.Tensor], pad_token_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two left-padded batches `(ids, mask)` as one, padded to the longer."""
-    length = max(upper[0].shape[1], lower[0].shape[1])
-    ids, masks = (
-        torch.cat([F.pad(rows, (length - rows.shape[1], 0), value=value) for rows in pair])
-        for pair, value in zip(zip(upper, lower, strict=True), (pad_token_id, 0), strict=True)
-    )
-    return ids, masks
-
-
-def count_images(input_ids: torch.Tensor, text_vocab_size: int) -> list[int]:
-    """Number of images in each row of token-view ids `(B, L)`."""
-    is_code = F.pad(input_ids >= text_vocab_size, (1, 0))
-    return (is_code[:, 1:] & ~is_code[:, :-1]).sum(-1).tolist()
-
-
-def split_grids(
-    input_ids: torch.Tensor, image_grid_shw: torch.Tensor, text_vocab_size: int
-) -> tuple[torch.Tensor, ...]:
-    """The rows of `image_grid_shw` `(num_images, 3)` that belong to each row of token-view ids `(B, L)`."""
-    return image_grid_shw.split(count_images(input_ids, text_vocab_size))

@@ -149,13 +149,12 @@ def sample_codes(logits: torch.Tensor, sampling: ScaleSampling, generator: torch
     logits = logits.float()
     if sampling.top_k == 1:
         return logits.argmax(-1)
-    uniform = torch.rand(logits.shape, generator=generator, device=generator.device).to(logits.device)
-    noise = -torch.log(-torch.log(uniform))
     logits = logits / sampling.temperature
+    uniform = torch.rand(logits.shape, generator=generator, device=generator.device).to(logits.device)
     if not sampling.top_k and sampling.top_p == 1:
-        return (logits + noise).argmax(-1)
+        return (logits - torch.log(-torch.log(uniform))).argmax(-1)
     candidates, codes = find_candidates(logits, sampling.top_k, sampling.top_p)
-    drawn = (candidates + noise.gather(-1, codes)).argmax(-1, keepdim=True)
+    drawn = (candidates - torch.log(-torch.log(uniform.gather(-1, codes)))).argmax(-1, keepdim=True)
     return codes.gather(-1, drawn).squeeze(-1)
 
 

@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, StaticCache
+from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, StaticCache, pipeline
 
 from transformers_nextflow.configuration_nextflow import NextFlowConfig
 from transformers_nextflow.generation_nextflow import NextFlowGenerateOutput
@@ -129,6 +129,7 @@ def attention(request, model):
     model.set_attn_implementation("sdpa")
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without", "ignore:_compile flag on create_block_mask")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_cached_greedy_equals_teacher_forcing(model, attention, cache):
     with ForwardCalls(model) as calls:
@@ -157,6 +158,13 @@ def test_guidance_equals_two_branches_written_out(model, schedule, negative):
     guidance_scales = [3.0] * 5 if schedule == "constant" else [1.0, 1.5, 2.0, 2.5, 3.0]
     for row in range(3):
         assert torch.equal(out.image_codes[row], slow_greedy(model, prompt_of(row), negative, guidance_scales))
+
+
+def test_negative_prompts_may_differ_by_row_and_end_with_boi(model):
+    negatives = torch.tensor([[20, 21, 22, BOI], [PAD, PAD, 23, BOI], [PAD, 24, 25, 26]])
+    out = draw(model, do_sample=False, guidance_scale=3.0, negative_prompt_ids=negatives)
+    for row, negative in enumerate(([20, 21, 22], [23], [24, 25, 26])):
+        assert torch.equal(out.image_codes[row], slow_greedy(model, prompt_of(row), negative, [3.0] * 5))
 
 
 def test_accumulated_features_are_fed_all_codes_so_far():
@@ -467,6 +475,17 @@ def test_text_goes_on_from_the_cache_of_an_image(model, guidance_scale, cache):
     assert {arguments["input_ids"].shape[1] for arguments in calls.arguments} == {1}  # nothing is run again
 
 
+def test_going_on_from_a_cache_needs_whole_sequences(model):
+    out = draw(model, PROMPTS[:1], None)
+    with pytest.raises(ValueError, match="pass whole sequences"):
+        model.generate(
+            out.sequences[:, -1:],
+            past_key_values=out.past_key_values,
+            attention_mask=torch.ones_like(out.sequences),
+            image_grid_shw=out.image_grid_shw,
+        )
+
+
 def test_a_cache_that_ends_inside_an_image_is_refused(model):
     out = draw(model, PROMPTS[:1], None)
     out.past_key_values.crop(-3)
@@ -547,6 +566,7 @@ def test_what_pipelines_add_is_ignored(model):
     ("settings", "message"),
     [
         ({"num_beams": 4}, "can't search with beams"),
+        ({"num_return_sequences": 0}, "`num_return_sequences` must be at least 1"),
         ({"use_cache": False}, "`use_cache` must not be False"),
         ({"height": 80}, "`height` and `width` together"),
         ({"height": 81, "width": 80}, r"No scale schedule ends at height 81 x width 80.*80 x 80"),
@@ -562,7 +582,7 @@ def test_what_pipelines_add_is_ignored(model):
         ({"guidance_schedule": "cosine"}, '"constant" or "linear", but got "cosine"'),
         ({"temperature": 0.5, "top_p": 0.9}, "does not take `temperature`, `top_p`. Use `image_temperature` for"),
         ({"image_topk": 5}, "does not take `image_topk`"),
-        ({"logits_processor": []}, "does not take `logits_processor`"),
+        ({"logits_processor": [], "stopping_criteria": None}, "does not take `logits_processor`"),
         ({"cache_implementation": "quantized"}, 'no cache_implementation "quantized"'),
         ({"past_key_values": StaticCache(NextFlowConfig(num_hidden_layers=1), max_cache_len=20)}, "take 60"),
         ({"input_ids": PROMPTS}, "as `inputs` or as `input_ids`, not both"),
@@ -571,7 +591,10 @@ def test_what_pipelines_add_is_ignored(model):
         ({"guidance_scale": 2, "negative_prompt_ids": torch.tensor([[TEXT]])}, "`negative_prompt_ids` must be text"),
         ({"generation_mode": "video"}, 'one of text, image, interleaved, but got "video"'),
         ({"generation_mode": "interleaved"}, "not available yet"),
-        ({"generation_mode": "text", "height": 80, "image_top_k": 2}, "`height`, `image_top_k`: only for"),
+        (
+            {"generation_mode": "text", "height": 80, "image_top_k": 2},
+            "Text mode does not take `height`, `image_top_k`",
+        ),
     ],
 )
 def test_misuse_is_explained(model, settings, message):
@@ -582,7 +605,7 @@ def test_misuse_is_explained(model, settings, message):
 @pytest.mark.parametrize("mode", ["image", "text"])
 def test_bad_prompts_are_explained(model, mode):
     def generate(ids, **settings):
-        model.generate(ids, generation_mode=mode, **settings)
+        model.generate(ids, generation_mode=mode, max_new_tokens=2, **settings)
 
     with pytest.raises(ValueError, match=r"padded on the right.*padding_side"):
         generate(PROMPTS.flip(-1), attention_mask=MASK.flip(-1))
@@ -604,3 +627,14 @@ def test_image_mode_wants_an_empty_cache_and_a_mask_of_the_prompts_shape(model):
     # A prompt that fits alone may not fit with its image.
     with pytest.raises(ValueError, match="has 202 tokens, which with 55 new ones is more"):
         draw(model, torch.full((1, 201), 7), None)
+
+
+# --- Pipelines ---
+
+
+def test_text_generation_pipeline(tiny_random_checkpoint):
+    pipe = pipeline("text-generation", model=str(tiny_random_checkpoint))
+    settings = {"max_new_tokens": 4, "do_sample": False, "return_full_text": False}
+    first, second = pipe(["a red circle", "two"], batch_size=2, **settings)
+    assert first == pipe("a red circle", **settings)
+    assert second == pipe("two", **settings)

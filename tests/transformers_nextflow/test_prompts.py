@@ -1,0 +1,45 @@
+"""Padding and grids of prompt batches."""
+
+import pytest
+import torch
+
+from transformers_nextflow.prompts import check_left_padded, count_images, move_right, split_grids, stack_rows
+
+PAD, TEXT, BOI = 0, 100, 9
+IDS = torch.tensor([[1, 2, 3, 4], [PAD, 5, 6, 7]])
+MASK = (IDS != PAD).long()
+
+
+def test_padding_on_the_right_is_refused():
+    check_left_padded(IDS, MASK, PAD)
+    check_left_padded(IDS, None, PAD)
+    check_left_padded(IDS.flip(-1), None, None)  # no way to tell
+    check_left_padded(IDS.flip(-1)[1:], None, PAD)  # a single prompt may end with any token
+    for ids, mask in ((IDS.flip(-1), MASK.flip(-1)), (IDS.flip(-1), None)):
+        with pytest.raises(ValueError, match="padded on the right"):
+            check_left_padded(ids, mask, PAD)
+
+
+def test_move_right_keeps_the_order():
+    keep = torch.tensor([[True, False, True, False], [False, True, True, True]])
+    ids, mask = move_right(IDS, keep, PAD)
+    assert ids.tolist() == [[PAD, PAD, 1, 3], [PAD, 5, 6, 7]]
+    assert mask.tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
+
+
+def test_stack_rows_pads_the_shorter_batch():
+    short = (torch.tensor([[8, 8]]), torch.tensor([[0, 1]]))
+    for upper, lower in (((IDS, MASK), short), (short, (IDS, MASK))):
+        ids, mask = stack_rows(upper, lower, PAD)
+        assert ids.shape == mask.shape == (3, 4)
+        row = 2 if lower is short else 0
+        assert ids[row].tolist() == [PAD, PAD, 8, 8]
+        assert mask[row].tolist() == [0, 0, 0, 1]
+
+
+def test_grids_go_to_the_rows_that_hold_their_images():
+    code = TEXT + 3
+    ids = torch.tensor([[BOI, code, BOI, code, code], [1, 2, 3, 4, 5], [1, BOI, code, code, 2]])
+    grids = torch.tensor([[1, 16, 16], [2, 16, 16], [3, 16, 16]])
+    assert count_images(ids, TEXT) == [2, 0, 1]
+    assert [rows.tolist() for rows in split_grids(ids, grids, TEXT)] == [grids[:2].tolist(), [], grids[2:].tolist()]
