@@ -4,8 +4,10 @@ Letters: B rows, L slots a row, H hidden size, D width of a code vector, G image
 """
 # ruff: noqa: RUF012 (class attributes have the base classes' types)
 
+import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +71,7 @@ class NextFlowPreTrainedModel(PreTrainedModel):
 
     config_class = NextFlowConfig
     base_model_prefix = "model"
-    input_modalities = ("text", "image")
+    input_modalities = ("text", "image")  # type: ignore[assignment]  # a tuple upstream, too
     output_modalities = ("text", "image")  # type: ignore[assignment]  # a tuple upstream, too
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen2_5_VLDecoderLayer"]
@@ -375,6 +377,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
                     "with a cache, do run on flash attention.)"
                 )
             block_ids = F.pad(block_ids, (int(num_past), 0), value=-1)
+        if past_key_values is not None and self.config._attn_implementation == "flex_attention":
+            past_key_values = _with_fixed_lengths(past_key_values)
         return create_causal_mask(
             self.config,
             inputs_embeds,
@@ -516,3 +520,18 @@ def _text_position_ids(inputs_embeds: torch.Tensor, attention_mask, num_past: in
     else:
         positions = (torch.arange(length, device=inputs_embeds.device) + num_past).expand(batch_size, -1)
     return positions.float().expand(3, -1, -1)
+
+
+def _with_fixed_lengths(cache: Cache) -> Cache:
+    """A shallow copy of a cache whose lengths stay what they are now.
+
+    A static cache counts in a tensor, in place, and flex attention reads its mask after the count has moved on
+    (transformers 5.23): queries would see as many slots too many as there are queries.
+    """
+    fixed = copy.copy(cache)
+    layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
+    for layer in layers:
+        if isinstance(length := getattr(layer, "cumulative_length", None), torch.Tensor):
+            layer.cumulative_length = length.clone()
+    fixed.layers = layers
+    return fixed
