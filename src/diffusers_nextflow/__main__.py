@@ -104,7 +104,8 @@ def load_pipeline(arguments: argparse.Namespace):
     dtype = arguments.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
     checkpoint = arguments.model or tiny_checkpoint()
     pipe = NextFlowPipeline.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).to(device)
-    pipe.set_progress_bar_config(bar_format="{desc} |{bar:24}| {elapsed}", disable=arguments.quiet or None)
+    disable = arguments.quiet or None  # None: where stderr is no terminal
+    pipe.set_progress_bar_config(bar_format="{desc}|{bar:24}| {elapsed}", mininterval=0, disable=disable)
     return pipe
 
 
