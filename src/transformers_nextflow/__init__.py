@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer, NextFlowImageTokenizerOutput
     from .pipelines import NextFlowTextToImagePipeline
     from .processing_nextflow import NextFlowProcessor
+    from .remote_code import add_remote_code
     from .scale_schedule import ScaleSchedule, aspect_buckets, nearest_bucket, nearest_sizes
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "NextFlowProcessor",
     "NextFlowTextToImagePipeline",
     "ScaleSchedule",
+    "add_remote_code",
     "aspect_buckets",
     "nearest_bucket",
     "nearest_sizes",
@@ -54,6 +56,7 @@ _MODULES = {
     "modeling_nextflow_image_tokenizer": ("NextFlowImageTokenizer", "NextFlowImageTokenizerOutput"),
     "pipelines": ("NextFlowTextToImagePipeline",),
     "processing_nextflow": ("NextFlowProcessor",),
+    "remote_code": ("add_remote_code",),
     "scale_schedule": ("ScaleSchedule", "aspect_buckets", "nearest_bucket", "nearest_sizes"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from .image_processing_pil_nextflow import to_pil
 from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
+from .remote_code import write_shim
 from .scale_schedule import ScaleSchedule
 
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
@@ -407,6 +408,8 @@ class NextFlowProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Saves the processor; the image tokenizer goes to the sub-folder `image_tokenizer/`."""
         files = super().save_pretrained(save_directory)
+        if getattr(self, "auto_map", None):
+            write_shim(save_directory)
         if self.image_tokenizer is not None:
             self.image_tokenizer.save_pretrained(os.path.join(save_directory, IMAGE_TOKENIZER_FOLDER))
         if push_to_hub:
@@ -419,6 +422,14 @@ class NextFlowProcessor(ProcessorMixin):
         if "image_tokenizer" not in kwargs:
             processor_dict["image_tokenizer"] = cls._load_image_tokenizer(pretrained_model_name_or_path, kwargs)
         return processor_dict, unused_kwargs
+
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
+        loaded = super().from_args_and_dict(args, processor_dict, **kwargs)
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded
+        if "auto_map" in processor_dict:  # the base class forgets it
+            processor.auto_map = processor_dict["auto_map"]
+        return loaded
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
