@@ -60,6 +60,12 @@ def test_several_images_are_those_of_the_next_seeds(command, tmp_path, capsys):
     assert abs(second - first).max() > 1
 
 
+def test_the_checkpoint_in_the_package_is_the_default(tiny_random_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers_nextflow.tiny_checkpoint", lambda: tiny_random_checkpoint)
+    assert main([PROMPT, "--output", str(tmp_path / "out.png"), "--device", "cpu"]) == 0
+    assert (tmp_path / "out.png").is_file()
+
+
 def test_without_a_seed_the_line_tells_which_it_was(command, tmp_path, capsys):
     assert command("--output", "first.png") == 0
     [seed] = re.findall(r"seed (\d+)", capsys.readouterr().out)
