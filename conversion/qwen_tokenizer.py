@@ -10,7 +10,7 @@ every text that needs no later rank.
 
 import argparse
 import base64
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 from transformers import AddedToken, Qwen2Tokenizer
@@ -56,8 +56,6 @@ def load_ranks(ranks_path: str | Path, num_ranks: int | None = None) -> dict[byt
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(Path(ranks_path).read_bytes().splitlines(), start=1):
-        if len(ranks) == num_ranks:
-            break
         if not line.strip():
             continue
         try:
@@ -69,12 +67,14 @@ def load_ranks(ranks_path: str | Path, num_ranks: int | None = None) -> dict[byt
             ) from error
     if list(ranks.values()) != list(range(len(ranks))):
         raise ValueError(f'The ranks in "{ranks_path}" must count up from 0 without a gap or a repeated token.')
-    if num_ranks is not None and not NUM_BYTES <= num_ranks <= len(ranks):
+    if num_ranks is None:
+        return ranks
+    if not NUM_BYTES <= num_ranks <= len(ranks):
         raise ValueError(
             f'`num_ranks` must be between {NUM_BYTES} (the bytes) and {len(ranks)} (what "{ranks_path}" holds), '
             f"but got {num_ranks}."
         )
-    return ranks
+    return dict(islice(ranks.items(), num_ranks))
 
 
 def find_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
