@@ -67,7 +67,7 @@ def scale_feature_maps(
 
 
 class NextFlowPreTrainedModel(PreTrainedModel):
-    """Weight initialisation, loading and the flags that transformers reads."""
+    """Loading, and the flags that transformers reads."""
 
     config_class = NextFlowConfig
     base_model_prefix = "model"
@@ -82,13 +82,6 @@ class NextFlowPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": Qwen2_5_VLDecoderLayer, "attentions": Qwen2_5_VLAttention}
-
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, NextFlowModel):
-            # A row of the codebook is two unit vectors; the connector's first layer keeps their spread.
-            init.normal_(module.visual_codebook.weight, std=math.sqrt(2 / self.config.visual_code_dim))
-            init.normal_(module.connector[0].weight, std=1 / math.sqrt(self.config.visual_code_dim))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
@@ -164,6 +157,17 @@ class NextFlowModel(NextFlowPreTrainedModel):
         self.scale_embedding = nn.Embedding(config.num_scales, config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _init_weights(self, module):
+        # A row of the codebook is two unit vectors; the connector's first layer keeps their spread.
+        code_dim = self.config.visual_code_dim
+        if module is self.visual_codebook:
+            init.normal_(module.weight, std=math.sqrt(2 / code_dim))
+        elif module is self.connector[0]:
+            init.normal_(module.weight, std=1 / math.sqrt(code_dim))
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
 
     @merge_with_config_defaults
     @capture_outputs

@@ -277,6 +277,16 @@ def test_text_and_images_can_follow_a_cache(any_attention, static):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
 
 
+def test_new_models_start_with_features_that_are_heard():
+    """Codebook rows as long as a real code (two unit vectors), features about as wide as text embeddings."""
+    model = NextFlowForCausalLM(build(visual_code_dim=40, hidden_size=256, num_attention_heads=16).config).model
+    rows = model.visual_codebook.weight
+    assert 1.3 < rows.norm(dim=-1).mean() < 1.5
+    ratio = model.connector(rows).std() / model.embed_tokens.weight.std()
+    assert 0.5 < ratio < 5
+    assert not model.connector[0].bias.any()
+
+
 # --- Qwen ---
 
 
