@@ -496,7 +496,7 @@ class NextFlowImageTokenizer(PreTrainedModel):
             pixel = self.pixel_proj(self.pixel_encoder(pixel_values.to(self.dtype)))
             nothing = pixel.new_zeros(len(pixel), self.config.semantic_code_dim, *pixel.shape[-2:])
             features = torch.cat([nothing, pixel], dim=1)
-        result = self.quantizer(features, grids)
+        result = self.quantizer(features, grids, pixel_only=not semantic)
         return NextFlowImageTokenizerOutput(
             codes=result.codes,
             target_codes=result.target_codes,

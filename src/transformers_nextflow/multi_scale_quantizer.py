@@ -117,11 +117,14 @@ class MultiScaleQuantizer(nn.Module):
         """All code vectors `[semantic | pixel]`, normalised, `(K, D)` fp32."""
         return self.normalize(torch.cat([self.semantic_codebook.weight, self.pixel_codebook.weight], dim=-1).float())
 
-    def distances(self, vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-        """`w * |z_sem - E_sem|^2 + |z_pix - E_pix|^2` of normalised `vectors` `(M, D)` to every code, `(M, K)`."""
-        weight = torch.cat(
-            [vectors.new_full((self.split[0],), self.semantic_distance_weight), vectors.new_ones(self.split[1])]
-        )
+    def distances(self, vectors: torch.Tensor, codebook: torch.Tensor, semantic_weight: float | None = None):
+        """`w * |z_sem - E_sem|^2 + |z_pix - E_pix|^2` of normalised `vectors` `(M, D)` to every code, `(M, K)`.
+
+        `w` is `semantic_weight`, by default the module's own.
+        """
+        if semantic_weight is None:
+            semantic_weight = self.semantic_distance_weight
+        weight = torch.cat([vectors.new_full((self.split[0],), semantic_weight), vectors.new_ones(self.split[1])])
         squares = (vectors.square() * weight).sum(-1, keepdim=True) + (codebook.square() * weight).sum(-1)
         return squares - 2 * (vectors * weight) @ codebook.T
 
@@ -132,11 +135,12 @@ class MultiScaleQuantizer(nn.Module):
         codebook: torch.Tensor,
         self_correction: SelfCorrection | None,
         generator: torch.Generator | None,
+        semantic_weight: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes taken and nearest codes, both `(M,)`, of normalised `vectors` `(M, D)`."""
         taken, nearest = [], []
         for rows in vectors.split(max(1, _MAX_DISTANCES // len(codebook))):
-            distances = self.distances(rows, codebook)
+            distances = self.distances(rows, codebook, semantic_weight)
             if self_correction is None:
                 nearest.append(distances.argmin(-1))
                 taken.append(nearest[-1])
@@ -155,6 +159,7 @@ class MultiScaleQuantizer(nn.Module):
         grids: Sequence[Grid],
         self_correction: SelfCorrection | None = None,
         generator: torch.Generator | None = None,
+        pixel_only: bool = False,
     ) -> QuantizedResult:
         """Quantizes `features` scale by scale.
 
@@ -165,7 +170,11 @@ class MultiScaleQuantizer(nn.Module):
                 one (a scale was dropped).
             self_correction ([`SelfCorrection`], *optional*): Draw some codes instead of taking the nearest.
             generator (`torch.Generator`, *optional*): Source of the draws, on the features' device.
+            pixel_only (`bool`, *optional*, defaults to `False`):
+                Choose codes by the pixel half alone, and leave the semantic half out of the losses.
         """
+        semantic_weight = 0.0 if pixel_only else None
+        trained = slice(self.split[0] if pixel_only else 0, None)
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
             codebook = self.codebook()
@@ -174,7 +183,9 @@ class MultiScaleQuantizer(nn.Module):
             for grid in grids:
                 vectors = self.normalize(downsample(residual, grid), dim=1)  # (B, D, h_s, w_s)
                 rows = vectors.permute(0, 2, 3, 1).flatten(0, 2)
-                codes, targets = self._look_up(rows.detach(), codebook.detach(), self_correction, generator)
+                codes, targets = self._look_up(
+                    rows.detach(), codebook.detach(), self_correction, generator, semantic_weight
+                )
                 found = F.embedding(codes, codebook).reshape(len(features), *grid, -1).permute(0, 3, 1, 2)
                 # Straight through before upsampling: the gradient reaches the features by way of every scale.
                 step = upsample(vectors + (found - vectors).detach(), features.shape[-2:])
@@ -183,8 +194,9 @@ class MultiScaleQuantizer(nn.Module):
                 taken.append(codes.reshape(len(features), -1))
                 nearest.append(targets.reshape(len(features), -1))
                 if self.training:
-                    codebook_losses.append(F.mse_loss(found, vectors.detach()))
-                    commitment_losses.append(self.commitment_cost * F.mse_loss(vectors, found.detach()))
+                    ours, theirs = vectors[:, trained], found[:, trained]
+                    codebook_losses.append(F.mse_loss(theirs, ours.detach()))
+                    commitment_losses.append(self.commitment_cost * F.mse_loss(ours, theirs.detach()))
         return QuantizedResult(
             codes=torch.cat(taken, dim=1),
             target_codes=torch.cat(nearest, dim=1),

@@ -1,0 +1,59 @@
+import pytest
+from transformers import AutoConfig
+
+from transformers_nextflow import NextFlowConfig, NextFlowImageTokenizerConfig
+
+
+def test_defaults_are_the_7b_model():
+    config = NextFlowConfig()
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (3584, 28, 28)
+    assert config.vocab_size == config.text_vocab_size + config.visual_codebook_size
+    assert config.rope_parameters["mrope_section"] == [16, 24, 24]
+
+
+def test_round_trips(tmp_path):
+    config = NextFlowConfig(scale_reweight_alpha=0.5, num_scales=8, boi_token_id=7)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is NextFlowConfig and loaded.to_dict() == {**config.to_dict(), **_versions(loaded)}
+
+    tokenizer_config = NextFlowImageTokenizerConfig(
+        codebook_size=64, semantic_config={"hidden_size": 32, "num_hidden_layers": 1}
+    )
+    tokenizer_config.save_pretrained(tmp_path / "image_tokenizer")
+    loaded = NextFlowImageTokenizerConfig.from_pretrained(tmp_path / "image_tokenizer")
+    assert loaded.semantic_config.hidden_size == loaded.semantic_feature_dim == 32
+    assert loaded.to_dict() == {**tokenizer_config.to_dict(), **_versions(loaded)}
+
+
+def _versions(config):
+    return {key: value for key, value in config.to_dict().items() if key in ("transformers_version", "_name_or_path")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text_vocab_size": 100, "boi_token_id": 1, "eoi_token_id": 2, "image_token_id": 3}, r"must be `text_vocab_size` \+"),
+        ({"num_scales": 19}, "between 1 and 18"),
+        ({"visual_feature_mode": "summed"}, '"residual" or "accumulated"'),
+        ({"boi_token_id": 152064}, "must be a text id"),
+        ({"tie_word_embeddings": True}, "must be False"),
+    ],
+)
+def test_bad_language_model_fields(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        NextFlowConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"encoder_hidden_sizes": [32, 32]}, "give a stride of 2, but `stride` is 16"),
+        ({"decoder_hidden_sizes": [32] * 5, "pixel_patch_size": 2, "encoder_hidden_sizes": [32] * 4}, "`decoder_hidden_sizes` has 5"),
+        ({"self_correction_top_k": 0}, "between 1 and `codebook_size`"),
+        ({"semantic_config": {"model_type": "no_such_model"}}, "unknown model type"),
+    ],
+)
+def test_bad_image_tokenizer_fields(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        NextFlowImageTokenizerConfig(**arguments)
