@@ -174,7 +174,7 @@ def open_images(images):
     if isinstance(images, str):
         return _open_image(images)
     if is_valid_image(images):
-        return images
+        return images[None] if getattr(images, "ndim", None) == 2 else images  # transformers wants a channel axis
     raise TypeError(
         f"An image must be a PIL image, an array, a tensor, a path, a URL or a base64 string, but got {type(images)}."
     )

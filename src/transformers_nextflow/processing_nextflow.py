@@ -183,7 +183,7 @@ class NextFlowProcessor(ProcessorMixin):
         if self_correction:
             fields["labels"] = self._expand_marks(encoded, iter(target_codes))["input_ids"]
         self._truncate(fields, max_length, num_marks)
-        batch = self._pad(fields, **padding)
+        batch = self._pad(fields, **{"padding": False, **padding})
         if pictures:
             batch["image_grid_shw"] = grids
         return BatchFeature(batch, tensor_type=return_tensors)
@@ -305,8 +305,7 @@ class NextFlowProcessor(ProcessorMixin):
 
     def batch_decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> list[str]:  # type: ignore[override]
         """A list of texts, one a sequence; see [`~NextFlowProcessor.decode`]."""
-        rows, _ = _to_rows(token_ids)
-        return self.decode(rows, skip_special_tokens, **kwargs) if rows else []  # type: ignore[return-value]
+        return [self.decode(ids, skip_special_tokens, **kwargs) for ids in token_ids]  # type: ignore[misc]
 
     def _is_visual(self, token: int) -> bool:
         return self.visual_token_offset is not None and token >= self.visual_token_offset
