@@ -1,5 +1,8 @@
 """What more than one test file needs."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +97,17 @@ def tiny_random_checkpoint(tmp_path_factory) -> Path:
     )
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def fresh_process():
+    """Runs code in a new interpreter (imports happen once in each) and returns the last line that it prints."""
+
+    def run(code: str, *arguments: str, **environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env={**os.environ, **environment}
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip().rpartition("\n")[2]
+
+    return run

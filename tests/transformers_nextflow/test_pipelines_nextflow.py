@@ -1,0 +1,177 @@
+"""transformers' pipelines on NextFlow: our text-to-image, and any-to-any, image-text-to-text and text-generation."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, NextFlowTextToImagePipeline
+
+
+@pytest.fixture(scope="module")
+def draw(tiny_random_checkpoint):
+    return pipeline("text-to-image", model=tiny_random_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def any_to_any(tiny_random_checkpoint):
+    return pipeline("any-to-any", model=tiny_random_checkpoint)
+
+
+def pixels(image: Image.Image) -> bytes:
+    return image.tobytes()
+
+
+def alike(left: Image.Image, right: Image.Image) -> bool:
+    """The same codes; decoding in another batch may round a value to the next level."""
+    levels = [np.asarray(image).astype(int) for image in (left, right)]
+    return levels[0].shape == levels[1].shape and np.abs(levels[0] - levels[1]).max() <= 1
+
+
+# Text to image
+
+
+def test_draws(draw, tiny_random_checkpoint):
+    assert type(draw) is NextFlowTextToImagePipeline
+    (image,) = draw("a cat", seed=0)
+    assert isinstance(image, Image.Image) and image.size == (80, 80) and image.mode == "RGB"
+    # Step by step.
+    model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint)
+    processor = NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
+    output = model.generate(
+        **processor("a cat", return_tensors="pt"),
+        generation_mode="image",
+        generator=torch.Generator().manual_seed(0),
+        return_dict_in_generate=True,
+    )
+    ((expected,),) = processor.decode_images(output.sequences, output.image_grid_shw)
+    assert pixels(image) == pixels(expected)
+
+
+def test_seeds(draw):
+    together = draw(["a cat", "two dogs"], seed=3, num_images_per_prompt=2, batch_size=2)
+    assert [len(images) for images in together] == [2, 2]
+    for prompt, images in zip(["a cat", "two dogs"], together, strict=True):
+        assert alike(draw(prompt, seed=3)[0], images[0])
+        assert alike(draw(prompt, seed=4)[0], images[1])
+        assert not alike(*images)
+    assert pixels(draw("a cat")[0]) != pixels(draw("a cat")[0])
+
+
+def test_global_random_state_is_untouched(draw):
+    before = torch.random.get_rng_state()
+    draw("a cat")
+    draw("a cat", seed=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_settings_reach_generation(draw):
+    (image,) = draw("a cat", height=48, width=64)
+    assert image.size == (64, 48)
+    plain = draw("a cat", seed=0, image_top_k=5)[0]
+    guided = draw("a cat", seed=0, image_top_k=5, guidance_scale=4.0)[0]
+    negative = draw("a cat", seed=0, image_top_k=5, guidance_scale=4.0, negative_prompt="dogs")[0]
+    assert len({pixels(image) for image in (plain, guided, negative)}) == 3
+    scales = []
+    draw("a cat", on_scale_end=lambda step, schedule, codes: scales.append(codes.shape[1]))
+    assert scales == [1, 5, 14, 30, 55]
+    images = draw("a cat", num_images_per_prompt=3, generator=torch.Generator().manual_seed(0))
+    assert len(images) == 3
+
+
+def test_settings_at_construction(tiny_random_checkpoint):
+    draw = pipeline("text-to-image", model=tiny_random_checkpoint, seed=5, num_images_per_prompt=2)
+    first, second = draw("a cat"), draw("a cat")
+    assert len(first) == 2 and [pixels(image) for image in first] == [pixels(image) for image in second]
+
+
+def test_save_and_load(draw, tmp_path):
+    draw.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    loaded = pipeline("text-to-image", model=tmp_path)
+    assert pixels(loaded("a cat", seed=0)[0]) == pixels(draw("a cat", seed=0)[0])
+
+
+def test_model_and_processor_may_be_given(tiny_random_checkpoint):
+    model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint)
+    processor = NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
+    draw = pipeline("text-to-image", model=model, processor=processor)
+    assert draw("a cat")[0].size == (80, 80)
+    processor.image_tokenizer = None
+    with pytest.raises(ValueError, match='"text-to-image" pipeline needs a processor with an image tokenizer'):
+        pipeline("text-to-image", model=model, processor=processor)
+
+
+def test_bad_arguments(draw):
+    with pytest.raises(ValueError, match="`num_images_per_prompt` must be at least 1, but got 0"):
+        draw("a cat", num_images_per_prompt=0)
+    with pytest.raises(ValueError, match="Pass `seed` or `generator`, not both"):
+        draw("a cat", seed=0, generator=torch.Generator())
+    with pytest.raises(ValueError, match="No scale schedule ends at height 50 x width 64"):
+        draw("a cat", height=50, width=64)
+    with pytest.raises(ValueError, match="can't search with beams"):
+        draw("a cat", num_beams=4)
+    with pytest.raises(ValueError, match="does not take `quality`"):
+        draw("a cat", quality="best")
+    with pytest.raises(ValueError, match="`text` must be a string or a list of strings"):
+        draw(3)
+
+
+def test_default_model():
+    default, revision = PIPELINE_REGISTRY.check_task("text-to-image")[1]["default"]["model"]
+    assert default.endswith("nextflow-tiny") and revision == "main"
+
+
+# transformers' own
+
+
+def test_any_to_any_draws(any_to_any):
+    (result,) = any_to_any(text="a cat", generation_mode="image", generate_kwargs={"guidance_scale": 3.0})
+    assert result["input_text"] == "a cat" and result["generated_image"].size == (80, 80)
+    results = any_to_any(
+        text=["a cat", "two dogs"],
+        generation_mode="image",
+        generate_kwargs={"height": 48, "width": 64, "num_return_sequences": 2},
+    )
+    assert [result["input_text"] for result in results] == ["a cat", "a cat", "two dogs", "two dogs"]
+    assert all(result["generated_image"].size == (64, 48) for result in results)
+
+
+def test_any_to_any_agrees_with_text_to_image(any_to_any, draw):
+    generator = torch.Generator().manual_seed(1)
+    (result,) = any_to_any(text="a cat", generation_mode="image", generate_kwargs={"generator": generator})
+    assert pixels(result["generated_image"]) == pixels(draw("a cat", seed=1)[0])
+
+
+def test_any_to_any_draws_after_a_chat_with_a_picture(any_to_any):
+    picture = Image.fromarray(np.zeros((90, 80, 3), np.uint8))
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "Make it green."}]
+    (result,) = any_to_any(text=[{"role": "user", "content": content}], generation_mode="image")
+    assert result["generated_image"].size == (80, 80)
+
+
+@pytest.mark.parametrize("task", ["any-to-any", "image-text-to-text"])
+def test_text_after_a_picture(task, tiny_random_checkpoint):
+    answer = pipeline(task, model=tiny_random_checkpoint)
+    picture = Image.fromarray(np.zeros((90, 80, 3), np.uint8))
+    options = {"max_new_tokens": 4, "return_full_text": False}
+    (result,) = answer(images=[picture], text="<image>What is it?", **options)
+    assert isinstance(result["generated_text"], str) and "<image>" not in result["generated_text"]
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Well?"}]}]
+    (result,) = answer(text=chat, **options)
+    assert isinstance(result["generated_text"], str)
+
+
+def test_text_generation(tiny_random_checkpoint):
+    write = pipeline("text-generation", model=tiny_random_checkpoint)
+    (result,) = write("a cat", max_new_tokens=4, return_full_text=True)
+    assert result["generated_text"].startswith("a cat")
+    (result,) = write([{"role": "user", "content": "Hello!"}], max_new_tokens=4)
+    assert result["generated_text"][-1]["role"] == "assistant"
+
+
+def test_bad_pictures(any_to_any):
+    with pytest.raises(ValueError, match="`text` has 0 `<image>` marks, but `images` has 1 pictures"):
+        any_to_any(images=Image.new("RGB", (80, 80)), text="What is it?")
