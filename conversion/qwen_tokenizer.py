@@ -136,7 +136,7 @@ def build_qwen_tokenizer(ranks_path: str | Path, num_ranks: int | None = None) -
         [AddedToken(text, special=True, normalized=False) for text in NEXTFLOW_TOKENS.values()], special_tokens=True
     )
     tokenizer.eos_token = "<|im_end|>"
-    tokenizer._set_model_specific_special_tokens(NEXTFLOW_TOKENS)
+    tokenizer._set_model_specific_special_tokens(NEXTFLOW_TOKENS)  # as arguments they would get ids before Qwen's
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

@@ -88,7 +88,7 @@ def to_rgb(
     Args:
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
             A picture, or an array with 1, 3 or 4 channels (first or last, or a plain `(H, W)`): integers of 8 or 16
-            bits, or floats in [0, 1].
+            bits (wider ones are taken for 8 bits if none is above 255), or floats in [0, 1].
         background_color (`list[int]`, *optional*, defaults to white):
             What shows behind transparent pixels.
         input_data_format (`str`, *optional*):
@@ -100,8 +100,8 @@ def to_rgb(
     if not isinstance(image, Image.Image):
         return _array_to_rgb(_to_numpy(image), background_color, input_data_format)
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these to 255
-        return _array_to_rgb(_to_uint16(np.asarray(image)), background_color)
+    if image.mode[0] in "IF":  # more than 8 bits: PIL would clip them
+        return _array_to_rgb(np.asarray(image), background_color)
     if "A" in image.getbands() or "transparency" in image.info:
         return _array_to_rgb(np.asarray(image.convert("RGBA")), background_color, ChannelDimension.LAST)
     return np.asarray(image.convert("RGB"))
@@ -112,16 +112,6 @@ def _to_numpy(array: Any) -> np.ndarray:
         array = array.detach().cpu()
         array = array.float() if array.is_floating_point() else array  # NumPy has no bfloat16
     return np.asarray(array)
-
-
-def _to_uint16(values: np.ndarray) -> np.ndarray:
-    # PIL's wide grey modes carry 16-bit files.
-    if values.size and not 0 <= values.min() <= values.max() <= 65535:
-        raise ValueError(
-            f"A greyscale image of more than 8 bits must hold values from 0 to 65535, but holds {values.min()} to "
-            f"{values.max()}. Scale it and pass a uint8 array."
-        )
-    return values.astype(np.uint16)
 
 
 def _array_to_rgb(
@@ -151,15 +141,15 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
         return array
     if array.dtype == np.bool_:
         return array * np.uint8(255)
-    if array.dtype == np.uint16:
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         return np.rint(array / np.float32(257)).astype(np.uint8)
     low, high = array.min(), array.max()
     if np.issubdtype(array.dtype, np.floating) and 0 <= low <= high <= 1:
         return np.rint(array * 255).astype(np.uint8)
-    if np.issubdtype(array.dtype, np.integer) and 0 <= low <= high <= 255:
-        return array.astype(np.uint8)
+    if np.issubdtype(array.dtype, np.integer) and 0 <= low <= high <= 65535:
+        return array.astype(np.uint8) if high <= 255 else _to_uint8(array.astype(np.uint16))
     raise ValueError(
-        f"An image array must hold integers from 0 to 255, 16-bit integers as uint16, or floats from 0 to 1, "
+        f"An image must hold integers from 0 to 255, integers from 0 to 65535 (16 bits), or floats from 0 to 1, "
         f"but this one is {array.dtype} from {low} to {high}."
     )
 

@@ -173,7 +173,9 @@ class NextFlowProcessor(ProcessorMixin):
             text_kwargs.pop(name, None)
         return_tensors = text_kwargs.pop("return_tensors", None)
         padding = {name: text_kwargs.pop(name) for name in PADDING_ARGUMENTS if name in text_kwargs}
-        max_length = padding.get("max_length") if text_kwargs.pop("truncation", False) else None
+        max_length = None
+        if text_kwargs.pop("truncation", False) not in (None, False, "do_not_truncate"):
+            max_length = padding.get("max_length") or self.tokenizer.model_max_length
 
         encoded = self.tokenizer(list(texts), **text_kwargs)
         num_marks = [ids.count(self.image_token_id) for ids in encoded["input_ids"]]
@@ -205,7 +207,7 @@ class NextFlowProcessor(ProcessorMixin):
             images = [image for group in images for image in group]
             if not images:
                 return []
-        pictures: list[Any] = list(make_flat_list_of_images(self.image_processor.fetch_images(images)))  # type: ignore
+        pictures: list[Any] = list(make_flat_list_of_images(self.image_processor.fetch_images(images)))  # type: ignore[arg-type]
         if len(pictures) != sum(num_marks):
             raise ValueError(
                 f"`text` has {sum(num_marks)} {marks}, but `images` has {len(pictures)} pictures. "

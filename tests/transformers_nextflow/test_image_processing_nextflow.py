@@ -154,6 +154,15 @@ def test_sixteen_bits(processor, mode):
     np.testing.assert_allclose(levels(processor(array, return_tensors="np").pixel_values[0]), expected, atol=0.51)
 
 
+def test_wide_modes_with_eight_bits(processor):
+    image = photo(128, 128).convert("L")
+    expected = processor(image, return_tensors="np").pixel_values
+    np.testing.assert_array_equal(processor(image.convert("I"), return_tensors="np").pixel_values, expected)
+    unit = Image.fromarray(np.asarray(image, np.float32) / 255)
+    assert unit.mode == "F"
+    np.testing.assert_array_equal(processor(unit, return_tensors="np").pixel_values, expected)
+
+
 def test_arrays_and_tensors(processor):
     image = photo(128, 128)
     array = np.asarray(image)
@@ -277,10 +286,12 @@ def test_bad_images(processor):
         processor(np.zeros((0, 5, 3), np.uint8), input_data_format="channels_last")
     with pytest.raises(ValueError, match="1, 3 or 4 channels, but has the shape"):
         processor(np.zeros((5, 5, 2), np.uint8), input_data_format="channels_last")
-    for array in (np.full((8, 8, 3), 255.0), np.full((8, 8, 3), -0.5), np.full((8, 8, 3), 300)):
+    for array in (np.full((8, 8, 3), 255.0), np.full((8, 8, 3), -0.5), np.full((8, 8, 3), 70000)):
         with pytest.raises(ValueError, match=r"must hold integers from 0 to 255, .* or floats from 0 to 1, but"):
             processor(array)
-    with pytest.raises(ValueError, match="values from 0 to 65535, but holds -5 to -5"):
+    with pytest.raises(ValueError, match=r"but this one is int32 from -5 to -5"):
         processor(Image.fromarray(np.full((8, 8), -5, np.int32)))
+    with pytest.raises(ValueError, match=r"but this one is float32 from 9\.0 to 9\.0"):
+        processor(Image.fromarray(np.full((8, 8), 9, np.float32)))
     with pytest.raises(ValueError, match=r"integers from 0 to 255, .* but this one is float64 from nan to nan"):
         processor(np.full((8, 8, 3), np.nan))

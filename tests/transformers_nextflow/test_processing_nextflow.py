@@ -135,6 +135,7 @@ def test_truncation_cuts_text_but_no_picture(processor):
     texts = ["<image>", "a rather long text that says nothing at all, and goes on and on until it is long enough"]
     batch = processor(texts, images=picture(), truncation=True, max_length=N + 1)
     assert [len(ids) for ids in batch.input_ids] == [N + 1, N + 1]
+    assert len(processor(texts, truncation="do_not_truncate", images=picture(), max_length=9).input_ids[1]) > N + 1
     with pytest.raises(ValueError, match=r"Text 0 takes 56 tokens with its pictures, more than `max_length` \(50\)"):
         processor(texts, images=picture(), truncation=True, max_length=50)
 

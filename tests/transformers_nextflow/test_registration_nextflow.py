@@ -1,6 +1,7 @@
 """What `import transformers_nextflow` costs and brings about; fresh processes, because imports happen once in each."""
 
 import importlib
+import importlib.metadata
 import json
 import sys
 import types
@@ -142,6 +143,10 @@ def test_public_names():
     assert set(_MODULE_OF) | {"tiny_checkpoint"} == set(transformers_nextflow.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'NextFlow'"):
         _ = transformers_nextflow.NextFlow
+
+
+def test_version():
+    assert transformers_nextflow.__version__ == importlib.metadata.version("transformers-nextflow")
 
 
 def test_tiny_checkpoint(tmp_path, monkeypatch):
