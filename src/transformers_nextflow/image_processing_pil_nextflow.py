@@ -172,19 +172,25 @@ def open_images(images):
 
 def _open_image(source: str) -> Image.Image:
     try:
-        if source.startswith(("http://", "https://")):
-            with urlopen(Request(source, headers={"User-Agent": "transformers-nextflow"})) as response:
-                return Image.open(BytesIO(response.read()))
-        if os.path.isfile(source):
-            return Image.open(source)
-        encoded = source.split(",", 1)[1] if source.startswith("data:image/") else source
-        return Image.open(BytesIO(base64.b64decode(encoded, validate=True)))
+        image = Image.open(_open_source(source))
+        image.load()  # now, while errors still have the source's name
+        return image
     except (OSError, ValueError, IndexError) as error:
         shown = source if len(source) <= 80 else source[:77] + "..."
         raise ValueError(
             f'Could not open the image "{shown}". '
             "It must be the path of an image file, an http(s) URL or a base64 string."
         ) from error
+
+
+def _open_source(source: str) -> str | BytesIO:
+    if source.startswith(("http://", "https://")):
+        with urlopen(Request(source, headers={"User-Agent": "transformers-nextflow"})) as response:
+            return BytesIO(response.read())
+    if os.path.isfile(source):
+        return source
+    encoded = source.split(",", 1)[1] if source.startswith("data:image/") else source
+    return BytesIO(base64.b64decode(encoded, validate=True))
 
 
 def to_pil(pixel_values) -> list[Image.Image]:
@@ -231,6 +237,9 @@ class NextFlowBaseImageProcessor(BaseImageProcessor):
                 "follows from `num_scales` and the image's aspect ratio, or from `height` and `width`; `do_pad=True` "
                 "pads instead of cropping."
             )
+        color = kwargs["background_color"]
+        if len(color) != 3 or not all(0 <= value <= 255 for value in color):
+            raise ValueError(f"`background_color` must be red, green and blue, each from 0 to 255, but got {color}.")
         # The base class would ask for a `size` to resize to.
         super()._validate_preprocess_kwargs(**{**kwargs, "do_resize": None})
 

@@ -181,9 +181,9 @@ class NextFlowProcessor(ProcessorMixin):
         num_marks = [ids.count(self.image_token_id) for ids in encoded["input_ids"]]
         pictures = self._flatten_images(images, num_marks)
         codes, target_codes, grids = self._encode_images(pictures, self_correction, generator, merged["images_kwargs"])
-        fields = self._expand_marks(encoded, iter(codes))
+        fields = self._expand_marks(encoded, codes)
         if self_correction:
-            fields["labels"] = self._expand_marks(encoded, iter(target_codes))["input_ids"]
+            fields["labels"] = self._expand_marks(encoded, target_codes)["input_ids"]
         self._truncate(fields, max_length, num_marks)
         batch = self._pad(fields, **{"padding": False, **padding})
         if pictures:
@@ -247,10 +247,12 @@ class NextFlowProcessor(ProcessorMixin):
 
     def _expand_marks(self, encoded, codes: Iterable[list[int]]) -> dict[str, list[list[Any]]]:
         """The tokenizer's fields with every mark replaced by `<boi>` and the ids of an image."""
-        codes = iter(codes)
+        remaining = iter(codes)
         fields: dict[str, list[list[Any]]] = {name: [] for name in encoded}
         for row, ids in enumerate(encoded["input_ids"]):
-            spans = [[self.boi_token_id, *next(codes)] if token == self.image_token_id else [token] for token in ids]
+            spans = [
+                [self.boi_token_id, *next(remaining)] if token == self.image_token_id else [token] for token in ids
+            ]
             for name in fields:
                 values = encoded[name][row]
                 spread = ([value] * len(span) for value, span in zip(values, spans, strict=True))

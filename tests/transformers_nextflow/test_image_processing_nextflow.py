@@ -216,7 +216,14 @@ def test_paths_urls_and_base64(processor, tmp_path):
             processor(f"{url}/missing.png")
         server.shutdown()
     (tmp_path / "text.txt").write_text("not a picture")
-    for source in (str(tmp_path / "text.txt"), "no such file.png", "aGVsbG8=", "data:image/png;base64"):
+    (tmp_path / "half.png").write_bytes((tmp_path / "clear.png").read_bytes()[:100])
+    for source in (
+        str(tmp_path / "text.txt"),
+        str(tmp_path / "half.png"),
+        "no such file.png",
+        "aGVsbG8=",
+        "data:image/png;base64",
+    ):
         with pytest.raises(ValueError, match=r"Could not open the image .* path of an image file, an http"):
             processor(source)
     with pytest.raises(TypeError, match="An image must be a PIL image, an array, a tensor, a path"):
@@ -276,6 +283,9 @@ def test_bad_sizes(processor):
         processor(photo(64, 64), size={"height": 64, "width": 64}, crop_size=32)
     with pytest.raises(ValueError, match="does not take `do_center_crop`"):
         processor(photo(64, 64), do_center_crop=True)
+    for color in ([0, 0], [0, 0, 256]):
+        with pytest.raises(ValueError, match="`background_color` must be red, green and blue"):
+            processor(photo(64, 64), background_color=color)
     assert choose_schedule((10, 10), 8) == ScaleSchedule((16, 16), 8)
 
 
