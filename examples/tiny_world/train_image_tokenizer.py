@@ -1,7 +1,7 @@
-"""Trains nextflow-tiny's image tokenizer: the paper's three stages, small, on two CPU cores (model.md of the paper: section 3).
+"""Trains nextflow-tiny's image tokenizer in the paper's three stages, small enough for a CPU.
 
-Stages: `pixel` (the pixel branch alone), `joint` (both branches, with the teacher's features as the semantic target) and
-`decoder` (everything frozen but a new pixel decoder of twice the width).
+`pixel` trains the pixel branch alone, `joint` both branches (the semantic one towards a teacher's features), and
+`decoder` a new pixel decoder of twice the width, with all else frozen.
 """
 
 import math
@@ -14,11 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from transformers_nextflow.configuration_nextflow import NextFlowImageTokenizerConfig
-from transformers_nextflow.modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
+from transformers_nextflow import NextFlowImageTokenizer, NextFlowImageTokenizerConfig
+
+from . import training_state
+from .training_state import load_state, save_state
 
 NUM_SCALES = 8
-REVIVE_EVERY = 25
+REVIVE_EVERY, REVIVE_UNTIL = 25, 0.7  # steps, and the share of a stage
+LOG_EVERY = 100
 RESIDUAL_WEIGHT = 0.25
 # The teacher costs more than all the rest; a few pictures a step are enough to shape the semantic half.
 TEACHER_BATCH = 2
@@ -159,77 +162,72 @@ def train(
     Args:
         images (`np.ndarray` of shape `(M, 128, 128, 3)`, uint8): training pictures.
         make_teacher: makes a function from pixels `(B, 3, 128, 128)` in [-1, 1] to features `(B, C, 8, 8)`.
-        folder (`Path`): where checkpoints go; `folder / "final"` is the result.
+        folder (`Path`): where checkpoints go, one a stage; the last stage's is the result.
         seconds (`float`): budget of all stages together.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    teacher = None
-    config = tiny_config(semantic_feature_dim)
     for number, stage in enumerate(stages):
         done = folder / stage.name
         if (done / "model.safetensors").exists():
             print(f"[tokenizer] stage {stage.name} is done already", flush=True)
             continue
         torch.manual_seed(seed + number)
-        rng = np.random.default_rng(seed + number)
-        generator = torch.Generator().manual_seed(seed + number)
         if number == 0:
-            model = NextFlowImageTokenizer(config)
+            model = NextFlowImageTokenizer(tiny_config(semantic_feature_dim))
         else:
             model = NextFlowImageTokenizer.from_pretrained(folder / stages[number - 1].name)
         if stage.name == "decoder":
             model.enlarge_pixel_decoder()
-        if stage.name == "joint" and teacher is None:
-            teacher = make_teacher()
-        model = model.to(memory_format=torch.channels_last).train()
-        optimizer = torch.optim.AdamW(
-            trainable_parameters(model, stage), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True
-        )
-        state_file, step, spent = folder / f"{stage.name}.state.pt", 0, 0.0
-        if state_file.exists():
-            state = torch.load(state_file, weights_only=True)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            step, spent = state["step"], state["spent"]
-            rng = np.random.default_rng((seed + number, step))
-        budget, last, saved = stage.share * seconds, time.time(), time.time()
-        counts = torch.zeros(config.codebook_size)
-        while spent < budget:
-            progress = spent / budget
-            warm = min(1.0, (step + 1) / 100)
-            for group in optimizer.param_groups:
-                group["lr"] = warm * stage.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-            pixels = to_pixels(images[rng.integers(0, len(images), batch_size)])
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-            loss, parts, codes = step_losses(model, stage, pixels, teacher, draw_kept_scales(rng))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            step += 1
-            counts *= 0.97
-            counts += torch.bincount(codes.flatten(), minlength=config.codebook_size)
-            counts[counts < 0.5] = 0
-            revived = 0
-            if stage.name != "decoder" and step % REVIVE_EVERY == 0 and progress < 0.7:
-                revived = revive_dead_codes(model, counts, generator)
-            now = time.time()
-            spent, last = spent + now - last, now
-            if step % 100 == 0:
-                line = " ".join(f"{name} {value:.3f}" for name, value in parts.items())
-                print(
-                    f"[tokenizer] {stage.name} step {step} {spent:.0f}/{budget:.0f} s {line} "
-                    f"used {int((counts > 0).sum())} revived {revived}",
-                    flush=True,
-                )
-            if now - saved > 120:
-                saved = now
-                torch.save(
-                    {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent},
-                    state_file,
-                )
+        teacher = make_teacher() if stage.name == "joint" else None
+        state_file = folder / f"{stage.name}.state.pt"
+        _train_stage(model, stage, images, teacher, state_file, stage.share * seconds, seed + number, batch_size)
         model.save_pretrained(done)
         state_file.unlink(missing_ok=True)
-    final = NextFlowImageTokenizer.from_pretrained(folder / stages[-1].name)
-    final.save_pretrained(folder / "final")
-    return final.eval()
+    return NextFlowImageTokenizer.from_pretrained(folder / stages[-1].name).eval()
+
+
+def _train_stage(
+    model: NextFlowImageTokenizer,
+    stage: Stage,
+    images: np.ndarray,
+    teacher: Callable | None,
+    state_file: Path,
+    budget: float,
+    seed: int,
+    batch_size: int,
+) -> None:
+    model = model.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(
+        trainable_parameters(model, stage), lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
+    step, spent = load_state(state_file, model, [optimizer])
+    rng = np.random.default_rng((seed, step))
+    generator = torch.Generator().manual_seed(seed + step)
+    counts = torch.zeros(model.config.codebook_size)
+    last = saved = time.time()
+    while spent < budget:
+        progress = spent / budget
+        warm = min(1.0, (step + 1) / 100)
+        for group in optimizer.param_groups:
+            group["lr"] = warm * stage.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        pixels = to_pixels(images[rng.integers(0, len(images), batch_size)])
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        loss, parts, codes = step_losses(model, stage, pixels, teacher, draw_kept_scales(rng))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        counts = 0.97 * counts + torch.bincount(codes.flatten(), minlength=len(counts))
+        counts[counts < 0.5] = 0
+        if stage.name != "decoder" and step % REVIVE_EVERY == 0 and progress < REVIVE_UNTIL:
+            parts["revived"] = revive_dead_codes(model, counts, generator)
+        now = time.time()
+        spent, last = spent + now - last, now
+        if step % LOG_EVERY == 0:
+            line = " ".join(f"{name} {value:.3f}" for name, value in parts.items())
+            used = int((counts > 0).sum())
+            print(f"[tokenizer] {stage.name} step {step} {spent:.0f}/{budget:.0f} s {line} used {used}", flush=True)
+        if now - saved > training_state.SAVE_EVERY:
+            saved = now
+            save_state(state_file, model, [optimizer], step, spent)

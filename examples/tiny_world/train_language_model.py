@@ -1,7 +1,7 @@
 """Trains nextflow-tiny's language model on codes: text to image, with captions as its only text.
 
-The recipe: Muon for the matrices of the blocks and AdamW for the rest; coarse scales first, then all; scale reweighting;
-self-corrected inputs; dropped conditions for guidance.
+The recipe: Muon for the matrices of the blocks and AdamW for the rest; coarse scales first, then all; scale
+reweighting; self-corrected inputs; dropped conditions for guidance.
 """
 
 import time
@@ -16,10 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, NextFlowImageTokenizer, ScaleSchedule
 from transformers_nextflow.token_layout import find_image_groups, scale_loss_weights
 
+from . import training_state
 from .codes import Codes
+from .training_state import load_state, save_state
 
 SCHEDULE = ScaleSchedule.from_size(128, 128)
-PEAK_MUON, PEAK_ADAM = 0.02, 2e-3
+PEAK_MUON, PEAK_ADAM, WARM_UP_STEPS = 0.02, 2e-3, 100
 # (until this share of the time, first scales, batch size): coarse scales decide the layout and cost a quarter.
 CURRICULUM = ((0.3, 5, 96), (0.45, 7, 64), (1.0, 8, 48))
 DROP_CAPTION, USE_CHAT, USE_CORRECTED = 0.1, 0.1, 0.6
@@ -103,9 +105,9 @@ class Batches:
             else:
                 seen = wanted = self.codes.clean[index]
             text.append(self.config.boi_token_id)
-            rows.append(text + (seen[:num_codes].astype(np.int64) + offset).tolist())
-            # The first token is never predicted.
-            targets.append([-100, *text[1:]] + (wanted[:num_codes].astype(np.int64) + offset).tolist())
+            seen, wanted = ((codes[:num_codes].astype(np.int64) + offset).tolist() for codes in (seen, wanted))
+            rows.append([*text, *seen])
+            targets.append([-100, *text[1:], *wanted])  # the first token is never predicted
         length = max(map(len, rows))
         return Batch(
             input_ids=torch.tensor([row + [self.pad] * (length - len(row)) for row in rows]),
@@ -156,8 +158,8 @@ def make_optimizers(model: NextFlowForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def learning_rate_factor(step: int, progress: float) -> float:
-    """Warm-up over 100 steps, constant, then linear to almost zero over the last 40 % of the time."""
-    return min(1.0, (step + 1) / 100) * min(1.0, max(0.01, (1 - progress) / 0.4))
+    """Warm-up, constant, then linear to almost zero over the last 40 % of the time."""
+    return min(1.0, (step + 1) / WARM_UP_STEPS) * min(1.0, max(0.01, (1 - progress) / 0.4))
 
 
 def train(
@@ -175,15 +177,9 @@ def train(
     model.train()
     model.set_attn_implementation("eager")  # for 220 slots with a mask a third faster than CPU's SDPA, as measured
     optimizers = make_optimizers(model)
-    state_file, step, spent = folder / "state.pt", 0, 0.0
-    rng = np.random.default_rng(seed)
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved_state)
-        step, spent = state["step"], state["spent"]
-        rng = np.random.default_rng((seed, step))
+    state_file = folder / "state.pt"
+    step, spent = load_state(state_file, model, optimizers)
+    rng = np.random.default_rng((seed, step))
     last = saved = time.time()
     log = np.zeros(3)
     while spent < seconds:
@@ -212,17 +208,10 @@ def train(
                 f"loss {loss_mean:.3f} text {text_mean:.3f} codes {code_mean:.3f}",
                 flush=True,
             )
-        if now - saved > 180:
+        if now - saved > training_state.SAVE_EVERY:
             saved = now
-            _save_state(state_file, model, optimizers, step, spent)
+            save_state(state_file, model, optimizers, step, spent)
     model.set_attn_implementation("sdpa")
     model.save_pretrained(folder / "final")
     state_file.unlink(missing_ok=True)
     return model.eval()
-
-
-def _save_state(path: Path, model, optimizers, step: int, spent: float) -> None:
-    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, "spent": spent}
-    temporary = path.with_suffix(".part")
-    torch.save(state, temporary)
-    temporary.rename(path)

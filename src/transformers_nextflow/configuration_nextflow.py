@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
+from .remote_code import write_shim
 from .scale_schedule import BASE_SIDES
 
 
@@ -76,6 +77,11 @@ class NextFlowConfig(Qwen2_5_VLTextConfig):
         super().__post_init__(**kwargs)
         self._check_visual_fields()
 
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        if self.auto_map:
+            write_shim(save_directory)  # the entries of `auto_map` name that file
+
     def _check_visual_fields(self):
         # Not a `validate_*` method: `@strict` would turn the ValueError into an error of another type.
         if self.vocab_size != self.text_vocab_size + self.visual_codebook_size:
@@ -93,7 +99,9 @@ class NextFlowConfig(Qwen2_5_VLTextConfig):
             if not 0 <= getattr(self, name) < self.text_vocab_size:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be a text id, below {self.text_vocab_size}.")
         if self.tie_word_embeddings:
-            raise ValueError("`tie_word_embeddings` must be False: the head has visual rows, the input embeddings do not.")
+            raise ValueError(
+                "`tie_word_embeddings` must be False: the head has visual rows, the input embeddings do not."
+            )
 
 
 @strict

@@ -164,7 +164,9 @@ class ScaleSchedule:
     def prefix(self, num_scales: int) -> "ScaleSchedule":
         """The schedule of the first `num_scales` scales (the same bucket)."""
         if not 1 <= num_scales <= self.num_scales:
-            raise ValueError(f"A prefix of {self.num_scales} scales has 1 to {self.num_scales} scales, not {num_scales}.")
+            raise ValueError(
+                f"A prefix of {self.num_scales} scales has 1 to {self.num_scales} scales, not {num_scales}."
+            )
         return ScaleSchedule(self.bucket, num_scales, self.stride)
 
     def flops(self, hidden_size: int, num_text_tokens: int, num_layers: int = 1) -> int:

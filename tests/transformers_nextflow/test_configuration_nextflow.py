@@ -33,7 +33,10 @@ def _versions(config):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"text_vocab_size": 100, "boi_token_id": 1, "eoi_token_id": 2, "image_token_id": 3}, r"must be `text_vocab_size` \+"),
+        (
+            {"text_vocab_size": 100, "boi_token_id": 1, "eoi_token_id": 2, "image_token_id": 3},
+            r"must be `text_vocab_size` \+",
+        ),
         ({"num_scales": 19}, "between 1 and 18"),
         ({"visual_feature_mode": "summed"}, '"residual" or "accumulated"'),
         ({"boi_token_id": 152064}, "must be a text id"),
@@ -49,7 +52,10 @@ def test_bad_language_model_fields(arguments, message):
     ("arguments", "message"),
     [
         ({"encoder_hidden_sizes": [32, 32]}, "give a stride of 2, but `stride` is 16"),
-        ({"decoder_hidden_sizes": [32] * 5, "pixel_patch_size": 2, "encoder_hidden_sizes": [32] * 4}, "`decoder_hidden_sizes` has 5"),
+        (
+            {"decoder_hidden_sizes": [32] * 5, "pixel_patch_size": 2, "encoder_hidden_sizes": [32] * 4},
+            "`decoder_hidden_sizes` has 5",
+        ),
         ({"self_correction_top_k": 0}, "between 1 and `codebook_size`"),
         ({"semantic_config": {"model_type": "no_such_model"}}, "unknown model type"),
     ],

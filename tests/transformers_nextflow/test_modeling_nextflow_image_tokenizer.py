@@ -94,7 +94,10 @@ def test_encoding_is_deterministic_and_decode_is_what_encode_quantized(tokenizer
     latents = tokenizer.codes_to_latents(first.codes, first.image_grid_shw)
     torch.testing.assert_close(latents, first.quantized, atol=1e-5, rtol=0)
     torch.testing.assert_close(
-        tokenizer.decode_latents(first.quantized), tokenizer.decode(first.codes, first.image_grid_shw), atol=1e-4, rtol=0
+        tokenizer.decode_latents(first.quantized),
+        tokenizer.decode(first.codes, first.image_grid_shw),
+        atol=1e-4,
+        rtol=0,
     )
 
 

@@ -48,9 +48,7 @@ def test_golden_training_losses_and_gradients(quantizer, features):
 
     straight_through = gradient((result.quantized * GOLDEN["train.grad_weight"]).sum(), features)
     commitment = gradient(result.commitment_loss, features)
-    codebooks = gradient(
-        result.codebook_loss, quantizer.semantic_codebook.weight, quantizer.pixel_codebook.weight
-    )
+    codebooks = gradient(result.codebook_loss, quantizer.semantic_codebook.weight, quantizer.pixel_codebook.weight)
     for found, name in (
         (straight_through, "train.grad_straight_through.{}"),
         (commitment, "train.grad_commit.{}"),

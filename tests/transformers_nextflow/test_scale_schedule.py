@@ -54,9 +54,7 @@ def test_a_schedule_is_found_by_its_own_size(bucket, num_scales):
     assert ScaleSchedule.from_size(schedule.height, schedule.width, num_scales=num_scales).num_scales == num_scales
 
 
-@pytest.mark.parametrize(
-    ("side", "num_scales"), [(1024, 18), (512, 16), (256, 12), (128, 8), (16, 1)]
-)
+@pytest.mark.parametrize(("side", "num_scales"), [(1024, 18), (512, 16), (256, 12), (128, 8), (16, 1)])
 def test_square_sizes_are_the_square_bucket(side, num_scales):
     assert ScaleSchedule.from_size(side, side) == ScaleSchedule((16, 16), num_scales)
 
