@@ -25,7 +25,7 @@ def save_state(
 
 
 def load_state(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[int, float]:
-    """Restores what [`save_state`] wrote and returns the step and the seconds spent; `(0, 0.0)` where there is no file."""
+    """Restores what [`save_state`] wrote; returns the step and the seconds spent, zeros where there is no file."""
     if not path.exists():
         return 0, 0.0
     state = torch.load(path, weights_only=True)

@@ -86,8 +86,8 @@ class NextFlowConfig(Qwen2_5_VLTextConfig):
         # Not a `validate_*` method: `@strict` would turn the ValueError into an error of another type.
         if self.vocab_size != self.text_vocab_size + self.visual_codebook_size:
             raise ValueError(
-                f"`vocab_size` ({self.vocab_size}) must be `text_vocab_size` + `visual_codebook_size` "
-                f"({self.text_vocab_size} + {self.visual_codebook_size} = {self.text_vocab_size + self.visual_codebook_size})."
+                f"`vocab_size` ({self.vocab_size}) must be `text_vocab_size` + `visual_codebook_size`, "
+                f"{self.text_vocab_size} + {self.visual_codebook_size}."
             )
         if not 1 <= self.num_scales <= len(BASE_SIDES):
             raise ValueError(f"`num_scales` must be between 1 and {len(BASE_SIDES)}, but got {self.num_scales}.")
@@ -217,8 +217,8 @@ class NextFlowImageTokenizerConfig(PreTrainedConfig):
             stride = self.pixel_patch_size * 2 ** (len(getattr(self, name)) - 1)
             if stride != self.stride:
                 raise ValueError(
-                    f"`{name}` has {len(getattr(self, name))} levels, which with `pixel_patch_size` {self.pixel_patch_size} "
-                    f"give a stride of {stride}, but `stride` is {self.stride}."
+                    f"`{name}` has {len(getattr(self, name))} levels, which with `pixel_patch_size` "
+                    f"{self.pixel_patch_size} give a stride of {stride}, but `stride` is {self.stride}."
                 )
         if not 1 <= self.self_correction_top_k <= self.codebook_size:
             raise ValueError(

@@ -29,7 +29,7 @@ class NextFlowImageTokenizerOutput(ModelOutput):
         codes (`torch.LongTensor` of shape `(B, N)`):
             Codes, scale by scale, row-major within a scale.
         target_codes (`torch.LongTensor` of shape `(B, N)`):
-            Nearest codes; they differ from `codes` only under self-correction, where they are what a model should predict.
+            Nearest codes. They differ from `codes` only under self-correction, and are then what a model should predict.
         quantized (`torch.FloatTensor` of shape `(B, D, h, w)`):
             Sum of the upsampled code vectors, fp32.
         image_grid_shw (`torch.LongTensor` of shape `(B, 3)`):
@@ -186,7 +186,7 @@ class NextFlowPixelDecoder(nn.Module):
 
 
 class NextFlowSemanticDecoder(nn.Module):
-    """A small ViT and a Linear-Tanh-Linear: the semantic half `(B, D_sem, h, w)` to the teacher's features `(B, h * w, C)`."""
+    """A small ViT: the semantic half `(B, D_sem, h, w)` of a quantized map to the teacher's features `(B, h * w, C)`."""
 
     def __init__(self, config: NextFlowImageTokenizerConfig):
         super().__init__()
@@ -252,7 +252,8 @@ class NextFlowImageTokenizer(PreTrainedModel):
         super().__init__(config)
         if config.semantic_config.model_type != "siglip2_vision_model":
             raise ValueError(
-                f'The semantic encoder "{config.semantic_config.model_type}" is not supported; use "siglip2_vision_model".'
+                f'The semantic encoder "{config.semantic_config.model_type}" is not supported; '
+                'use "siglip2_vision_model".'
             )
         width = config.semantic_config.hidden_size
         self.semantic_encoder = AutoModel.from_config(config.semantic_config)
@@ -323,7 +324,7 @@ class NextFlowImageTokenizer(PreTrainedModel):
             image_grid_shw (`torch.LongTensor` of shape `(B, 3)`, *optional*):
                 The schedules to use. By default they follow from the images' sizes.
             self_correction (`bool`, *optional*, defaults to `False`):
-                Draw some codes among the nearest few (the config's `self_correction_*`); `target_codes` stay the nearest.
+                Draw some codes among the nearest few (the config's `self_correction_*`); `target_codes` are the nearest.
             generator (`torch.Generator`, *optional*):
                 Source of those draws, on the model's device.
 
@@ -422,7 +423,7 @@ class NextFlowImageTokenizer(PreTrainedModel):
         return self.quantizer.decode(codes, schedule.grids, schedule.grids[-1])
 
     def decode_latents(self, latents: torch.Tensor, clamp: bool = True) -> torch.Tensor:
-        """Pixels `(B, 3, H, W)` of an accumulated quantized map `(B, D, h, w)`, clamped to [-1, 1] unless for training."""
+        """Pixels `(B, 3, H, W)` of an accumulated quantized map `(B, D, h, w)`; `clamp` keeps them in [-1, 1]."""
         pixel = latents[:, self.config.semantic_code_dim :].to(self.dtype)
         pixel_values = self.pixel_decoder(self.post_pixel_proj(pixel))
         return pixel_values.clamp(-1, 1) if clamp else pixel_values
@@ -448,7 +449,7 @@ class NextFlowImageTokenizer(PreTrainedModel):
     def decode_semantic(
         self, codes: torch.Tensor | Sequence[torch.Tensor], image_grid_shw: torch.Tensor
     ) -> torch.Tensor | list[torch.Tensor]:
-        """The semantic decoder's features `(B, h * w, C)` of codes; arguments as in [`~NextFlowImageTokenizer.decode`]."""
+        """The semantic decoder's features `(B, h * w, C)`; arguments as in [`~NextFlowImageTokenizer.decode`]."""
         return self._decode_with(self._decode_semantic_latents, codes, image_grid_shw)
 
     def _decode_semantic_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -483,7 +484,7 @@ class NextFlowImageTokenizer(PreTrainedModel):
             kept_scales (`Sequence[int]`, *optional*):
                 Indices of the scales to quantize on; the others are skipped (scale drop). By default all.
             semantic (`bool`, *optional*, defaults to `True`):
-                `False` leaves the semantic branch out (the first training stage): codes are then chosen by pixels alone.
+                `False` leaves the semantic branch out (the first training stage): pixels alone choose the codes.
 
         Returns:
             [`NextFlowImageTokenizerOutput`] with `pixel_values` (not clamped), `semantic_features` and the losses.
@@ -514,7 +515,7 @@ class NextFlowImageTokenizer(PreTrainedModel):
 
         Args:
             widen (`int`, *optional*, defaults to 2): Factor of the widths; the paper doubles the decoder's capacity.
-            deepen (`int`, *optional*, defaults to 1): Factor of the residual blocks a level; TokenFlow's enhanced decoder has 2.
+            deepen (`int`, *optional*, defaults to 1): Factor of the residual blocks a level; TokenFlow doubles them too.
         """
         self.config.decoder_hidden_sizes = [widen * width for width in self.config.decoder_hidden_sizes]
         self.config.decoder_num_res_blocks = deepen * self.config.decoder_num_res_blocks

@@ -1,6 +1,6 @@
 """Multi-scale residual quantization with two codebooks behind one index (TokenFlow, arXiv 2412.03069; NextFlow 3).
 
-Axes: B images, D = semantic + pixel channels of a code vector, K codes, (h, w) the last grid, N = sum of all grids' cells.
+Axes: B images, D = semantic + pixel channels of a code vector, K codes, (h, w) the last grid, N cells of all grids.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 Grid = tuple[int, int]
 
-# The last scale of one 1024 x 1024 image against 32768 codes is 512 MB of distances; look up in slices of a quarter of it.
+# The last scale of one 1024 x 1024 image against 32768 codes is 512 MB of distances: look up in slices of 128 MB.
 _MAX_DISTANCES = 2**25
 
 
@@ -24,8 +24,8 @@ class QuantizedResult:
     Attributes:
         codes (`torch.LongTensor` of shape `(B, N)`): The codes that were taken, scale by scale, row-major.
         target_codes (`torch.LongTensor` of shape `(B, N)`):
-            The nearest code at each place, given the codes taken on the scales before. Equals `codes` without self-correction.
-        quantized (`torch.FloatTensor` of shape `(B, D, h, w)`): Sum of the upsampled code vectors over all scales, fp32.
+            The nearest code at each place, given the codes taken before; `codes` itself without self-correction.
+        quantized (`torch.FloatTensor` of shape `(B, D, h, w)`): Sum of the upsampled code vectors of all scales, fp32.
         residual (`torch.FloatTensor` of shape `(B, D, h, w)`):
             What the codes leave of the features; the gradient reaches the features. Codes hold directions only, so
             nothing but a penalty on this keeps the features' length within reach of the codes.

@@ -33,7 +33,7 @@ def aspect_buckets() -> tuple[tuple[int, int], ...]:
 
 
 def nearest_bucket(height: float, width: float) -> tuple[int, int]:
-    """The bucket whose aspect ratio is nearest to `height / width` on a log scale (of equals, the one with more cells)."""
+    """The bucket whose aspect ratio is nearest to `height / width` on a log scale; of equals, the larger one."""
     if height <= 0 or width <= 0:
         raise ValueError(f"An image needs a positive height and width, but got {height} x {width}.")
     log_aspect = math.log(height / width)
@@ -184,7 +184,7 @@ class ScaleSchedule:
 
 @lru_cache
 def _schedules_by_grid() -> dict[tuple[int, int], ScaleSchedule]:
-    """Last grid -> schedule. Coarse grids are shared by many buckets; the one of nearest aspect, then fewest scales, wins."""
+    """Last grid -> schedule. Of the buckets that share a grid, the nearest in aspect wins, then the fewest scales."""
     best: dict[tuple[int, int], tuple[tuple[float, int, int], ScaleSchedule]] = {}
     for bucket in aspect_buckets():
         for num_scales in range(1, len(BASE_SIDES) + 1):

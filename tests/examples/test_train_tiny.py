@@ -1,4 +1,4 @@
-"""The training of nextflow-tiny end to end, a few steps long: every stage, a kill in the middle, the finished checkpoint."""
+"""The training of nextflow-tiny, a few steps long: every stage, a kill in the middle, the finished checkpoint."""
 
 import sys
 from pathlib import Path

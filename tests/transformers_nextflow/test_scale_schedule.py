@@ -101,10 +101,12 @@ def test_nearest_bucket_is_nearest_in_log_aspect():
 
 
 def test_needs_no_torch():
+    path = Path(sys.modules[ScaleSchedule.__module__].__file__)
     code = (
-        "import importlib.util, pathlib, sys\n"
-        f"spec = importlib.util.spec_from_file_location('s', {str(Path(sys.modules['transformers_nextflow'].__file__).parent / 'scale_schedule.py')!r})\n"
-        "module = importlib.util.module_from_spec(spec); sys.modules['s'] = module; spec.loader.exec_module(module)\n"
-        "module.ScaleSchedule.from_size(1024, 1024); assert 'torch' not in sys.modules"
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('schedule', {str(path)!r})\n"
+        "module = sys.modules['schedule'] = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "assert module.ScaleSchedule.from_size(1024, 1024).num_tokens == 10084 and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
