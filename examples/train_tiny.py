@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import evaluate_tiny
 from tiny_world.codes import extract_codes
 from tiny_world.dataset import sample_images
-from tiny_world.package import package
+from tiny_world.package import package, write_model_card
 from tiny_world.teacher import EfficientNetTeacher
 from tiny_world.train_image_tokenizer import train as train_image_tokenizer
 from tiny_world.train_language_model import Batches, new_model, tiny_config
@@ -92,7 +93,13 @@ def main():
         options.seed,
     )
     package(model, image_tokenizer, text_tokenizer, options.output)
-    print(f"Done: {options.output}. Evaluate it: python examples/evaluate_tiny.py {options.output}")
+    table = options.work / "figures.md"
+    evaluate_tiny.main(
+        [str(options.output), "--markdown", str(table), "--samples", str(options.work / "samples.png")]
+        + (["--cache", str(options.cache)] if options.cache else [])
+    )
+    write_model_card(options.output, table.read_text(encoding="utf-8"))
+    print(f"Done: {options.output}")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class NextFlowPipeline(DiffusionPipeline):
     image_processor: ImageProcessingMixin
 
     model_cpu_offload_seq = "model->image_tokenizer"  # type: ignore[assignment]
-    _optional_components = ["diffusion_decoder", "scheduler"]  # noqa: RUF012 (a list in the base class)
+    _optional_components = ["diffusion_decoder", "scheduler"]
     _callback_tensor_inputs = ("latents", "codes")
 
     def __init__(

@@ -216,7 +216,7 @@ class NextFlowBaseImageProcessor(BaseImageProcessor):
     num_scales = 18
     stride = 16
     background_color = WHITE
-    model_input_names = ["pixel_values", "image_grid_shw"]  # noqa: RUF012 (the base class's type)
+    model_input_names = ["pixel_values", "image_grid_shw"]
 
     # The back-end's.
     resize: Callable[..., Any]

@@ -2,7 +2,6 @@
 
 Letters: B rows, L slots a row, H hidden size, D width of a code vector, G images of one schedule, n codes, S scales.
 """
-# ruff: noqa: RUF012 (class attributes have the base classes' types)
 
 import copy
 import math

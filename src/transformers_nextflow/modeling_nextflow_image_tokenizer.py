@@ -29,7 +29,7 @@ class NextFlowImageTokenizerOutput(ModelOutput):
         codes (`torch.LongTensor` of shape `(B, N)`):
             Codes, scale by scale, row-major within a scale.
         target_codes (`torch.LongTensor` of shape `(B, N)`):
-            Nearest codes. They differ from `codes` only under self-correction, and are then what a model should predict.
+            Nearest codes. They differ from `codes` only under self-correction, and then are what is to be predicted.
         quantized (`torch.FloatTensor` of shape `(B, D, h, w)`):
             Sum of the upsampled code vectors, fp32.
         image_grid_shw (`torch.LongTensor` of shape `(B, 3)`):
@@ -186,7 +186,7 @@ class NextFlowPixelDecoder(nn.Module):
 
 
 class NextFlowSemanticDecoder(nn.Module):
-    """A small ViT: the semantic half `(B, D_sem, h, w)` of a quantized map to the teacher's features `(B, h * w, C)`."""
+    """A small ViT: semantic half `(B, D_sem, h, w)` of a quantized map to the teacher's features `(B, h * w, C)`."""
 
     def __init__(self, config: NextFlowImageTokenizerConfig):
         super().__init__()
@@ -324,7 +324,7 @@ class NextFlowImageTokenizer(PreTrainedModel):
             image_grid_shw (`torch.LongTensor` of shape `(B, 3)`, *optional*):
                 The schedules to use. By default they follow from the images' sizes.
             self_correction (`bool`, *optional*, defaults to `False`):
-                Draw some codes among the nearest few (the config's `self_correction_*`); `target_codes` are the nearest.
+                Draw some codes among the nearest few (the config's `self_correction_*`).
             generator (`torch.Generator`, *optional*):
                 Source of those draws, on the model's device.
 
@@ -515,7 +515,7 @@ class NextFlowImageTokenizer(PreTrainedModel):
 
         Args:
             widen (`int`, *optional*, defaults to 2): Factor of the widths; the paper doubles the decoder's capacity.
-            deepen (`int`, *optional*, defaults to 1): Factor of the residual blocks a level; TokenFlow doubles them too.
+            deepen (`int`, *optional*, defaults to 1): Factor of the residual blocks a level (TokenFlow: 2).
         """
         self.config.decoder_hidden_sizes = [widen * width for width in self.config.decoder_hidden_sizes]
         self.config.decoder_num_res_blocks = deepen * self.config.decoder_num_res_blocks

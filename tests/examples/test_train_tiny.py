@@ -16,7 +16,7 @@ from tiny_world import train_language_model as language_training
 from tiny_world import training_state
 from tiny_world.codes import extract_codes
 from tiny_world.dataset import sample_images
-from tiny_world.package import package
+from tiny_world.package import package, write_model_card
 
 SHAPES_ONLY = {"shapes": 1.0}
 
@@ -117,6 +117,9 @@ def test_language_model_learns_resumes_and_is_packaged(work, image_tokenizer, ti
     assert after < before - 0.2
 
     package(model, image_tokenizer, text_tokenizer, work / "checkpoint")
+    write_model_card(work / "checkpoint", "| figure | value |")
+    card = (work / "checkpoint" / "README.md").read_text()
+    assert "| figure | value |" in card and "no official weights exist" in card
     pipe = NextFlowPipeline.from_pretrained(work / "checkpoint")
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red circle", generator=torch.Generator().manual_seed(0)).images[0].size == (128, 128)
