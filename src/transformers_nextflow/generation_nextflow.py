@@ -5,9 +5,11 @@ codebook.
 """
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,16 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.utils import ModelOutput, logging
 
 from .configuration_nextflow import NextFlowConfig
-from .prompts import check_left_padded, count_images, move_right, split_grids, stack_rows
-from .sampling import ScaleSampling, guide, make_generators, sample_codes, sampling_plan
+from .prompts import (
+    check_left_padded,
+    count_images,
+    end_with_boi,
+    read_prompts,
+    split_grids,
+    stack_rows,
+    unconditional_prompts,
+)
+from .sampling import ScaleSampling, draw_codes, make_generators, sampling_plan
 from .scale_schedule import ScaleSchedule
 from .token_layout import find_image_groups, get_token_layout, scale_position_ids
 
@@ -82,6 +92,15 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
         return allowed
 
 
+class _LastSchedules(threading.local):
+    """The schedule that each model drew last, a table for each thread: servers share a model between threads."""
+
+    def __init__(self):
+        self.of_model: WeakKeyDictionary[Any, ScaleSchedule] = WeakKeyDictionary()
+
+
+_LAST_SCHEDULES = _LastSchedules()
+
 # Its methods name a protocol as the type of `self`, which mypy can't bind.
 _GenerationMixin: Any = GenerationMixin
 
@@ -90,7 +109,6 @@ class NextFlowGenerationMixin(_GenerationMixin):
     """`generate` for models over text ids and visual codes."""
 
     config: NextFlowConfig
-    _last_image_schedule: ScaleSchedule | None = None
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -250,14 +268,21 @@ class NextFlowGenerationMixin(_GenerationMixin):
                 + (f" Use {', '.join(hints)}." if hints else "")
             )
 
-        ids, mask = self._read_prompt(inputs, input_ids, attention_mask, pad_token_id)
-        prompt_ids, mask = self._end_with_boi(ids, mask, pad_token_id)
-        prompt_grids = None if image_grid_shw is None else image_grid_shw.to(self.device)
+        if inputs is not None and input_ids is not None:
+            raise ValueError("Pass the prompts as `inputs` or as `input_ids`, not both.")
+        # Everything stays on the prompts' device: with offloading, `self.device` says little about where layers run.
+        boi_token_id, text_vocab_size = self.config.boi_token_id, self.config.text_vocab_size
+        no_text = torch.empty(1, 0, dtype=torch.long, device=self.device)
+        ids = inputs if inputs is not None else input_ids if input_ids is not None else no_text
+        prompt = read_prompts(ids, attention_mask, pad_token_id)
+        prompt_ids, mask = end_with_boi(*prompt, boi_token_id, pad_token_id)
+        prompt_grids = None if image_grid_shw is None else image_grid_shw.to(prompt_ids.device)
         ids, grids = prompt_ids, prompt_grids
         if guided:
-            negative = self._read_prompt(negative_prompt_ids, None, negative_prompt_attention_mask, pad_token_id)
-            negative = self._end_with_boi(*negative, pad_token_id)
-            unconditional = self._unconditional_prompt(ids, mask, *negative, pad_token_id)
+            negative_ids = no_text if negative_prompt_ids is None else negative_prompt_ids
+            negative = read_prompts(negative_ids, negative_prompt_attention_mask, pad_token_id)
+            negative = end_with_boi(*(rows.to(ids.device) for rows in negative), boi_token_id, pad_token_id)
+            unconditional = unconditional_prompts((ids, mask), negative, text_vocab_size, pad_token_id)
             ids, mask = stack_rows((ids, mask), unconditional, pad_token_id)
             grids = None if grids is None else torch.cat([grids, grids])
         elif negative_prompt_ids is not None:
@@ -265,15 +290,13 @@ class NextFlowGenerationMixin(_GenerationMixin):
         self._check_context(ids.shape[1], schedule.num_tokens)
 
         cache = self._image_cache(past_key_values, cache_implementation, ids.shape[1] + schedule.num_tokens - 1)
-        generators = make_generators(generator, len(prompt_ids) * num_images, self.device)
+        generators = make_generators(generator, len(prompt_ids) * num_images, ids.device)
         codes = self._draw_codes(ids, mask, grids, cache, schedule, plan, generators, guided, on_scale_end)
         if streamer is not None:
             streamer.end()
-        self._last_image_schedule = schedule
+        _LAST_SCHEDULES.of_model[self] = schedule
 
-        sequences = torch.cat(
-            [prompt_ids.repeat_interleave(num_images, dim=0), codes + self.config.text_vocab_size], dim=1
-        )
+        sequences = torch.cat([prompt_ids.repeat_interleave(num_images, dim=0), codes + text_vocab_size], dim=1)
         if guided and (return_dict or past_key_values is not None):
             conditional_rows = torch.arange(len(codes), device=codes.device)
             cache.reorder_cache(conditional_rows)  # type: ignore[arg-type]
@@ -283,7 +306,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         if prompt_grids is None:
             grids = new_grid.repeat(len(codes), 1)
         else:
-            grids_of_prompts = split_grids(prompt_ids, prompt_grids, self.config.text_vocab_size)
+            grids_of_prompts = split_grids(prompt_ids, prompt_grids, text_vocab_size)
             grids = torch.cat([torch.cat([rows, new_grid]).repeat(num_images, 1) for rows in grids_of_prompts])
         return NextFlowGenerateOutput(
             sequences=sequences,
@@ -349,11 +372,10 @@ class NextFlowGenerationMixin(_GenerationMixin):
                     scale_index=step,
                     visual_logits=True,
                 ).logits
-            if guided:
-                conditional, unconditional = logits.chunk(2)
-                logits = guide(conditional, unconditional, sampling.guidance_scale)
-            drawn = [sample_codes(rows, sampling, source) for rows, source in zip(logits, generators, strict=True)]
-            codes = torch.cat([codes, torch.stack(drawn)], dim=1)
+            branches = zip(*logits.chunk(2), strict=True) if guided else ((rows, None) for rows in logits)
+            drawn = [draw_codes(*rows, sampling, source) for rows, source in zip(branches, generators, strict=True)]
+            del logits, branches  # of all tensors the largest: gone before the next step makes its own
+            codes = torch.cat([codes, torch.stack(drawn).to(codes.device)], dim=1)
             if on_scale_end is not None:
                 on_scale_end(step, schedule, codes)
         return codes
@@ -414,66 +436,6 @@ class NextFlowGenerationMixin(_GenerationMixin):
                 f"model's context of {limit} (`config.max_position_embeddings`). Shorten the prompt or ask for less."
             )
 
-    def _read_prompt(
-        self,
-        inputs: torch.Tensor | None,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        pad_token_id: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask of the prompts, checked, `(B, L)` both; no prompt at all is one empty prompt."""
-        if inputs is not None and input_ids is not None:
-            raise ValueError("Pass the prompts as `inputs` or as `input_ids`, not both.")
-        ids = inputs if inputs is not None else input_ids
-        if ids is None:
-            ids = torch.empty(1, 0, dtype=torch.long)
-        if ids.ndim != 2:
-            raise ValueError(f"Prompts must have shape (batch, length), but got shape {tuple(ids.shape)}.")
-        if attention_mask is not None and attention_mask.shape != ids.shape:
-            raise ValueError(
-                f"The attention mask has shape {tuple(attention_mask.shape)}, but the prompts have {tuple(ids.shape)}."
-            )
-        ids = ids.to(self.device)
-        check_left_padded(ids, attention_mask, pad_token_id)
-        if attention_mask is None:
-            return ids, (ids != pad_token_id).cumsum(-1).clamp(max=1)
-        return ids, attention_mask.to(self.device).long()
-
-    def _end_with_boi(
-        self, ids: torch.Tensor, mask: torch.Tensor, pad_token_id: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ends_with_boi = (ids[:, -1:] == self.config.boi_token_id).any(-1, keepdim=True)
-        if ends_with_boi.all():
-            return ids, mask
-        boi = torch.full_like(ends_with_boi, self.config.boi_token_id, dtype=ids.dtype)
-        return move_right(torch.cat([ids, boi], dim=1), torch.cat([mask.bool(), ~ends_with_boi], dim=1), pad_token_id)
-
-    def _unconditional_prompt(
-        self,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        negative_ids: torch.Tensor,
-        negative_mask: torch.Tensor,
-        pad_token_id: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What guidance leads away from: the images of the prompts, then the negative prompts with their `<boi>`."""
-        if len(negative_ids) not in (1, len(ids)):
-            raise ValueError(
-                f"Got {len(negative_ids)} negative prompts for {len(ids)} prompts. Pass one, or one a prompt."
-            )
-        if (negative_ids >= self.config.text_vocab_size).any():
-            raise ValueError("`negative_prompt_ids` must be text: the prompt's own images are kept anyway.")
-        negative_ids, negative_mask = (t.expand(len(ids), -1) for t in (negative_ids, negative_mask))
-        is_code = ids >= self.config.text_vocab_size
-        # An image is its codes and the <boi> before them; the last <boi>, of the image to be drawn, opens none yet.
-        opens_image = F.pad(is_code[:, 1:], (0, 1))
-        kept = (is_code | opens_image) & mask.bool()
-        ids, mask = move_right(
-            torch.cat([ids, negative_ids], dim=1), torch.cat([kept, negative_mask.bool()], dim=1), pad_token_id
-        )
-        longest = int(mask.sum(-1).max())
-        return ids[:, -longest:], mask[:, -longest:]
-
     def _token_position_ids(
         self, ids: torch.Tensor, grids: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
@@ -492,7 +454,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
 
         The language model holds no image tokenizer, so this stops at codes; the processor makes pictures of them.
         `pipeline("any-to-any")` calls it with the sequences alone, by position. Ids don't tell a grid from its
-        transpose, so the grid is then that of this model's last image generation.
+        transpose, so the grid is then that of this model's last image generation in this thread.
 
         Args:
             tokens (`torch.LongTensor` of shape `(B, L + 1 + N)`): Sequences as image mode returns them.
@@ -504,7 +466,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         Raises:
             `ValueError`: if the sequences don't end with images of the grid.
         """
-        schedule = self._last_image_schedule
+        schedule = _LAST_SCHEDULES.of_model.get(self)
         if image_grid_shw is not None:
             grids = {tuple(row) for row in image_grid_shw.tolist()}
             if len(grids) != 1:
@@ -512,7 +474,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
             schedule = ScaleSchedule.from_grid_shw(grids.pop())
         if schedule is None:
             raise ValueError(
-                "The grid of the images is not known: this model has not generated any yet. Pass `image_grid_shw`."
+                "The grid of the images is not known: this model has not generated any yet (in this thread). Pass "
+                "`image_grid_shw`."
             )
         codes = tokens - self.config.text_vocab_size
         num_codes = (codes >= 0).long().flip(-1).cumprod(-1).sum(-1)

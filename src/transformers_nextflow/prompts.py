@@ -1,14 +1,21 @@
 """Batches of prompts: their padding, and the images in them, as pure functions of tensors.
 
+A batch is token-view ids `(B, L)` and a mask of the same shape, 0 where there is padding (on the left).
 Letters: B rows, L slots a row.
 """
 
 import torch
 import torch.nn.functional as F
 
+Prompts = tuple[torch.Tensor, torch.Tensor]
+
 
 def check_left_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int | None):
     """Generation goes on after the last column, so padding must stand on the left."""
+    if input_ids.ndim != 2:
+        raise ValueError(f"Prompts must have shape (batch, length), but got shape {tuple(input_ids.shape)}.")
+    if input_ids.is_floating_point() and input_ids.numel():
+        raise ValueError(f"Prompts are ids and must be integers, but got {input_ids.dtype}.")
     if attention_mask is not None:
         padded_right = attention_mask[:, 1:] < attention_mask[:, :-1]
     elif pad_token_id is not None and len(input_ids) > 1:
@@ -22,17 +29,66 @@ def check_left_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor | No
         )
 
 
-def move_right(ids: torch.Tensor, keep: torch.Tensor, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def read_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int) -> Prompts:
+    """Ids and mask, checked; without a mask, leading padding is found by its id."""
+    check_left_padded(input_ids, attention_mask, pad_token_id)
+    ids = input_ids.long()  # of an empty text tokenizers make floats
+    if attention_mask is None:
+        return ids, (ids != pad_token_id).cumsum(-1).clamp(max=1)
+    if attention_mask.shape != ids.shape:
+        raise ValueError(
+            f"The attention mask has shape {tuple(attention_mask.shape)}, but the prompts have {tuple(ids.shape)}."
+        )
+    return ids, attention_mask.to(ids.device).long()
+
+
+def move_right(ids: torch.Tensor, keep: torch.Tensor, pad_token_id: int) -> Prompts:
     """Left padding from any choice of tokens: ids `(B, L)` and bool `keep` `(B, L)` to ids and mask, `(B, L)` int64."""
     order = keep.long().argsort(dim=-1, stable=True)
     keep = keep.gather(-1, order)
     return ids.gather(-1, order).masked_fill(~keep, pad_token_id), keep.long()
 
 
-def stack_rows(
-    upper: tuple[torch.Tensor, torch.Tensor], lower: tuple[torch.Tensor, torch.Tensor], pad_token_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two left-padded batches `(ids, mask)` as one, padded to the longer."""
+def end_with_boi(ids: torch.Tensor, mask: torch.Tensor, boi_token_id: int, pad_token_id: int) -> Prompts:
+    """Prompts that all end with `<boi>`: it is added where it lacks."""
+    ends_with_boi = (ids[:, -1:] == boi_token_id).any(-1, keepdim=True)
+    if ends_with_boi.all():
+        return ids, mask
+    boi = torch.full_like(ends_with_boi, boi_token_id, dtype=ids.dtype)
+    return move_right(torch.cat([ids, boi], dim=1), torch.cat([mask.bool(), ~ends_with_boi], dim=1), pad_token_id)
+
+
+def unconditional_prompts(prompts: Prompts, negative: Prompts, text_vocab_size: int, pad_token_id: int) -> Prompts:
+    """What guidance leads away from: the images of the prompts, then the negative prompts with their `<boi>`.
+
+    Args:
+        prompts (ids and mask, `(B, L)` both): They end with the `<boi>` of the image to be drawn.
+        negative (ids and mask, `(B, M)` or `(1, M)` both): Text that ends with `<boi>`, or `<boi>` alone.
+        text_vocab_size (`int`): The first visual id.
+        pad_token_id (`int`): What to pad with.
+
+    Raises:
+        `ValueError`: if there are neither one nor B negative prompts, or if they hold images.
+    """
+    (ids, mask), (negative_ids, negative_mask) = prompts, negative
+    if len(negative_ids) not in (1, len(ids)):
+        raise ValueError(f"Got {len(negative_ids)} negative prompts for {len(ids)} prompts. Pass one, or one a prompt.")
+    if (negative_ids >= text_vocab_size).any():
+        raise ValueError("`negative_prompt_ids` must be text: the prompt's own images are kept anyway.")
+    negative_ids, negative_mask = (rows.expand(len(ids), -1) for rows in negative)
+    is_code = ids >= text_vocab_size
+    # An image is its codes and the <boi> before them; the last <boi>, of the image to be drawn, opens none yet.
+    opens_image = F.pad(is_code[:, 1:], (0, 1))
+    kept = (is_code | opens_image) & mask.bool()
+    ids, mask = move_right(
+        torch.cat([ids, negative_ids], dim=1), torch.cat([kept, negative_mask.bool()], dim=1), pad_token_id
+    )
+    longest = int(mask.sum(-1).max())
+    return ids[:, -longest:], mask[:, -longest:]
+
+
+def stack_rows(upper: Prompts, lower: Prompts, pad_token_id: int) -> Prompts:
+    """Two left-padded batches as one, padded to the longer."""
     length = max(upper[0].shape[1], lower[0].shape[1])
 
     def widen(rows: torch.Tensor, value: int) -> torch.Tensor:

@@ -3,14 +3,18 @@
 Letters: B samples, n positions (codes of a scale), K codes of the codebook.
 """
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 
 GUIDANCE_SCHEDULES = ("constant", "linear")
 
-Number = TypeVar("Number", int, float)
+# Logits that are drawn from at once, 64 MB in fp32. Those of the last scale of one 1024 x 1024 image are 512 MB, and
+# guiding, cutting off and drawing make several copies.
+_MAX_LOGITS = 2**24
 
 
 class ScaleSampling(NamedTuple):
@@ -61,17 +65,19 @@ def sampling_plan(
         legal = " or ".join(f'"{name}"' for name in GUIDANCE_SCHEDULES)
         raise ValueError(f'`guidance_schedule` must be {legal}, but got "{guidance_schedule}".')
     strength = 1.0 if guidance_scale is None else guidance_scale
-    if not strength >= 0:
-        raise ValueError(f"`guidance_scale` must be at least 0 (1 turns guidance off), but got {guidance_scale}.")
-    temperatures = _one_a_scale("image_temperature", temperature, num_scales)
-    top_ks = _one_a_scale("image_top_k", top_k or 0, num_scales)
-    top_ps = _one_a_scale("image_top_p", top_p, num_scales)
-    if not all(value > 0 for value in temperatures):
+    if not 0 <= strength < math.inf:
         raise ValueError(
-            f"`image_temperature` must be positive, but got {temperature}. For the likeliest codes pass "
+            f"`guidance_scale` must be at least 0 and finite (1 turns guidance off), but got {guidance_scale}."
+        )
+    temperatures = _one_a_scale("image_temperature", temperature, num_scales)
+    top_ks = _one_a_scale("image_top_k", 0 if top_k is None else top_k, num_scales)
+    top_ps = _one_a_scale("image_top_p", top_p, num_scales)
+    if not all(0 < value < math.inf for value in temperatures):
+        raise ValueError(
+            f"`image_temperature` must be positive and finite, but got {temperature}. For the likeliest codes pass "
             "`do_sample=False`."
         )
-    if not all(value == int(value) and 0 <= value <= codebook_size for value in top_ks):
+    if not all(float(value).is_integer() and 0 <= value <= codebook_size for value in top_ks):
         raise ValueError(
             f"`image_top_k` must be a whole number from 1 to {codebook_size} (the codebook's size), or 0 for no limit, "
             f"but got {top_k}."
@@ -86,15 +92,17 @@ def sampling_plan(
     return [ScaleSampling(*values) for values in zip(guidance_scales, temperatures, top_ks, top_ps, strict=True)]
 
 
-def _one_a_scale(name: str, value: Number | Sequence[Number], num_scales: int) -> list[Number]:
-    if not isinstance(value, Sequence):
-        return [value] * num_scales
-    if len(value) != num_scales:
+def _one_a_scale(name: str, value: Any, num_scales: int) -> list[Any]:
+    values = value.tolist() if hasattr(value, "tolist") else value  # arrays and tensors
+    values = list(values) if isinstance(values, list | tuple) else [values] * num_scales
+    if not all(isinstance(number, Real) for number in values):
+        raise ValueError(f"`{name}` must be a number, or a list of one number a scale, but got {value!r}.")
+    if len(values) != num_scales:
         raise ValueError(
-            f"`{name}` has {len(value)} entries, but the image has {num_scales} scales. Pass one number for all "
+            f"`{name}` has {len(values)} entries, but the image has {num_scales} scales. Pass one number for all "
             "scales, or one a scale."
         )
-    return list(value)
+    return values
 
 
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
@@ -158,6 +166,32 @@ def sample_codes(logits: torch.Tensor, sampling: ScaleSampling, generator: torch
     return codes.gather(-1, drawn).squeeze(-1)
 
 
+def draw_codes(
+    conditional: torch.Tensor,
+    unconditional: torch.Tensor | None,
+    sampling: ScaleSampling,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Guide the logits of one sample's scale and draw its codes, a slice of positions at a time to save memory.
+
+    Args:
+        conditional (`torch.Tensor` of shape `(n, K)`): Logits.
+        unconditional (`torch.Tensor` of shape `(n, K)`, *optional*): What guidance leads away from; None for none.
+        sampling (`ScaleSampling`): See [`sample_codes`].
+        generator (`torch.Generator`): See [`sample_codes`].
+
+    Returns:
+        `torch.LongTensor` of shape `(n,)`.
+    """
+    rows = max(1, _MAX_LOGITS // conditional.shape[-1])
+    if unconditional is None:
+        slices = iter(conditional.split(rows))
+    else:
+        pairs = zip(conditional.split(rows), unconditional.split(rows), strict=True)
+        slices = (guide(with_prompt, without, sampling.guidance_scale) for with_prompt, without in pairs)
+    return torch.cat([sample_codes(logits, sampling, generator) for logits in slices])
+
+
 def make_generators(
     generator: torch.Generator | Sequence[torch.Generator] | None, num_samples: int, device: torch.device
 ) -> list[torch.Generator]:
@@ -180,6 +214,11 @@ def make_generators(
                 "prompts times `num_return_sequences`)."
             )
         return list(generator)
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(
+            f"`generator` must be a `torch.Generator` or a list of them, but got {type(generator).__name__}. For a "
+            "seed pass `torch.Generator().manual_seed(seed)`."
+        )
     if generator is None:
         generator = torch.Generator(device)
         generator.seed()

@@ -1,5 +1,6 @@
 """Image mode against teacher forcing and a slow double; text mode against Qwen2; seeds, settings and bad input."""
 
+from threading import Thread
 from unittest import mock
 
 import pytest
@@ -282,6 +283,21 @@ def test_no_prompt_at_all_draws_an_image(model):
     assert torch.equal(out[0, 1:] - TEXT, slow_greedy(model, [], None, [1.0] * 5))
 
 
+def test_an_empty_text_is_an_empty_prompt(model):
+    # Tokenizers make a float tensor of it, for want of ids.
+    empty = {"input_ids": torch.empty(1, 0), "attention_mask": torch.empty(1, 0)}
+    out = model.generate(**empty, generation_mode="image", do_sample=False)
+    assert torch.equal(out, model.generate(generation_mode="image", do_sample=False))
+
+
+def test_ids_stay_where_the_caller_put_them(model):
+    """With offloading the weights are elsewhere than where they run: the model's own device says nothing then."""
+    elsewhere = mock.PropertyMock(return_value=torch.device("meta"))
+    with mock.patch.object(NextFlowForCausalLM, "device", elsewhere):
+        out = draw(model, guidance_scale=2.0, negative_prompt_ids=torch.tensor([[20]]), generator=None)
+    assert out.image_codes.shape == (3, N)
+
+
 def test_size_and_number_of_scales(model):
     wide = ScaleSchedule((8, 32), 5)
     out = draw(model, height=wide.height, width=wide.width)
@@ -338,6 +354,16 @@ def test_decode_image_tokens_cuts_out_the_image(model):
         model.decode_image_tokens(out.sequences, torch.tensor([[5, 16, 16], [5, 8, 32]]))
     with pytest.raises(ValueError, match="has not generated any yet"):
         build_model().decode_image_tokens(out.sequences)
+
+
+def test_threads_that_share_a_model_keep_their_grids(model):
+    """64 x 48 and 48 x 64 pixels have as many codes, so a neighbour's grid would go unnoticed."""
+    drawn = draw(model, height=48, width=64).sequences
+    neighbour = Thread(target=draw, args=[model], kwargs={"height": 64, "width": 48})
+    neighbour.start()
+    neighbour.join()
+    assert model.decode_image_tokens(drawn).image_grid_shw[0].tolist() == list(ScaleSchedule.from_size(48, 64).grid_shw)
+    assert not any(isinstance(value, ScaleSchedule) for value in vars(model).values())
 
 
 # --- Image mode: seeds ---
@@ -613,6 +639,10 @@ def test_bad_prompts_are_explained(model, mode):
         generate(PROMPTS.flip(-1))
     with pytest.raises(ValueError, match=r"The prompt has 30\d tokens.*context of 256"):
         generate(torch.full((1, 300), 7))
+    with pytest.raises(ValueError, match=r"must have shape \(batch, length\), but got shape \(2,\)"):
+        generate(torch.tensor([5, 6]))
+    with pytest.raises(ValueError, match=r"must be integers, but got torch\.float32"):
+        generate(torch.tensor([[5.0, 6.0]]))
     with pytest.raises(ValueError, match="hold image codes"):
         generate(torch.tensor([[5, BOI, TEXT, 6]]))
     with pytest.raises(ValueError, match="hold 1 images, but `image_grid_shw` has 2 rows"):

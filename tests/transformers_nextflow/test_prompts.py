@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from transformers_nextflow.prompts import check_left_padded, count_images, move_right, split_grids, stack_rows
+from transformers_nextflow.prompts import (
+    check_left_padded,
+    count_images,
+    end_with_boi,
+    move_right,
+    read_prompts,
+    split_grids,
+    stack_rows,
+    unconditional_prompts,
+)
 
 PAD, TEXT, BOI = 0, 100, 9
 IDS = torch.tensor([[1, 2, 3, 4], [PAD, 5, 6, 7]])
@@ -35,6 +44,28 @@ def test_stack_rows_pads_the_shorter_batch():
         row = 2 if lower is short else 0
         assert ids[row].tolist() == [PAD, PAD, 8, 8]
         assert mask[row].tolist() == [0, 0, 0, 1]
+
+
+def test_without_a_mask_leading_padding_is_found():
+    ids, mask = read_prompts(torch.tensor([[PAD, PAD, 5, PAD, 6]]), None, PAD)
+    assert mask.tolist() == [[0, 0, 1, 1, 1]]
+    ids, mask = read_prompts(torch.empty(1, 0), torch.empty(1, 0), PAD)
+    assert ids.dtype == mask.dtype == torch.long
+
+
+def test_boi_is_added_where_it_lacks():
+    ids, mask = end_with_boi(torch.tensor([[1, 2, BOI], [PAD, 5, 6]]), torch.tensor([[1, 1, 1], [0, 1, 1]]), BOI, PAD)
+    assert ids.tolist() == [[PAD, 1, 2, BOI], [PAD, 5, 6, BOI]]
+    assert mask.tolist() == [[0, 1, 1, 1], [0, 1, 1, 1]]
+
+
+def test_unconditional_prompts_keep_images_and_drop_text():
+    code = TEXT + 3
+    ids = torch.tensor([[1, BOI, code, code, 2, BOI], [PAD, 5, 6, 7, 8, BOI]])
+    negative = torch.tensor([[4, BOI]]), torch.tensor([[1, 1]])
+    ids, mask = unconditional_prompts((ids, (ids != PAD).long()), negative, TEXT, PAD)
+    assert ids.tolist() == [[BOI, code, code, 4, BOI], [PAD, PAD, PAD, 4, BOI]]
+    assert mask.tolist() == [[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
 
 
 def test_grids_go_to_the_rows_that_hold_their_images():

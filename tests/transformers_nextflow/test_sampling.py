@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from transformers_nextflow import sampling as sampling_module
 from transformers_nextflow.sampling import (
     ScaleSampling,
+    draw_codes,
     find_candidates,
     guide,
     make_generators,
@@ -69,6 +72,11 @@ def test_plan_spreads_numbers_and_takes_lists():
     assert sampling_plan(2, 64) == [ScaleSampling(), ScaleSampling()]
 
 
+def test_arrays_and_tensors_are_lists_too():
+    plan = sampling_plan(2, 64, temperature=np.float32(0.5), top_k=np.array([3, 4]), top_p=torch.tensor([0.5, 1.0]))
+    assert plan == [ScaleSampling(1.0, 0.5, 3, 0.5), ScaleSampling(1.0, 0.5, 4, 1.0)]
+
+
 def test_linear_guidance_grows_from_one_to_the_scale():
     plan = sampling_plan(5, 64, guidance_scale=3.0, guidance_schedule="linear")
     assert [sampling.guidance_scale for sampling in plan] == pytest.approx([1.0, 1.5, 2.0, 2.5, 3.0])
@@ -85,9 +93,14 @@ def test_linear_guidance_grows_from_one_to_the_scale():
         ({"top_k": -1}, "whole number from 1 to 64"),
         ({"top_p": 0.0}, "above 0 and at most 1"),
         ({"top_p": [0.5, 1.5, 0.5]}, "above 0 and at most 1"),
-        ({"temperature": 0}, "must be positive, but got 0. For the likeliest codes pass `do_sample=False`"),
+        ({"temperature": 0}, "must be positive and finite, but got 0. For the likeliest codes pass `do_sample=False`"),
         ({"guidance_scale": -1.0}, "must be at least 0"),
         ({"guidance_scale": float("nan")}, "must be at least 0"),
+        ({"guidance_scale": float("inf")}, "must be at least 0 and finite"),
+        ({"temperature": float("inf")}, "must be positive and finite"),
+        ({"temperature": "0.9"}, "must be a number, or a list of one number a scale, but got '0.9'"),
+        ({"top_k": [5, None, 5]}, r"must be a number, or a list of one number a scale, but got \[5, None, 5\]"),
+        ({"top_k": float("nan")}, "whole number from 1 to 64"),
         ({"guidance_schedule": "cosine"}, '"constant" or "linear", but got "cosine"'),
     ],
 )
@@ -134,6 +147,17 @@ def test_low_precision_logits_are_drawn_in_float32():
     assert torch.equal(drawn, sample_codes(logits.float(), ScaleSampling(top_p=0.9), seeded(1)))
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5, "top_p": 0.9}, {"top_k": 1}])
+def test_guided_drawing_in_slices_is_drawing_at_once(monkeypatch, settings):
+    conditional, unconditional = torch.randn(2, 50, 16, generator=seeded(0))
+    sampling = ScaleSampling(guidance_scale=3.0, **settings)
+    at_once = sample_codes(guide(conditional, unconditional, 3.0), sampling, seeded(1))
+    monkeypatch.setattr(sampling_module, "_MAX_LOGITS", 7 * 16)
+    assert torch.equal(draw_codes(conditional, unconditional, sampling, seeded(1)), at_once)
+    unguided = draw_codes(conditional, None, sampling, seeded(1))
+    assert torch.equal(unguided, sample_codes(conditional, sampling, seeded(1)))
+
+
 # --- Generators ---
 
 
@@ -167,3 +191,8 @@ def test_without_a_generator_seeds_are_fresh_and_global_state_untouched():
 def test_a_wrong_number_of_generators_is_named():
     with pytest.raises(ValueError, match="Got 2 generators for 3 images"):
         make_generators([seeded(0), seeded(1)], 3, torch.device("cpu"))
+
+
+def test_what_is_no_generator_is_named():
+    with pytest.raises(TypeError, match=r"`generator` must be a `torch\.Generator` or a list of them, but got int"):
+        make_generators(0, 1, torch.device("cpu"))
