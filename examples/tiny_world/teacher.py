@@ -117,10 +117,13 @@ class EfficientNetTeacher(nn.Module):
         return x
 
     @torch.no_grad()
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        """One unit vector a feature map, from the network's own pooled head: fp32 `(B, 1280)`."""
+        return F.normalize(_relu6(self._bn1(self._conv_head(features))).mean((2, 3)), dim=-1)
+
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """One unit vector a picture, from the pooled head: fp32 `(B, 1280)`."""
-        pooled = _relu6(self._bn1(self._conv_head(self.features(images)))).mean((2, 3))
-        return F.normalize(pooled, dim=-1)
+        """One unit vector a picture `(B, 3, H, W)` in [-1, 1], for retrieval: fp32 `(B, 1280)`."""
+        return self.pool(self.features(images))
 
     @torch.no_grad()
     def classify(self, images: torch.Tensor) -> torch.Tensor:
