@@ -24,6 +24,8 @@ SCHEDULE = ScaleSchedule.from_size(128, 128)
 PEAK_MUON, PEAK_ADAM, WARM_UP_STEPS = 0.02, 2e-3, 100
 # (until this share of the time, first scales, batch size): coarse scales decide the layout and cost a quarter.
 CURRICULUM = ((0.3, 5, 96), (0.45, 7, 64), (1.0, 8, 48))
+# Shapes are learned first; from here on the batches lean on what takes longer.
+LATE_FROM, LATE_MIXTURE = 0.74, {"shapes": 0.25, "emoji": 0.5, "words": 0.25}
 DROP_CAPTION, USE_CHAT, USE_CORRECTED = 0.1, 0.1, 0.6
 TEXT_WEIGHT = 0.3
 # Until here the loss of an image code runs over the visual rows of the head alone; then over the whole vocabulary.
@@ -80,14 +82,22 @@ class Batches:
     def __init__(self, codes: Codes, text_tokenizer: PreTrainedTokenizerBase, config: NextFlowConfig):
         self.codes, self.config = codes, config
         self.pad = text_tokenizer.pad_token_id
+        families = np.array(codes.families)
+        self.members = {family: np.flatnonzero(families == family) for family in sorted(set(codes.families))}
         self.plain = text_tokenizer(codes.captions, add_special_tokens=False)["input_ids"]
         head, tail = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
         self.chat_head, self.chat_tail = (text_tokenizer.encode(t, add_special_tokens=False) for t in (head, tail))
 
-    def draw(self, rng: np.random.Generator, batch_size: int, num_scales: int) -> Batch:
-        """One batch with the first `num_scales` scales of every image."""
+    def draw(
+        self,
+        rng: np.random.Generator,
+        batch_size: int,
+        num_scales: int,
+        mixture: dict[str, float] | None = None,
+    ) -> Batch:
+        """One batch with the first `num_scales` scales of every image; `mixture` weighs the families anew."""
         # Of a few candidates' windows sorted by caption length, take one: little padding, and still random.
-        candidates = rng.integers(0, len(self.plain), 8 * batch_size)
+        candidates = self._candidates(rng, 8 * batch_size, mixture)
         order = candidates[np.argsort([len(self.plain[i]) for i in candidates], kind="stable")]
         start = int(rng.integers(0, 8)) * batch_size
         chosen = order[start : start + batch_size]
@@ -116,13 +126,24 @@ class Batches:
             image_grid_shw=torch.tensor([SCHEDULE.grid_shw] * len(rows)),
         )
 
+    def _candidates(self, rng: np.random.Generator, count: int, mixture: dict[str, float] | None) -> np.ndarray:
+        if mixture is None:
+            return rng.integers(0, len(self.plain), count)
+        present = [family for family in self.members if family in mixture]
+        weights = np.array([mixture[family] for family in present])
+        counts = rng.multinomial(count, weights / weights.sum())
+        return np.concatenate([rng.choice(self.members[f], n) for f, n in zip(present, counts, strict=True)])
+
 
 def batch_loss(model: NextFlowForCausalLM, batch: Batch, whole_vocabulary: bool) -> tuple[torch.Tensor, float, float]:
     """Loss of a batch, and the plain mean cross-entropies of text and of image codes for the log."""
     config = model.config
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, image_grid_shw=batch.image_grid_shw
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            image_grid_shw=batch.image_grid_shw,
+            use_cache=False,
         ).last_hidden_state[:, :-1]
         targets = batch.labels[:, 1:]
         is_code, is_text = targets >= config.text_vocab_size, (targets >= 0) & (targets < config.text_vocab_size)
@@ -189,7 +210,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
         _, num_scales, batch_size = next(stage for stage in CURRICULUM if progress < stage[0])
-        batch = batches.draw(rng, batch_size, num_scales)
+        batch = batches.draw(rng, batch_size, num_scales, LATE_MIXTURE if progress >= LATE_FROM else None)
         loss, text_loss, code_loss = batch_loss(model, batch, progress > FULL_VOCABULARY_FROM)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
