@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 
 # Sides of the square schedule, one a scale; the 12th is 16, the side that names a bucket.
 BASE_SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
@@ -54,6 +55,7 @@ class ScaleSchedule:
 
     Raises:
         `ValueError`: if the bucket or the number of scales is not legal.
+        `TypeError`: if they are not whole numbers.
 
     Example:
 
@@ -71,9 +73,15 @@ class ScaleSchedule:
     stride: int = 16
 
     def __post_init__(self):
-        bucket = (int(self.bucket[0]), int(self.bucket[1]))
+        try:
+            bucket = (index(self.bucket[0]), index(self.bucket[1]))
+            num_scales = index(self.num_scales)
+        except TypeError as error:
+            raise TypeError(
+                f"`bucket` and `num_scales` must be whole numbers, but got {self.bucket} and {self.num_scales!r}."
+            ) from error
         object.__setattr__(self, "bucket", bucket)  # a list or a tensor row is welcome, but the field must hash
-        object.__setattr__(self, "num_scales", int(self.num_scales))
+        object.__setattr__(self, "num_scales", num_scales)
         if bucket not in aspect_buckets():
             nearest = nearest_bucket(*bucket) if min(bucket) > 0 else (BUCKET_SIDE, BUCKET_SIDE)
             raise ValueError(
@@ -127,7 +135,7 @@ class ScaleSchedule:
     @classmethod
     def from_grid_shw(cls, row: Iterable[int], stride: int = 16) -> "ScaleSchedule":
         """The schedule that one row `(num_scales, h, w)` of `image_grid_shw` stands for."""
-        num_scales, h, w = (int(value) for value in row)
+        num_scales, h, w = row
         return cls((h, w), num_scales, stride)
 
     @classmethod

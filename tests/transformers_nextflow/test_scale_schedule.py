@@ -81,6 +81,12 @@ def test_illegal_schedules(arguments, message):
         ScaleSchedule(**arguments)
 
 
+@pytest.mark.parametrize("arguments", [{"bucket": (16.9, 16)}, {"num_scales": 7.9}, {"num_scales": "8"}])
+def test_a_schedule_takes_whole_numbers(arguments):
+    with pytest.raises(TypeError, match="must be whole numbers, but got"):
+        ScaleSchedule(**arguments)
+
+
 @pytest.mark.parametrize(("height", "width"), [(0, 16), (-16, 16)])
 def test_sizes_must_be_positive(height, width):
     with pytest.raises(ValueError, match="positive"):
