@@ -223,14 +223,15 @@ class NextFlowProcessor(ProcessorMixin):
             return [], [], []
         image_tokenizer, offset = self._image_parts()
         inputs = self.image_processor(pictures, **{**images_kwargs, "return_tensors": "pt"})
-        encoded = image_tokenizer.encode(
-            inputs["pixel_values"], inputs["image_grid_shw"], self_correction=self_correction, generator=generator
-        )
+        pixel_values, grids = inputs["pixel_values"], inputs["image_grid_shw"]
+        if len(grids.unique(dim=0)) > 1:
+            pixel_values = list(pixel_values)  # no batch even if the sizes agree: several buckets share coarse grids
+        encoded = image_tokenizer.encode(pixel_values, grids, self_correction=self_correction, generator=generator)
         codes, targets = (
             [(image_codes + offset).tolist() for image_codes in images]
             for images in (encoded["codes"], encoded["target_codes"])
         )
-        return codes, targets, inputs["image_grid_shw"].tolist()
+        return codes, targets, grids.tolist()
 
     def _image_parts(self) -> tuple[NextFlowImageTokenizer, int]:
         if self.image_tokenizer is None:

@@ -90,6 +90,18 @@ def test_batch_is_padded_on_the_left_and_grids_are_in_reading_order(processor):
     assert torch.equal(nested.input_ids, batch.input_ids)
 
 
+def test_pictures_of_one_size_may_have_different_schedules(processor):
+    """Coarse grids are shared: both come out at 80 x 80 pixels, of two buckets."""
+    pictures = [picture(0, (160, 160)), picture(1, (150, 160))]
+    batch = processor(["<image>", "<image>"], images=pictures, padding=True, return_tensors="pt")
+    assert len(batch.image_grid_shw.unique(dim=0)) == 2
+    for row, image in enumerate(pictures):
+        alone = processor("<image>", images=image).input_ids[0]
+        assert batch.input_ids[row, -len(alone) :].tolist() == alone
+    decoded = processor.decode_images(batch.input_ids, batch.image_grid_shw)
+    assert [[image.size for image in row] for row in decoded] == [[(80, 80)]] * 2
+
+
 def test_padding_options(processor):
     texts, options = ["<image>", "hello"], {"images": picture(), "padding": "max_length", "max_length": 64}
     right = processor(texts, **options, padding_side="right", return_tensors="pt")
