@@ -5,7 +5,6 @@ Letters: B rows, L slots a row, H hidden size, D width of a code vector, G image
 
 import copy
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from .generation_nextflow import NextFlowGenerationMixin
 from .head_loss import head_cross_entropy, is_plain_linear
 from .scale_schedule import ScaleSchedule
 from .token_layout import ImageGroup, code_coordinates, find_image_groups, get_token_layout, scale_loss_weights
+from .whole_checkpoint import WholeCheckpointMixin
 
 
 def scale_feature_maps(
@@ -65,10 +65,11 @@ def scale_feature_maps(
     return torch.cat(maps, dim=1)
 
 
-class NextFlowPreTrainedModel(PreTrainedModel):
+class NextFlowPreTrainedModel(WholeCheckpointMixin, PreTrainedModel):
     """Loading, and the flags that transformers reads."""
 
     config_class = NextFlowConfig
+    size_fields = ("text_vocab_size", "visual_codebook_size")
     base_model_prefix = "model"
     input_modalities = ("text", "image")  # type: ignore[assignment]  # a tuple upstream, too
     output_modalities = ("text", "image")  # type: ignore[assignment]  # a tuple upstream, too
@@ -81,51 +82,6 @@ class NextFlowPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": Qwen2_5_VLDecoderLayer, "attentions": Qwen2_5_VLAttention}
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As in transformers, but nothing is left to chance: every weight must be in the checkpoint, at its full size.
-
-        Raises:
-            `ValueError`: if weights are missing or of another size (pass `ignore_mismatched_sizes=True` to initialise
-            the latter anew), or if the checkpoint holds pickled weights only.
-        """
-        if kwargs.get("use_safetensors") is None:
-            kwargs["use_safetensors"] = True
-        if not kwargs["use_safetensors"]:
-            raise ValueError("NextFlow loads safetensors only (pickled weights can run code): drop `use_safetensors`.")
-        accept_mismatches = kwargs.pop("ignore_mismatched_sizes", False)
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *args,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **kwargs,
-            )
-        except OSError as error:
-            folder = Path(pretrained_model_name_or_path or "") / (kwargs.get("subfolder") or "")
-            if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-                raise ValueError(
-                    f'"{folder}" holds pickled weights (*.bin) only, and NextFlow loads safetensors only. Load them '
-                    "where you trust them and write them again with `save_pretrained`."
-                ) from error
-            raise
-        if info["missing_keys"]:
-            raise ValueError(
-                f'"{pretrained_model_name_or_path}" is not a whole {cls.__name__} checkpoint. Missing weights: '
-                f"{', '.join(sorted(info['missing_keys']))}. (`{cls.__name__}(config)` makes a new model.)"
-            )
-        if info["mismatched_keys"] and not accept_mismatches:
-            sizes = ", ".join(
-                f"{name} has {tuple(found)} instead of {tuple(expected)}"
-                for name, found, expected in sorted(info["mismatched_keys"])
-            )
-            raise ValueError(
-                f'Weights in "{pretrained_model_name_or_path}" don\'t have the sizes that its config states: {sizes}. '
-                "Check `text_vocab_size` and `visual_codebook_size`, or convert the checkpoint again."
-            )
-        return (model, info) if output_loading_info else model
 
     def resize_token_embeddings(self, *args, **kwargs):
         """Refused: ids are laid out as text, then visual codes, so new text rows would shift every visual id."""
@@ -220,10 +176,12 @@ class NextFlowModel(NextFlowPreTrainedModel):
             image_groups = self._find_images(input_ids, image_grid_shw, own_mask)
             hidden_states = self._embed(input_ids, image_groups)
             if image_groups:
-                layout = get_token_layout(input_ids, image_groups, own_mask, float(self.config.rope_spatial_range))
+                start = num_past if own_mask is None else attention_mask[:, : -input_ids.shape[1]].sum(-1, keepdim=True)
+                spatial_range = float(self.config.rope_spatial_range)
+                layout = get_token_layout(input_ids, image_groups, own_mask, spatial_range, start)
                 block_ids = layout.block_ids
                 if position_ids is None:
-                    position_ids = layout.position_ids + num_past
+                    position_ids = layout.position_ids
         else:
             assert inputs_embeds is not None  # checked above; for the type checker
             hidden_states = inputs_embeds

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from .configuration_nextflow import NextFlowImageTokenizerConfig
 from .multi_scale_quantizer import MultiScaleQuantizer, SelfCorrection
 from .scale_schedule import ScaleSchedule
+from .whole_checkpoint import WholeCheckpointMixin
 
 
 @dataclass
@@ -217,7 +218,7 @@ def _mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequen
     return nn.Sequential(nn.Linear(in_features, hidden_features), nn.Tanh(), nn.Linear(hidden_features, out_features))
 
 
-class NextFlowImageTokenizer(PreTrainedModel):
+class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
     """
     Turns images into codes on many scales and back (dual codebook, TokenFlow arXiv 2412.03069; NextFlow section 3).
 
@@ -241,6 +242,7 @@ class NextFlowImageTokenizer(PreTrainedModel):
 
     config_class = NextFlowImageTokenizerConfig
     config: NextFlowImageTokenizerConfig
+    size_fields = ("codebook_size",)
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     base_model_prefix = ""

@@ -54,19 +54,20 @@ class TokenLayout(NamedTuple):
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what the cache keeps must serve training, whoever comes first
 def code_coordinates(schedule: ScaleSchedule) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and place of every code of an image.
 
     Returns:
         `scale_index` `(N,)` int64, and `coordinates` `(2, N)` float32: rows and columns of the cells' centres, in units
-        of the side of a square with as many cells as the scale has (section 5 of the design: for a square grid
-        they span 0 to 1). Cached: don't write into them.
+        of the side of a square with as many cells as the scale has (for a square grid they span 0 to 1). They are on
+        the CPU, and cached: don't write into them.
     """
     scale_index, coordinates = [], []
     for s, (h, w) in enumerate(schedule.grids):
-        cells = torch.arange(h * w)
+        cells = torch.arange(h * w, device="cpu")
         rows_and_columns = torch.stack([cells // w, cells % w])
-        scale_index.append(torch.full((h * w,), s))
+        scale_index.append(torch.full((h * w,), s, device="cpu"))
         coordinates.append((rows_and_columns + 0.5) / (h * w) ** 0.5)
     return torch.cat(scale_index), torch.cat(coordinates, dim=1).float()
 
@@ -182,6 +183,7 @@ def get_token_layout(
     image_groups: list[ImageGroup],
     attention_mask: torch.Tensor | None,
     spatial_range: float,
+    start: int | torch.Tensor = 0,
 ) -> TokenLayout:
     """Positions, blocks and scales of every slot.
 
@@ -192,8 +194,10 @@ def get_token_layout(
         input_ids (`torch.LongTensor` of shape `(B, L)`): Token-view ids.
         image_groups (`list[ImageGroup]`): From [`find_image_groups`].
         attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
-            0 where a slot is padding, left or right. The first real slot of a row has position 0.
+            0 where a slot is padding, left or right.
         spatial_range (`float`): `config.rope_spatial_range`.
+        start (`int` or `torch.LongTensor` of shape `(B, 1)`, *optional*, defaults to 0):
+            Position of the first real slot of a row: how much text a cache holds already.
     """
     shape, device = input_ids.shape, input_ids.device
     scale_index = torch.zeros(shape.numel(), dtype=torch.long, device=device)
@@ -209,7 +213,7 @@ def get_token_layout(
     advances[:, 1:] = (scale_index[:, 1:] == 0) | (scale_index[:, 1:] != scale_index[:, :-1])
     if attention_mask is not None:
         advances = advances * attention_mask.bool()
-    counter = (advances.cumsum(-1) - 1).clamp(min=0)
+    counter = (advances.cumsum(-1) - 1).clamp(min=0) + start
 
     in_scale = scale_index > 0
     spatial = torch.where(in_scale, coordinates, counter.float())
@@ -243,7 +247,8 @@ def scale_loss_weights(
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what the cache keeps must serve training, whoever comes first
 def _normalised_code_weights(schedule: ScaleSchedule, alpha: float) -> torch.Tensor:
-    lengths = torch.tensor(schedule.scale_lengths)
+    lengths = torch.tensor(schedule.scale_lengths, device="cpu")
     weights = lengths.double().pow(-alpha).repeat_interleave(lengths)
     return (weights * schedule.num_tokens / weights.sum()).float()

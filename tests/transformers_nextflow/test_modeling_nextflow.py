@@ -15,7 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers_nextflow.configuration_nextflow import NextFlowConfig
 from transformers_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel, scale_feature_maps
 from transformers_nextflow.scale_schedule import ScaleSchedule
-from transformers_nextflow.token_layout import scale_position_ids
+from transformers_nextflow.token_layout import _normalised_code_weights, code_coordinates, scale_position_ids
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "tokenflow_t2i"
 TEXT, CODES, CODE_DIM, BOI, EOI, MARK = 200, 64, 12, 197, 198, 199
@@ -258,6 +258,18 @@ def test_text_runs_on_the_causal_kernel(model):
     assert all(call["attn_mask"] is None and call["is_causal"] is True for call in calls)
 
 
+def test_positions_made_after_a_padded_cache_go_on_from_its_text(model):
+    rows = [[1, 2, 3, 4, BOI, *random_codes(SCHEDULE, 1)], [1, 2, BOI, *random_codes(SCHEDULE, 2)]]
+    batch = stack(rows)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        whole = model(**batch, image_grid_shw=grids(SCHEDULE, SCHEDULE)).logits
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        model(ids[:, :3], attention_mask=mask[:, :3], past_key_values=cache, use_cache=True)
+        rest = model(ids[:, 3:], grids(SCHEDULE, SCHEDULE), attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(rest, whole[:, 3:], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_text_and_images_can_follow_a_cache(any_attention, static):
     model = build(any_attention)
@@ -384,6 +396,17 @@ def test_every_weight_gets_the_naive_gradient(checkpointing):
             parameter.grad, gradient, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
         )
         assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.device("meta")])
+def test_what_is_remembered_of_schedules_serves_training_too(context):
+    """Tensors that a cache keeps from an inference-mode or meta context would break every later training step."""
+    code_coordinates.cache_clear()
+    _normalised_code_weights.cache_clear()
+    with context():
+        code_coordinates(SCHEDULE)
+        _normalised_code_weights(SCHEDULE, 0.6)
+    build().train()(**loss_batch()).loss.backward()
 
 
 def test_labels_may_all_be_ignored(model):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from transformers_nextflow import NextFlowImageTokenizer, NextFlowImageTokenizerConfig, ScaleSchedule, aspect_buckets
 
@@ -174,6 +175,23 @@ def test_save_and_load(tmp_path, tokenizer, dtype):
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
     encoded = loaded.encode(pictures(ScaleSchedule(num_scales=4)))
     assert loaded.decode(encoded.codes, encoded.image_grid_shw).dtype == dtype
+
+
+def test_partial_and_pickled_checkpoints_are_refused(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    key = "quantizer.pixel_codebook.weight"
+    save_file(weights | {key: weights[key][:-5].contiguous()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{key} has \(27, .* instead of \(32, .*Check `codebook_size`"):
+        NextFlowImageTokenizer.from_pretrained(tmp_path)
+    del weights[key]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"not a whole NextFlowImageTokenizer checkpoint. Missing weights: {key}"):
+        NextFlowImageTokenizer.from_pretrained(tmp_path)
+    torch.save(tokenizer.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="pickled weights"):
+        NextFlowImageTokenizer.from_pretrained(tmp_path)
 
 
 def test_bad_images(tokenizer):
