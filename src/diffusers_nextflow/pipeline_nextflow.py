@@ -76,6 +76,7 @@ class NextFlowPipeline(DiffusionPipeline):
     image_processor: ImageProcessingMixin
 
     model_cpu_offload_seq = "model->image_tokenizer"  # type: ignore[assignment]
+    _exclude_from_cpu_offload = ["image_tokenizer"]  # small, and used by other methods than `forward`
     _optional_components = ["diffusion_decoder", "scheduler"]
     _callback_tensor_inputs = ("latents", "codes")
 

@@ -272,14 +272,15 @@ class NextFlowGenerationMixin(_GenerationMixin):
             raise ValueError("Pass the prompts as `inputs` or as `input_ids`, not both.")
         # Everything stays on the prompts' device: with offloading, `self.device` says little about where layers run.
         boi_token_id, text_vocab_size = self.config.boi_token_id, self.config.text_vocab_size
-        no_text = torch.empty(1, 0, dtype=torch.long, device=self.device)
-        ids = inputs if inputs is not None else input_ids if input_ids is not None else no_text
+        ids = inputs if inputs is not None else input_ids
+        if ids is None:
+            ids = torch.empty(1, 0, dtype=torch.long, device=self.device)
         prompt = read_prompts(ids, attention_mask, pad_token_id)
         prompt_ids, mask = end_with_boi(*prompt, boi_token_id, pad_token_id)
         prompt_grids = None if image_grid_shw is None else image_grid_shw.to(prompt_ids.device)
         ids, grids = prompt_ids, prompt_grids
         if guided:
-            negative_ids = no_text if negative_prompt_ids is None else negative_prompt_ids
+            negative_ids = ids.new_empty(1, 0) if negative_prompt_ids is None else negative_prompt_ids
             negative = read_prompts(negative_ids, negative_prompt_attention_mask, pad_token_id)
             negative = end_with_boi(*(rows.to(ids.device) for rows in negative), boi_token_id, pad_token_id)
             unconditional = unconditional_prompts((ids, mask), negative, text_vocab_size, pad_token_id)

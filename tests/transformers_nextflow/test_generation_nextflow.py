@@ -290,11 +290,12 @@ def test_an_empty_text_is_an_empty_prompt(model):
     assert torch.equal(out, model.generate(generation_mode="image", do_sample=False))
 
 
-def test_ids_stay_where_the_caller_put_them(model):
+@pytest.mark.parametrize("negative", [None, torch.tensor([[20]])])
+def test_ids_stay_where_the_caller_put_them(model, negative):
     """With offloading the weights are elsewhere than where they run: the model's own device says nothing then."""
     elsewhere = mock.PropertyMock(return_value=torch.device("meta"))
     with mock.patch.object(NextFlowForCausalLM, "device", elsewhere):
-        out = draw(model, guidance_scale=2.0, negative_prompt_ids=torch.tensor([[20]]), generator=None)
+        out = draw(model, guidance_scale=2.0, negative_prompt_ids=negative, generator=None)
     assert out.image_codes.shape == (3, N)
 
 
