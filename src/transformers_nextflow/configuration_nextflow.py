@@ -98,6 +98,12 @@ class NextFlowConfig(Qwen2_5_VLTextConfig):
         for name in ("boi_token_id", "eoi_token_id", "image_token_id"):
             if not 0 <= getattr(self, name) < self.text_vocab_size:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be a text id, below {self.text_vocab_size}.")
+        num_pairs = self.hidden_size // self.num_attention_heads // 2
+        if sum(section := self.rope_parameters.get("mrope_section", [])) != num_pairs:
+            raise ValueError(
+                f"`mrope_section` {section} must add up to {num_pairs}, half of the size of a head "
+                "(`hidden_size / num_attention_heads`)."
+            )
         if self.tie_word_embeddings:
             raise ValueError(
                 "`tie_word_embeddings` must be False: the head has visual rows, the input embeddings do not."

@@ -214,6 +214,15 @@ class NextFlowSemanticDecoder(nn.Module):
         return self.proj_out(self.transformer(patches, mask, shapes).last_hidden_state)
 
 
+def _one_row_an_image(image_grid_shw: torch.Tensor, num_images: int) -> torch.Tensor:
+    rows = torch.as_tensor(image_grid_shw).reshape(-1, 3)
+    if len(rows) != num_images:
+        raise ValueError(
+            f"Got {num_images} images but {len(rows)} rows of `image_grid_shw`; a list needs one an image."
+        )
+    return rows
+
+
 def _mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_features, hidden_features), nn.Tanh(), nn.Linear(hidden_features, out_features))
 
@@ -222,7 +231,7 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
     """
     Turns images into codes on many scales and back (dual codebook, TokenFlow arXiv 2412.03069; NextFlow section 3).
 
-    Images of one size are encoded as a batch, a list of images of different sizes one size after the other. Encoding
+    Images of one size are encoded as a batch, a list of images of different sizes one after the other. Encoding
     and decoding are deterministic; look-ups run in fp32 whatever the weights' dtype.
 
     Example:
@@ -339,6 +348,8 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
         if not isinstance(pixel_values, torch.Tensor):
             return self._encode_list(list(pixel_values), image_grid_shw, self_correction, generator)
         schedule = self._check_images(pixel_values, image_grid_shw)
+        if not pixel_values.is_floating_point() or pixel_values.abs().max() > 2:  # resizing may overshoot a little
+            raise ValueError("`pixel_values` must be floats in [-1, 1]; NextFlow's image processor makes them.")
         features = self.encode_features(pixel_values.to(self.device))
         return self.quantize(features, schedule, self_correction, generator)
 
@@ -366,7 +377,11 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
     def _encode_list(self, images, image_grid_shw, self_correction, generator) -> NextFlowImageTokenizerOutput:
         if not images:
             raise ValueError("`pixel_values` is an empty list; give at least one image.")
-        rows = [None] * len(images) if image_grid_shw is None else [row[None] for row in image_grid_shw]
+        if not all(isinstance(image, torch.Tensor) and image.ndim == 3 for image in images):
+            raise ValueError(
+                "A list of images must hold tensors of shape (3, height, width); a batch must be a tensor."
+            )
+        rows = [None] * len(images) if image_grid_shw is None else _one_row_an_image(image_grid_shw, len(images))
         encoded = [
             self.encode(image[None], row, self_correction, generator) for image, row in zip(images, rows, strict=True)
         ]
@@ -382,7 +397,10 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
             raise ValueError(
                 f"`pixel_values` must have the shape (batch, 3, height, width), but has {tuple(pixel_values.shape)}."
             )
-        schedule = self.schedule_of(pixel_values) if image_grid_shw is None else self._schedule(image_grid_shw)
+        if image_grid_shw is None:
+            schedule = self.schedule_of(pixel_values)
+        else:
+            schedule = self._shared_schedule(image_grid_shw, len(pixel_values))
         if (schedule.height, schedule.width) != tuple(pixel_values.shape[-2:]):
             raise ValueError(
                 f"`image_grid_shw` {schedule.grid_shw} stands for {schedule.height} x {schedule.width} pixels, "
@@ -403,11 +421,16 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
 
     # Decoding
 
-    def _schedule(self, image_grid_shw: torch.Tensor) -> ScaleSchedule:
-        rows = {tuple(row) for row in torch.as_tensor(image_grid_shw).reshape(-1, 3).tolist()}
-        if len(rows) != 1:
-            raise ValueError(f"Images of one batch must share one grid, but got {sorted(rows)}. Pass lists instead.")
-        return ScaleSchedule.from_grid_shw(rows.pop(), self.config.stride)
+    def _shared_schedule(self, image_grid_shw: torch.Tensor, num_images: int) -> ScaleSchedule:
+        """The schedule of a batch, from one row for all or one an image."""
+        rows = torch.as_tensor(image_grid_shw).reshape(-1, 3).tolist()
+        if len(rows) not in (1, num_images):
+            raise ValueError(
+                f"Got {num_images} images but {len(rows)} rows of `image_grid_shw`; give one, or one each."
+            )
+        if any(row != rows[0] for row in rows):
+            raise ValueError(f"Images of one batch must share one grid, but got {rows}. Pass lists instead.")
+        return ScaleSchedule.from_grid_shw(rows[0], self.config.stride)
 
     def codes_to_latents(self, codes: torch.Tensor, image_grid_shw: torch.Tensor) -> torch.Tensor:
         """The accumulated quantized map `(B, D, h, w)` of codes `(B, n)` that fill the first whole scales, fp32.
@@ -415,7 +438,12 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
         Raises:
             `ValueError`: for codes outside the codebook, codes that stop inside a scale, or mixed grids.
         """
-        schedule = self._schedule(image_grid_shw)
+        if codes.ndim != 2 or codes.is_floating_point():
+            raise ValueError(
+                "Codes must be integers of shape (batch, number of codes), but got "
+                f"{codes.dtype} of shape {tuple(codes.shape)}."
+            )
+        schedule = self._shared_schedule(image_grid_shw, len(codes))
         codes = codes.to(self.device)
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.codebook_size:
             raise ValueError(
@@ -460,11 +488,7 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
     def _decode_with(self, decoder: Callable[[torch.Tensor], torch.Tensor], codes, image_grid_shw):
         if isinstance(codes, torch.Tensor):
             return decoder(self.codes_to_latents(codes, image_grid_shw))
-        rows = torch.as_tensor(image_grid_shw).reshape(-1, 3)
-        if len(rows) != len(codes):
-            raise ValueError(
-                f"Got {len(codes)} images' codes but {len(rows)} rows of `image_grid_shw`; give one a row."
-            )
+        rows = _one_row_an_image(image_grid_shw, len(codes))
         return [decoder(self.codes_to_latents(image[None], row))[0] for image, row in zip(codes, rows, strict=True)]
 
     # Training

@@ -14,12 +14,14 @@ from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .image_processing_pil_nextflow import to_pil
 from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
 from .remote_code import write_shim
 from .scale_schedule import ScaleSchedule
+
+logger = logging.get_logger(__name__)
 
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 PADDING_ARGUMENTS = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
@@ -180,6 +182,11 @@ class NextFlowProcessor(ProcessorMixin):
         encoded = self.tokenizer(list(texts), **text_kwargs)
         num_marks = [ids.count(self.image_token_id) for ids in encoded["input_ids"]]
         pictures = self._flatten_images(images, num_marks)
+        if not pictures and {"height", "width"} & merged["images_kwargs"].keys():
+            logger.warning_once(
+                "`height` and `width` are for pictures that are given, and there are none. For the size of a picture "
+                'to be drawn pass them to `generate`; in a pipeline: `generate_kwargs={"height": ..., "width": ...}`.'
+            )
         codes, target_codes, grids = self._encode_images(pictures, self_correction, generator, merged["images_kwargs"])
         fields = self._expand_marks(encoded, codes)
         if self_correction:

@@ -41,6 +41,7 @@ def _versions(config):
         ({"visual_feature_mode": "summed"}, '"residual" or "accumulated"'),
         ({"boi_token_id": 152064}, "must be a text id"),
         ({"tie_word_embeddings": True}, "must be False"),
+        ({"hidden_size": 256, "num_attention_heads": 4}, r"`mrope_section` \[16, 24, 24\] must add up to 32"),
     ],
 )
 def test_bad_language_model_fields(arguments, message):

@@ -203,6 +203,17 @@ def test_bad_images(tokenizer):
         tokenizer.encode(torch.zeros(1, 3, 64, 64), torch.tensor([[5, 16, 16]]))
     with pytest.raises(ValueError, match="empty list"):
         tokenizer.encode([])
+    for pixel_values in (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.full((1, 3, 64, 64), 255.0)):
+        with pytest.raises(ValueError, match=r"must be floats in \[-1, 1\].*image processor"):
+            tokenizer.encode(pixel_values)
+    for images in ([torch.zeros(1, 3, 64, 64)], torch.zeros(1, 3, 64, 64).numpy(), [None]):
+        with pytest.raises(ValueError, match=r"list of images must hold tensors of shape \(3, height, width\)"):
+            tokenizer.encode(images)
+    rows = torch.tensor([[4, 16, 16]])
+    with pytest.raises(ValueError, match="2 images but 1 rows"):
+        tokenizer.encode([torch.zeros(3, 64, 64)] * 2, rows)
+    with pytest.raises(ValueError, match="2 images but 3 rows"):
+        tokenizer.encode(torch.zeros(2, 3, 64, 64), rows.repeat(3, 1))
     small = NextFlowImageTokenizer(tiny_config(num_scales=4))
     with pytest.raises(ValueError, match="take 5 scales, but this tokenizer has 4"):
         small.encode(torch.zeros(1, 3, 80, 80))
@@ -214,8 +225,21 @@ def test_bad_codes(tokenizer):
         tokenizer.decode(torch.full((1, 5), 32), rows)
     with pytest.raises(ValueError, match="must share one grid"):
         tokenizer.decode(torch.zeros(2, 5, dtype=torch.long), torch.tensor([[2, 16, 16], [2, 8, 32]]))
-    with pytest.raises(ValueError, match="2 images' codes but 1 rows"):
+    with pytest.raises(ValueError, match="2 images but 1 rows"):
         tokenizer.decode([torch.zeros(5, dtype=torch.long)] * 2, rows)
+    with pytest.raises(ValueError, match="2 images but 3 rows"):
+        tokenizer.decode(torch.zeros(2, 5, dtype=torch.long), rows.repeat(3, 1))
+    for codes in (torch.zeros(5, dtype=torch.long), torch.zeros(1, 5)):
+        with pytest.raises(ValueError, match=r"Codes must be integers of shape \(batch, number of codes\)"):
+            tokenizer.decode(codes, rows)
+
+
+def test_one_row_serves_a_batch(tokenizer):
+    rows = torch.tensor([[2, 16, 16]])
+    codes = torch.arange(10).view(2, 5)
+    both = tokenizer.decode(codes, rows)
+    assert torch.equal(both, tokenizer.decode(codes, rows.repeat(2, 1)))
+    assert torch.equal(tokenizer.encode(both, rows).codes, tokenizer.encode(both).codes)
 
 
 def test_other_semantic_encoders_are_refused():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers_nextflow import (
     NextFlowImageProcessor,
     NextFlowProcessor,
     ScaleSchedule,
+    processing_nextflow,
 )
 
 SCHEDULE = ScaleSchedule(num_scales=5)  # 80 x 80 pixels, 55 codes
@@ -124,6 +126,14 @@ def test_options_of_the_image_processor(processor):
     assert batch.image_grid_shw == [list(ScaleSchedule.from_size(48, 64).grid_shw)]
     batch = processor("<image>", images=picture(size=(300, 300)), images_kwargs={"num_scales": 3})
     assert batch.image_grid_shw == [[3, 16, 16]]
+
+
+def test_a_size_without_a_picture_is_warned_of(processor):
+    """A pipeline hands `height` and `width` to the processor unless they are in its `generate_kwargs`."""
+    with mock.patch.object(processing_nextflow.logger, "warning_once") as warn:
+        processor("a cat", height=64, width=64)
+        processor("<image>", images=picture(), height=64, width=64)
+    assert warn.call_count == 1 and "generate_kwargs" in warn.call_args.args[0]
 
 
 def test_self_correction(processor):
