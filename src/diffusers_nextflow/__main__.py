@@ -66,12 +66,12 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--num-images must be at least 1, not {arguments.num_images}")
     if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed must be between 0 and 2**63 - 1, not {arguments.seed}")
+    if output.is_dir():
+        raise ValueError(f'--output "{output}" is a folder; name a file in it')
     Image.init()
     if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         ending = f'"{output.suffix}" is no image format' if output.suffix else "has no file extension"
         raise ValueError(f'--output "{output}": {ending}; name it like "{output.with_suffix(".png")}"')
-    if output.is_dir():
-        raise ValueError(f'--output "{output}" is a folder; name a file in it')
     if arguments.height and arguments.width and arguments.num_scales is None:
         ScaleSchedule.from_size(arguments.height, arguments.width)
     model = arguments.model
@@ -98,7 +98,7 @@ def load_pipeline(arguments: argparse.Namespace):
         library_logging.disable_progress_bar()
     device = arguments.device or get_device()
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f'--device "{device}" cannot be used here: {str(error).splitlines()[0]}') from error
     dtype = arguments.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")

@@ -235,18 +235,18 @@ class NextFlowPipeline(DiffusionPipeline):
         self._interrupt = False
         inputs = self._tokenize(prompts)
         negative_inputs = None if negative_prompts is None else self._tokenize(negative_prompts)
-        drawn = inputs.input_ids.new_empty(0, 0)
+        drawn: tuple[torch.Tensor, ScaleSchedule]
 
         def on_scale_end(step: int, schedule: ScaleSchedule, codes: torch.Tensor) -> None:
             nonlocal drawn
-            drawn, self._schedule = codes, schedule
+            drawn, self._schedule = (codes, schedule), schedule
             h, w = schedule.grids[step]
             progress_bar.total = schedule.num_scales
             progress_bar.set_description(f"scale {step + 1}/{schedule.num_scales} · {h}x{w}", refresh=False)
             progress_bar.update()
             if callback_on_step_end is not None:
-                makers = {"latents": self._codes_to_latents, "codes": lambda codes: codes}
-                tensors = {name: makers[name](codes) for name in callback_on_step_end_tensor_inputs}
+                makers = {"latents": self._codes_to_latents, "codes": lambda codes, _: codes}
+                tensors = {name: makers[name](codes, schedule) for name in callback_on_step_end_tensor_inputs}
                 callback_on_step_end(self, step, step, tensors)
             if self._interrupt:
                 raise _Interrupted
@@ -269,7 +269,7 @@ class NextFlowPipeline(DiffusionPipeline):
                 on_scale_end=on_scale_end,
             )
 
-        images = self.decode_latents(self._codes_to_latents(drawn), output_type)
+        images = self.decode_latents(self._codes_to_latents(*drawn), output_type)
         self.maybe_free_model_hooks()
         return NextFlowPipelineOutput(images=images) if return_dict else (images,)
 
@@ -283,9 +283,9 @@ class NextFlowPipeline(DiffusionPipeline):
         _onload(self.image_tokenizer)
         return self._postprocessor.postprocess(self.image_tokenizer.decode_latents(latents), output_type)
 
-    def _codes_to_latents(self, codes: torch.Tensor) -> torch.Tensor:
+    def _codes_to_latents(self, codes: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
         _onload(self.image_tokenizer)
-        return self.image_tokenizer.codes_to_latents(codes, torch.tensor([self._schedule.grid_shw]))
+        return self.image_tokenizer.codes_to_latents(codes, torch.tensor([schedule.grid_shw]))
 
     def _tokenize(self, prompts: list[str]) -> BatchEncoding:
         """Raw prompts, padded on the left; `generate` puts `<boi>` behind them."""

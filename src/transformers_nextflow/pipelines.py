@@ -67,6 +67,8 @@ class NextFlowTextToImagePipeline(Pipeline):
         Returns:
             `list[PIL.Image.Image]` of length `num_images_per_prompt`; for a list of prompts a list of such lists.
         """
+        if isinstance(inputs, list | tuple) and not inputs:
+            raise ValueError("There are no prompts; give at least one.")
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
@@ -76,7 +78,10 @@ class NextFlowTextToImagePipeline(Pipeline):
             if num_images_per_prompt < 1:
                 raise ValueError(f"`num_images_per_prompt` must be at least 1, but got {num_images_per_prompt}.")
             kwargs["num_return_sequences"] = num_images_per_prompt
-        if kwargs.get("seed") is not None and kwargs.get("generator") is not None:
+        seed = kwargs.get("seed")
+        if not isinstance(seed, int | None):
+            raise TypeError(f"`seed` must be a whole number, but got {seed!r}.")
+        if seed is not None and kwargs.get("generator") is not None:
             raise ValueError("Pass `seed` or `generator`, not both.")
         return {} if negative_prompt is None else {"negative_prompt": negative_prompt}, kwargs, {}
 

@@ -271,6 +271,15 @@ def test_a_callback_can_interrupt(pipe):
     assert draw(pipe).shape == images.shape and not pipe.interrupt
 
 
+def test_another_call_at_the_same_time_changes_nothing(pipe):
+    """What a second thread does to the pipeline while this one draws."""
+
+    def neighbour(pipe, step, timestep, tensors):
+        pipe._schedule = ScaleSchedule((8, 32), NUM_SCALES)
+
+    assert torch.equal(draw(pipe, callback_on_step_end=neighbour), draw(pipe))
+
+
 def test_the_progress_bar_counts_scales(tiny_random_checkpoint, pipe):
     terminal = io.StringIO()
     talkative = NextFlowPipeline(**pipe.components)

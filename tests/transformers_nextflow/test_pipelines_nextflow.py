@@ -50,6 +50,11 @@ def test_draws(draw, tiny_random_checkpoint):
     assert pixels(image) == pixels(expected)
 
 
+def test_an_empty_prompt_draws_too(draw, any_to_any):
+    assert draw("")[0].size == (80, 80)
+    assert any_to_any(text="", generation_mode="image")[0]["generated_image"].size == (80, 80)
+
+
 def test_seeds(draw):
     together = draw(["a cat", "two dogs"], seed=3, num_images_per_prompt=2, batch_size=2)
     assert [len(images) for images in together] == [2, 2]
@@ -117,6 +122,10 @@ def test_bad_arguments(draw):
         draw("a cat", quality="best")
     with pytest.raises(ValueError, match="`text` must be a string or a list of strings"):
         draw(3)
+    with pytest.raises(ValueError, match="no prompts; give at least one"):
+        draw([])
+    with pytest.raises(TypeError, match="`seed` must be a whole number, but got '3'"):
+        draw("a cat", seed="3")
 
 
 def test_default_model():
