@@ -263,7 +263,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             codes = input_ids.flatten()[seen] - self.config.text_vocab_size
             features.append(self._features(codes, group.schedule, range(1, group.num_scales)).flatten(0, 1))
         slots = torch.cat([group.feature_slots.flatten() for group in image_groups])
-        return embeds.flatten(0, 1).index_copy(0, slots, torch.cat(features).to(embeds.dtype)).view_as(embeds)
+        return embeds.flatten(0, 1).index_copy(0, slots, torch.cat(features).to(embeds)).view_as(embeds)
 
     def _embed_scale(
         self, input_ids: torch.Tensor | None, image_grid_shw: torch.Tensor | None, scale_index: int
@@ -305,8 +305,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
         maps = scale_feature_maps(vectors, schedule, scales, self.config.visual_feature_mode == "accumulated")
         cells = slice(schedule.offsets[scales.start], schedule.offsets[scales.stop])
         scale_of_code = code_coordinates(schedule)[0][cells].to(codes.device)
-        features = self.connector(maps.to(self.scale_embedding.weight.dtype)) + self.scale_embedding(scale_of_code)
-        return features + self._scale_length_embedding(schedule.num_scales).to(features)
+        features = self.connector(maps.to(self.scale_embedding.weight.dtype))
+        # These modules may be on several devices, and the ids on another (`device_map="auto"`).
+        features = features + self.scale_embedding(scale_of_code).to(features.device)
+        features = features + self._scale_length_embedding(schedule.num_scales).to(features)
+        return features.to(codes.device)
 
     def _scale_length_embedding(self, num_scales: int) -> torch.Tensor:
         """Sinusoidal embedding `(H,)` of an image's number of scales, as wide as a freshly made embedding."""
@@ -326,7 +329,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
             attention_mask = inputs_embeds.new_ones((inputs_embeds.shape[0], int(num_visible)), dtype=torch.long)
         # A static cache hands out its empty slots too.
         attention_mask = F.pad(attention_mask, (0, num_keys - attention_mask.shape[-1]))
-        return create_bidirectional_mask(self.config, inputs_embeds, attention_mask, past_key_values=past_key_values)
+        mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask, past_key_values=past_key_values)
+        if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+            return mask[:, :, :1].clone()  # all queries see the same keys, so one row does for all of them
+        return mask
 
     def _causal_mask(self, inputs_embeds, attention_mask, past_key_values, num_past, text_position_ids, block_ids):
         """Causal between blocks, full inside a block; without images exactly Qwen's mask (or none)."""

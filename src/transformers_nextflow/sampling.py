@@ -124,15 +124,16 @@ def find_candidates(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) ->
 
     Returns:
         `logits` `(..., k)`, best first, `-inf` where a code is cut off, and the codes `(..., k)` int64 they belong to.
-        k is `top_k` or, with ties, a little more; K without it.
+        k is a little more than `top_k`; K without it.
     """
-    num_candidates = logits.shape[-1]
-    if top_k:
-        # Sorting all K codes for top-p would be most of sampling's time.
-        last = logits.topk(top_k).values[..., -1:]
-        num_candidates = int((logits >= last).sum(-1).max())
-        logits = logits.masked_fill(logits < last, -torch.inf)
-    candidates, codes = logits.topk(num_candidates)
+    num_codes = logits.shape[-1]
+    # Sorting all codes for top-p would be most of sampling's time, so top-k comes first, with one more to see ties.
+    candidates, codes = logits.topk(min(top_k + 1, num_codes) if top_k else num_codes)
+    if 0 < top_k < num_codes:
+        last = candidates[..., top_k - 1 : top_k]
+        if (candidates[..., top_k:] == last).any():
+            candidates, codes = logits.topk(int((logits >= last).sum(-1).max()))
+        candidates = candidates.masked_fill(candidates < last, -torch.inf)
     if top_p < 1:
         probabilities = candidates.softmax(-1)
         likelier = probabilities.cumsum(-1) - probabilities

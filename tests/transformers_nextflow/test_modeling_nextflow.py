@@ -253,6 +253,26 @@ def test_an_unpadded_scale_step_runs_without_a_mask(model):
     assert not hasattr(model.config, "is_causal")  # which transformers would set for the call, for all threads
 
 
+def test_a_padded_scale_step_has_one_row_of_mask_for_all_its_queries(model):
+    """A mask as large as the attention would take most of a large step's time and memory."""
+    batch = stack([[5, 6, 7, BOI], [4, BOI]])
+    cache = DynamicCache(config=model.config)
+    codes = torch.tensor(random_codes(SCHEDULE)[:5]).expand(2, -1)
+    with torch.no_grad():
+        model(**batch, past_key_values=cache, use_cache=True)
+        calls = record_sdpa(
+            lambda: model(
+                codes[:, 1:],
+                grids(SCHEDULE, SCHEDULE),
+                attention_mask=F.pad(batch["attention_mask"], (0, 9), value=1),
+                position_ids=scale_position_ids(torch.tensor([3, 1]), SCHEDULE, 2, 64.0),
+                past_key_values=cache,
+                scale_index=2,
+            )
+        )
+    assert [call["attn_mask"].shape for call in calls] == [(2, 1, 1, 13)] * model.config.num_hidden_layers
+
+
 def test_text_runs_on_the_causal_kernel(model):
     calls = record_sdpa(lambda: model(IDS[:, :FIRST]))
     assert all(call["attn_mask"] is None and call["is_causal"] is True for call in calls)
