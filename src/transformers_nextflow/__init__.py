@@ -1,4 +1,4 @@
-"""NextFlow for transformers: configuration, models, image tokenizer, processor, generation, pipelines and trainers.
+"""NextFlow for transformers: configuration, models, image tokenizer, processor, generation and pipelines.
 
 Importing this package makes NextFlow known to transformers' Auto classes and pipelines. It costs nothing: every name is
 loaded when it is first used, and the registration waits for transformers' own Auto modules.

@@ -1,10 +1,7 @@
 """What `import transformers_nextflow` costs and brings about; fresh processes, because imports happen once in each."""
 
-import importlib
 import importlib.metadata
 import json
-import sys
-import types
 
 import pytest
 from transformers import (
@@ -25,7 +22,6 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import transformers_nextflow
-from transformers_nextflow._after_import import after_import
 
 HEAVY = ("trl", "peft", "datasets", "diffusers", "torchvision")
 
@@ -155,23 +151,3 @@ def test_tiny_checkpoint(tmp_path, monkeypatch):
         transformers_nextflow.tiny_checkpoint()
     (tmp_path / "config.json").touch()
     assert transformers_nextflow.tiny_checkpoint() == tmp_path
-
-
-def test_after_import(tmp_path, monkeypatch):
-    (tmp_path / "imported_later.py").write_text("value = 1")
-    monkeypatch.syspath_prepend(tmp_path)
-    seen: list[tuple[str, int]] = []
-
-    def action(number):
-        return lambda module: seen.append((module.__name__, module.value + number))
-
-    finders = list(sys.meta_path)
-    after_import("imported_later", action(0))
-    after_import("imported_later", action(10))
-    assert seen == []
-    module = importlib.import_module("imported_later")
-    assert isinstance(module, types.ModuleType) and sorted(seen) == [("imported_later", 1), ("imported_later", 11)]
-    after_import("imported_later", action(20))
-    assert seen[-1] == ("imported_later", 21)
-    importlib.reload(module)
-    assert len(seen) == 3 and sys.meta_path == finders
