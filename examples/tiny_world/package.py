@@ -33,9 +33,9 @@ tags: [nextflow, autoregressive, next-scale-prediction, diffusers]
 # nextflow-tiny
 
 A small NextFlow (arXiv 2601.02204), trained from nothing on a CPU by `examples/train_tiny.py` of transformers-nextflow.
-One decoder-only transformer of {language_parameters:.1f} M parameters over text and image codes, and an image tokenizer
-of {tokenizer_parameters:.1f} M. It draws 128 x 128 pixels in 8 steps (204 codes). It is the package's embedded default
-and test fixture, and shows that the recipe works. It is not the paper's model: no official weights exist.
+One decoder-only transformer of {language_parameters:.1f} M parameters over text and image codes, and an image tokenizer of
+{tokenizer_parameters:.1f} M. It draws 128 x 128 pixels in 8 steps (204 codes). It is the package's embedded default and test
+fixture, and shows that the recipe works. It is not the paper's model: no official weights exist.
 
 ```python
 from diffusers_nextflow import NextFlowPipeline
@@ -46,31 +46,35 @@ picture = NextFlowPipeline.from_pretrained(tiny_checkpoint())("a red circle left
 
 ## What it knows
 
-- **Shapes**: circle, square, triangle, star, heart, diamond, cross, ring in eight colours on five plain backgrounds; one
-  object, two, counts to four, left of, right of, above, below.
+- **Shapes**: circle, square, triangle, star, heart, diamond, cross, ring in eight colours on five plain backgrounds;
+  one object, two, counts to four, left of, right of, above, below.
 - **Emoji**: Microsoft's Fluent 3D emoji (MIT; npm `@lobehub/fluent-emoji-3d` 1.1.0) by their Unicode names.
 - **Words** of two to six capital letters in DejaVu fonts.
 
-Text tokenizer: the first 8,192 ranks of Qwen's vocabulary (Apache-2.0). Semantic teacher in training: EfficientNet-Lite0
-with ImageNet weights (Apache-2.0), not shipped. English only, captions only: it doesn't chat, and it can't read pictures.
+Text tokenizer: the first 8,192 ranks of Qwen's vocabulary (Apache-2.0). Semantic teacher in training:
+EfficientNet-Lite0 with ImageNet weights (Apache-2.0), not shipped. English only, captions only: it doesn't chat, and it
+can't read pictures.
 
 ## Figures
 
-Made by `python examples/evaluate_tiny.py`. `value` is on generated pictures, `ceiling` the same judge on the image
-tokenizer's reconstructions of the true pictures, `drawn` on the true pictures themselves.
+Made by `python examples/evaluate_tiny.py` on held-out prompts. The *ceiling* is the same judge on the image tokenizer's
+reconstructions of the true pictures.
 
 {figures}
+
+{notes}
 
 Sampling: {sampling}.
 """
 
 
-def write_model_card(folder: Path, figures: str) -> None:
-    """Writes `README.md` into a packaged checkpoint, with the table of `evaluate_tiny.py` in it."""
+def write_model_card(folder: Path, figures: str, notes: str = "") -> None:
+    """Writes `README.md` into a packaged checkpoint: the table of `evaluate_tiny.py` and what there is to say of it."""
     card = MODEL_CARD.format(
         language_parameters=_millions(folder / "model.safetensors"),
         tokenizer_parameters=_millions(folder / "image_tokenizer" / "model.safetensors"),
         figures=figures,
+        notes=notes,
         sampling=", ".join(f"`{name}={value}`" for name, value in GENERATION.items()),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
