@@ -1,4 +1,4 @@
-"""Two readers that judge rendered words: rapidocr (its models come with the PyPI package) and, where installed, tesseract."""
+"""Two readers that judge rendered words: rapidocr (PyPI ships its models) and, where installed, tesseract."""
 
 import io
 import shutil
@@ -34,7 +34,9 @@ def read_with_tesseract(image: np.ndarray) -> str:
         `RuntimeError`: if tesseract fails.
     """
     gray = Image.fromarray(_to_ink(image))
-    gray = gray.resize((gray.width * TESSERACT_UPSAMPLING, gray.height * TESSERACT_UPSAMPLING), Image.Resampling.BICUBIC)
+    gray = gray.resize(
+        (gray.width * TESSERACT_UPSAMPLING, gray.height * TESSERACT_UPSAMPLING), Image.Resampling.BICUBIC
+    )
     buffer = io.BytesIO()
     gray.save(buffer, "PNG")
     letters = "tessedit_char_whitelist=ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -259,7 +259,9 @@ def _finish(rng, text: str, kind: str, objects, relation: str | None = None, siz
 def _single(rng: np.random.Generator) -> Scene:
     shape, size = str(rng.choice(SHAPES)), str(rng.choice(["", "", "small", "large"]))
     text = article(f"{size} {shape}".strip())
-    return _finish(rng, text, "single", [_put(rng, shape, DEFAULT_COLOURS[shape], (64, 64), SIZES[size])], size_word=size)
+    return _finish(
+        rng, text, "single", [_put(rng, shape, DEFAULT_COLOURS[shape], (64, 64), SIZES[size])], size_word=size
+    )
 
 
 def _colour(rng: np.random.Generator) -> Scene:
