@@ -161,8 +161,8 @@ def open_images(images):
     """
     if isinstance(images, list | tuple):
         return [open_images(image) for image in images]
-    if isinstance(images, str):
-        return _open_image(images)
+    if isinstance(images, str | os.PathLike):
+        return _open_image(os.fspath(images))
     if is_valid_image(images):
         return images[None] if getattr(images, "ndim", None) == 2 else images  # transformers wants a channel axis
     raise TypeError(
@@ -185,7 +185,7 @@ def _open_image(source: str) -> Image.Image:
 
 def _open_source(source: str) -> str | BytesIO:
     if source.startswith(("http://", "https://")):
-        with urlopen(Request(source, headers={"User-Agent": "transformers-nextflow"})) as response:
+        with urlopen(Request(source, headers={"User-Agent": "transformers-nextflow"}), timeout=60) as response:
             return BytesIO(response.read())
     if os.path.isfile(source):
         return source
