@@ -208,7 +208,13 @@ def test_paths_urls_and_base64(processor, tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        sources = [tmp_path / "clear.png", str(tmp_path / "clear.png"), encoded, f"data:image/png;base64,{encoded}", f"{url}/clear.png"]
+        sources = [
+            tmp_path / "clear.png",
+            str(tmp_path / "clear.png"),
+            encoded,
+            f"data:image/png;base64,{encoded}",
+            f"{url}/clear.png",
+        ]
         for source in sources:
             # The background, not the red behind the transparency.
             assert (processor(source, return_tensors="pt").pixel_values == 1).all()
