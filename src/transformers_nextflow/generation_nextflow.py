@@ -280,9 +280,9 @@ class NextFlowGenerationMixin(_GenerationMixin):
         prompt_grids = None if image_grid_shw is None else image_grid_shw.to(prompt_ids.device)
         ids, grids = prompt_ids, prompt_grids
         if guided:
-            negative_ids = ids.new_empty(1, 0) if negative_prompt_ids is None else negative_prompt_ids
+            negative_ids = ids.new_empty(1, 0) if negative_prompt_ids is None else negative_prompt_ids.to(ids.device)
             negative = read_prompts(negative_ids, negative_prompt_attention_mask, pad_token_id)
-            negative = end_with_boi(*(rows.to(ids.device) for rows in negative), boi_token_id, pad_token_id)
+            negative = end_with_boi(*negative, boi_token_id, pad_token_id)
             unconditional = unconditional_prompts((ids, mask), negative, text_vocab_size, pad_token_id)
             ids, mask = stack_rows((ids, mask), unconditional, pad_token_id)
             grids = None if grids is None else torch.cat([grids, grids])
@@ -373,9 +373,10 @@ class NextFlowGenerationMixin(_GenerationMixin):
                     scale_index=step,
                     visual_logits=True,
                 ).logits
-            branches = zip(*logits.chunk(2), strict=True) if guided else ((rows, None) for rows in logits)
-            drawn = [draw_codes(*rows, sampling, source) for rows, source in zip(branches, generators, strict=True)]
-            del logits, branches  # of all tensors the largest: gone before the next step makes its own
+            conditional, unconditional = logits.chunk(2) if guided else (logits, [None] * len(logits))
+            branches = zip(conditional, unconditional, generators, strict=True)
+            drawn = [draw_codes(with_prompt, without, sampling, source) for with_prompt, without, source in branches]
+            del logits, conditional, unconditional, branches  # the largest tensors: gone before the next step's
             codes = torch.cat([codes, torch.stack(drawn).to(codes.device)], dim=1)
             if on_scale_end is not None:
                 on_scale_end(step, schedule, codes)

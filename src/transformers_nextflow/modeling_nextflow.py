@@ -176,7 +176,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
             image_groups = self._find_images(input_ids, image_grid_shw, own_mask)
             hidden_states = self._embed(input_ids, image_groups)
             if image_groups:
-                start = num_past if own_mask is None else attention_mask[:, : -input_ids.shape[1]].sum(-1, keepdim=True)
+                start: int | torch.Tensor = num_past
+                if attention_mask is not None and own_mask is not None:
+                    start = attention_mask[:, : -input_ids.shape[1]].sum(-1, keepdim=True)
                 spatial_range = float(self.config.rope_spatial_range)
                 layout = get_token_layout(input_ids, image_groups, own_mask, spatial_range, start)
                 block_ids = layout.block_ids
