@@ -1,6 +1,6 @@
 """Configurations of NextFlow's language model and of its image tokenizer."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -44,7 +44,7 @@ class NextFlowConfig(Qwen2_5_VLTextConfig):
 
     model_type = "nextflow"
     base_config_key = ""
-    auto_map = {}  # TRL reads it when a model is given as a path
+    auto_map: ClassVar[dict[str, Any]] = {}  # TRL reads it when a model is given as a path
 
     vocab_size: int = 184832
     hidden_size: int = 3584
@@ -177,7 +177,7 @@ class NextFlowImageTokenizerConfig(PreTrainedConfig):
     commitment_cost: float | int = 0.25
     num_scales: int = 18
     stride: int = 16
-    semantic_config: dict | PreTrainedConfig | None = None
+    semantic_config: Any = None  # a dict, a configuration or None; a configuration after `__post_init__`
     vision_feature_layer: int = -2
     semantic_feature_dim: int | None = None
     semantic_decoder_layers: int = 3

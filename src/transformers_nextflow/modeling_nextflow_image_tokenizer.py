@@ -5,6 +5,7 @@ Axes: B images, H x W pixels, (h, w) = (H, W) / stride the last grid, N codes, D
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -191,7 +192,8 @@ class NextFlowSemanticDecoder(nn.Module):
 
     def __init__(self, config: NextFlowImageTokenizerConfig):
         super().__init__()
-        width = config.semantic_decoder_hidden_size
+        width, out_features = config.semantic_decoder_hidden_size, config.semantic_feature_dim
+        assert width is not None and out_features is not None  # the configuration fills them in
         # A naflex ViT on 1x1 "patches" of code vectors takes any grid.
         self.transformer = Siglip2VisionModel(
             Siglip2VisionConfig(
@@ -205,7 +207,7 @@ class NextFlowSemanticDecoder(nn.Module):
                 vision_use_head=False,
             )
         )
-        self.proj_out = _mlp(width, width, config.semantic_feature_dim)
+        self.proj_out = _mlp(width, width, out_features)
 
     def forward(self, semantic: torch.Tensor) -> torch.Tensor:
         patches = semantic.flatten(2).transpose(1, 2)
@@ -253,7 +255,7 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
     config: NextFlowImageTokenizerConfig
     size_fields = ("codebook_size",)
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]  # a tuple, as in transformers' own models
     base_model_prefix = ""
     _no_split_modules = ["NextFlowResBlock", "Siglip2EncoderLayer"]
     _keep_in_fp32_modules_strict = ["quantizer"]
@@ -382,7 +384,7 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
                 "A list of images must hold tensors of shape (3, height, width); a batch must be a tensor."
             )
         rows = [None] * len(images) if image_grid_shw is None else _one_row_an_image(image_grid_shw, len(images))
-        encoded = [
+        encoded: list[Any] = [
             self.encode(image[None], row, self_correction, generator) for image, row in zip(images, rows, strict=True)
         ]
         return NextFlowImageTokenizerOutput(

@@ -53,14 +53,14 @@ class SelfCorrection:
     temperature: float
 
 
-def upsample(feature_map: torch.Tensor, size: Grid) -> torch.Tensor:
+def upsample(feature_map: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Bicubic resize of `(B, D, h, w)` to `size`; the identity where the size is right already."""
     if tuple(feature_map.shape[-2:]) == tuple(size):
         return feature_map
     return F.interpolate(feature_map, size=size, mode="bicubic", align_corners=False)
 
 
-def downsample(feature_map: torch.Tensor, size: Grid) -> torch.Tensor:
+def downsample(feature_map: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Area resize of `(B, D, h, w)` to `size`; the identity where the size is right already."""
     if tuple(feature_map.shape[-2:]) == tuple(size):
         return feature_map

@@ -160,7 +160,8 @@ class ScaleSchedule:
             if abs(log_aspect) > math.log(MAX_ASPECT_RATIO) + 1e-6:
                 raise ValueError(f"{height} x {width} is beyond the aspect ratios 1:4 to 4:1.")
             return cls(nearest_bucket(height, width), num_scales, stride)
-        match = _schedules_by_grid().get((height / stride, width / stride))
+        on_grid = height % stride == 0 and width % stride == 0
+        match = _schedules_by_grid().get((height // stride, width // stride)) if on_grid else None
         if match is None:
             nearest = ", ".join(f"{h} x {w}" for h, w in nearest_sizes(height, width, stride))
             raise ValueError(
