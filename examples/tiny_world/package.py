@@ -32,7 +32,7 @@ tags: [nextflow, autoregressive, next-scale-prediction, diffusers]
 
 # nextflow-tiny
 
-A small NextFlow (arXiv 2601.02204), trained from nothing on a CPU by `examples/train_tiny.py` of transformers-nextflow.
+A small NextFlow (arXiv 2601.02204), trained from nothing on a CPU with the scripts of transformers-nextflow.
 One decoder-only transformer of {language_parameters:.1f} M parameters over text and image codes, and an image
 tokenizer of {tokenizer_parameters:.1f} M. It draws 128 x 128 pixels in 8 steps (204 codes). It is the package's default
 checkpoint and test fixture, and shows that the recipe works. It is not the paper's model: no official weights exist.
