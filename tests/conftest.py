@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+import transformers
 from transformers import Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -111,3 +113,14 @@ def fresh_process():
         return done.stdout.strip().rpartition("\n")[2]
 
     return run
+
+
+@pytest.fixture
+def keep_logging():
+    """The command makes the libraries silent, which is right for a process of its own and wrong for the other tests."""
+    libraries = [transformers.utils.logging, diffusers.utils.logging]
+    verbosities = [library.get_verbosity() for library in libraries]
+    yield
+    for library, verbosity in zip(libraries, verbosities, strict=True):
+        library.set_verbosity(verbosity)
+        library.enable_progress_bar()

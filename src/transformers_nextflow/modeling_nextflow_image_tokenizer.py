@@ -296,9 +296,7 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
 
     # Encoding
 
-    def schedule_of(self, pixel_values: torch.Tensor) -> ScaleSchedule:
-        """The schedule of images `(..., H, W)`; a `ValueError` names the legal sizes where there is none."""
-        height, width = pixel_values.shape[-2:]
+    def _schedule_of_size(self, height: int, width: int) -> ScaleSchedule:
         return ScaleSchedule.from_size(height, width, stride=self.config.stride)
 
     def encode_semantic(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -365,8 +363,7 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
     ) -> NextFlowImageTokenizerOutput:
         """The second half of [`~NextFlowImageTokenizer.encode`]: codes of a joint feature map `(B, D, h, w)`."""
         if schedule is None:
-            h, w = (side * self.config.stride for side in features.shape[-2:])
-            schedule = ScaleSchedule.from_size(h, w, stride=self.config.stride)
+            schedule = self._schedule_of_size(*(side * self.config.stride for side in features.shape[-2:]))
         correction = self._self_correction() if self_correction else None
         result = self.quantizer(features, schedule.grids, correction, generator)
         return NextFlowImageTokenizerOutput(
@@ -400,7 +397,7 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
                 f"`pixel_values` must have the shape (batch, 3, height, width), but has {tuple(pixel_values.shape)}."
             )
         if image_grid_shw is None:
-            schedule = self.schedule_of(pixel_values)
+            schedule = self._schedule_of_size(*pixel_values.shape[-2:])
         else:
             schedule = self._shared_schedule(image_grid_shw, len(pixel_values))
         if (schedule.height, schedule.width) != tuple(pixel_values.shape[-2:]):

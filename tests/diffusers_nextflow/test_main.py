@@ -5,11 +5,9 @@ import re
 import subprocess
 import sys
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-import transformers
 from PIL import Image
 
 from diffusers_nextflow import NextFlowPipeline
@@ -18,15 +16,7 @@ from diffusers_nextflow.__main__ import main
 PROMPT = "a red circle left of a blue square"
 
 
-@pytest.fixture(autouse=True)
-def keep_logging():
-    """The command makes the libraries silent, which is right for a process of its own and wrong for the other tests."""
-    libraries = [transformers.utils.logging, diffusers.utils.logging]
-    verbosities = [library.get_verbosity() for library in libraries]
-    yield
-    for library, verbosity in zip(libraries, verbosities, strict=True):
-        library.set_verbosity(verbosity)
-        library.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("keep_logging")
 
 
 @pytest.fixture

@@ -5,9 +5,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-import diffusers
 import pytest
-import transformers
 
 from diffusers_nextflow.__main__ import main
 from transformers_nextflow import tiny_checkpoint
@@ -27,17 +25,6 @@ def checkpoint() -> Path:
         return tiny_checkpoint()
     except FileNotFoundError:
         pytest.skip("nextflow-tiny is not in this checkout; `python examples/train_tiny.py` makes it")
-
-
-@pytest.fixture
-def keep_logging():
-    """The command makes the libraries silent, which is wrong for the tests that follow."""
-    libraries = [transformers.utils.logging, diffusers.utils.logging]
-    verbosities = [library.get_verbosity() for library in libraries]
-    yield
-    for library, verbosity in zip(libraries, verbosities, strict=True):
-        library.set_verbosity(verbosity)
-        library.enable_progress_bar()
 
 
 def blocks(page: Path, language: str) -> Iterator[tuple[str, int, bool]]:
