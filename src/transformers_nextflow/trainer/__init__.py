@@ -1,0 +1,23 @@
+"""Training: data, collation and packing, and trainers on TRL and transformers (`pip install -e ".[train]"`).
+
+Every name is loaded when it is first used; nothing below imports this package.
+"""
+
+import importlib
+
+_MODULES: dict[str, tuple[str, ...]] = {}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
