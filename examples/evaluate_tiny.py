@@ -85,13 +85,13 @@ class Figure:
 def shapes_samples(sizes: Sizes, seed: int) -> list[Sample]:
     """The test set kind by kind in turn, then the held-out pairs, then the hard set."""
     rng = np.random.default_rng([seed, 1])
-    test = [[_scene_sample(rng, "test", kind) for _ in range(sizes.test)] for kind in TEST_KINDS]
-    heldout = [_scene_sample(rng, "heldout", k) for k in TEST_KINDS if k != "single" for _ in range(sizes.heldout)]
-    hard = [_scene_sample(rng, "hard", HARD_KIND) for _ in range(sizes.hard)]
+    test = [[scene_sample(rng, "test", kind) for _ in range(sizes.test)] for kind in TEST_KINDS]
+    heldout = [scene_sample(rng, "heldout", k) for k in TEST_KINDS if k != "single" for _ in range(sizes.heldout)]
+    hard = [scene_sample(rng, "hard", HARD_KIND) for _ in range(sizes.hard)]
     return [*chain.from_iterable(zip(*test, strict=True)), *heldout, *hard]
 
 
-def _scene_sample(rng: np.random.Generator, split: str, kind: str) -> Sample:
+def scene_sample(rng: np.random.Generator, split: str, kind: str) -> Sample:
     scene = sample_scene(rng, split, kind)
     group = {"test": f"shapes: {kind}", "heldout": "shapes, held-out pairs", "hard": "shapes, hard set"}[split]
 
