@@ -1,0 +1,345 @@
+"""More than drawing from a caption: edits, captions, questions, stories, prompts that need a thought; as conversations.
+
+Every sample is a conversation in transformers' chat format (pictures as arrays) whose last message is the answer to be
+learned, and a judge of answers that looks at pixels or at text only. What a test sample shows was never trained on: its
+split is the target scene's, as in `shapes`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from .judge import detect, judge_scene
+from .shapes import (
+    COLOURS,
+    DICE,
+    GROUP_SIZE,
+    NUMBERS,
+    PLURALS,
+    SHAPES,
+    SIDE,
+    Scene,
+    Thing,
+    article,
+    render,
+    sample_scene,
+)
+
+Message = dict[str, Any]
+STEPS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
+NUM_FRAMES = 3
+FRAME_STEP = 22  # pixels a frame
+MOVE = 30  # pixels that an edit moves a thing
+IN_PLACE = 14  # pixels that a thing's centre may be off
+EDITS = ("recolour", "move", "add", "remove", "replace")
+QUESTIONS = ("count", "colour", "position")
+THOUGHTS = ("sum", "difference", "analogy")
+# What a colour is the colour of: prompts that name the thing and mean the colour.
+COLOUR_OF = {
+    "the sky at noon": "blue",
+    "fresh grass": "green",
+    "a ripe banana": "yellow",
+    "a ripe tomato": "red",
+    "a moonless night": "black",
+    "a flamingo": "pink",
+    "a carrot": "orange",
+    "an eggplant": "purple",
+}
+
+
+@dataclass(frozen=True)
+class TaskSample:
+    """A conversation and the judge of an answer to it.
+
+    `messages` end with the answer. `judge` takes what the task asks for, a picture (uint8 `(H, W, 3)`), a text, or a
+    list of pictures, and returns named verdicts. `untouched` `(H, W)` bool marks what an edit must leave alone.
+    """
+
+    task: str
+    messages: tuple[Message, ...]
+    judge: Callable[[Any], dict[str, bool]]
+    untouched: np.ndarray | None = None
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The conversation without its answer."""
+        return list(self.messages[:-1])
+
+
+def _message(role: str, *parts: str | np.ndarray) -> Message:
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
+    ]
+    return {"role": role, "content": content}
+
+
+def _draw(rng: np.random.Generator, items: Sequence[str], unless: Sequence[str] = ()) -> str:
+    return str(rng.choice([item for item in items if item not in unless]))
+
+
+def _describe(thing: Thing) -> str:
+    return f"{thing.colour} {thing.shape}"
+
+
+def _split_of(scene: Scene, split: str) -> bool:
+    """Whether a scene belongs to a split: `test` is content that training never shows, without held-out pairs."""
+    return not scene.held_out and scene.for_testing == (split == "test")
+
+
+def _picture_judge(scene: Scene) -> Callable[[np.ndarray], dict[str, bool]]:
+    def judge(image: np.ndarray) -> dict[str, bool]:
+        verdict = judge_scene(image, scene)
+        return {"accuracy": verdict.correct, "strict": verdict.strict}
+
+    return judge
+
+
+# Editing
+
+
+def sample_edit(rng: np.random.Generator, split: str = "train", kind: str | None = None) -> TaskSample:
+    """A picture, an instruction that changes one thing, and the changed picture."""
+    kind = kind or str(rng.choice(EDITS))
+    while True:
+        source = _edit_source(rng, kind)
+        instruction, target, changed = _EDITS[kind](rng, source)
+        if not source.held_out and _split_of(target, split):
+            break
+    messages = (_message("user", render(source), instruction), _message("assistant", render(target)))
+    return TaskSample(f"edit: {kind}", messages, lambda image: judge_edit(image, target), untouched=~_boxes(changed))
+
+
+def judge_edit(image: np.ndarray, target: Scene) -> dict[str, bool]:
+    """Whether a picture shows the target's things, each in its place, and no others."""
+    found = detect(image)
+    wanted = Counter((thing.shape, thing.colour) for thing in target.objects)
+    accurate = Counter((d.shape, d.colour) for d in found) == wanted
+    in_place = all(
+        any(
+            (d.shape, d.colour) == (thing.shape, thing.colour)
+            and np.abs(d.centre - (thing.cx, thing.cy)).max() < IN_PLACE
+            for d in found
+        )
+        for thing in target.objects
+    )
+    return {"accuracy": accurate and in_place}
+
+
+def _edit_source(rng: np.random.Generator, kind: str) -> Scene:
+    scene = sample_scene(rng, "train", "colour" if kind in ("move", "add") else "attribution")
+    # The judge of an edit wants all objects and their colours; sizes and relations belong to the caption.
+    objects = scene.objects
+    if len(objects) == 1:
+        objects = (replace(objects[0], size=GROUP_SIZE),)
+        if kind == "add":
+            objects = (replace(objects[0], cx=DICE[2][0][0], cy=DICE[2][0][1]),)
+    return Scene(scene.caption, "edit", objects, scene.background)
+
+
+def _recolour(rng: np.random.Generator, source: Scene) -> tuple[str, Scene, tuple[Thing, ...]]:
+    index = int(rng.integers(len(source.objects)))
+    old = source.objects[index]
+    new = replace(old, colour=_draw(rng, list(COLOURS), [thing.colour for thing in source.objects]))
+    form = str(rng.choice(["make the {} {}", "change the {} to {}", "paint the {} {}"]))
+    return form.format(_describe(old), new.colour), _with(source, index, new), (old,)
+
+
+def _move(rng: np.random.Generator, source: Scene) -> tuple[str, Scene, tuple[Thing, ...]]:
+    old, way = source.objects[0], str(rng.choice(list(STEPS)))
+    dx, dy = STEPS[way]
+    new = replace(old, cx=old.cx + MOVE * dx, cy=old.cy + MOVE * dy)
+    place = {"right": "to the right", "left": "to the left", "down": "down", "up": "up"}[way]
+    return f"move the {_describe(old)} {place}", _with(source, 0, new), (old, new)
+
+
+def _add(rng: np.random.Generator, source: Scene) -> tuple[str, Scene, tuple[Thing, ...]]:
+    there = source.objects[0]
+    new = Thing(_draw(rng, SHAPES, [there.shape]), _draw(rng, list(COLOURS), [there.colour]), *DICE[2][1], GROUP_SIZE)
+    target = replace(source, objects=(there, new))
+    return f"add {article(_describe(new))} on the right", target, (new,)
+
+
+def _remove(rng: np.random.Generator, source: Scene) -> tuple[str, Scene, tuple[Thing, ...]]:
+    index = int(rng.integers(len(source.objects)))
+    old = source.objects[index]
+    form = str(rng.choice(["remove the {}", "take the {} away"]))
+    target = replace(source, objects=tuple(thing for thing in source.objects if thing != old))
+    return form.format(_describe(old)), target, (old,)
+
+
+def _replace(rng: np.random.Generator, source: Scene) -> tuple[str, Scene, tuple[Thing, ...]]:
+    index = int(rng.integers(len(source.objects)))
+    old = source.objects[index]
+    new = replace(old, shape=_draw(rng, SHAPES, [thing.shape for thing in source.objects]))
+    return f"replace the {_describe(old)} with {article(new.shape)}", _with(source, index, new), (old, new)
+
+
+_EDITS = {"recolour": _recolour, "move": _move, "add": _add, "remove": _remove, "replace": _replace}
+
+
+def _with(scene: Scene, index: int, thing: Thing) -> Scene:
+    return replace(scene, objects=(*scene.objects[:index], thing, *scene.objects[index + 1 :]))
+
+
+def _boxes(things: Sequence[Thing], margin: int = 8) -> np.ndarray:
+    """Bool `(H, W)`: where the things are, with a margin."""
+    mask = np.zeros((SIDE, SIDE), bool)
+    for thing in things:
+        half = round(0.56 * thing.size) + margin
+        rows, columns = (slice(max(c - half, 0), c + half) for c in (thing.cy, thing.cx))
+        mask[rows, columns] = True
+    return mask
+
+
+# Captions and questions
+
+
+def sample_caption(rng: np.random.Generator, split: str = "train") -> TaskSample:
+    """A picture and its description; every object, colour, number and relation must be named."""
+    scene = sample_scene(rng, split, str(rng.choice(["colour", "count", "position", "attribution"])))
+    text = describe(scene)
+
+    def judge(answer: str) -> dict[str, bool]:
+        return {"exact attributes": attributes(answer) == attributes(text)}
+
+    question = str(rng.choice(["What is in the picture?", "Describe the picture.", "What do you see?"]))
+    messages = (_message("user", render(scene), question), _message("assistant", text))
+    return TaskSample("captioning", messages, judge)
+
+
+def describe(scene: Scene) -> str:
+    """The plain description of a scene, the same words for the same picture."""
+    things = scene.objects
+    if scene.kind == "count":
+        noun = PLURALS.get(things[0].shape, things[0].shape + "s")
+        text = f"{NUMBERS[len(things)]} {things[0].colour} {noun}"
+    elif len(things) == 1:
+        text = article(_describe(things[0]))
+    else:
+        # From left to right, or from top to bottom: a picture does not show which way its caption was put.
+        by_row = abs(things[0].cx - things[1].cx) > abs(things[0].cy - things[1].cy)
+        first, second = sorted(things, key=lambda thing: thing.cx if by_row else thing.cy)
+        word = "left of" if by_row else "above"
+        text = f"{article(_describe(first))} {word} {article(_describe(second))}"
+    return text + ("" if scene.background == "white" else f" on {article(scene.background)} background")
+
+
+def attributes(text: str) -> tuple[str, ...]:
+    """The words of a description that carry meaning, in order, plurals as singulars."""
+    singular = {PLURALS.get(shape, shape + "s"): shape for shape in SHAPES}
+    words = text.lower().replace(".", " ").replace(",", " ").split()
+    return tuple(singular.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def sample_question(rng: np.random.Generator, split: str = "train", kind: str | None = None) -> TaskSample:
+    """A picture, a question about a number, a colour or a place, and one word as the answer."""
+    kind = kind or str(rng.choice(QUESTIONS))
+    scene = sample_scene(rng, split, {"count": "count", "colour": "attribution", "position": "position"}[kind])
+    things = scene.objects
+    if kind == "count":
+        noun = PLURALS.get(things[0].shape, things[0].shape + "s")
+        question, answer = f"How many {noun} are there?", NUMBERS[len(things)]
+    elif kind == "colour":
+        thing = things[int(rng.integers(2))]
+        question, answer = f"What colour is the {thing.shape}?", thing.colour
+    else:
+        one, other = (things[i] for i in rng.permutation(2))
+        dx, dy = one.cx - other.cx, one.cy - other.cy
+        answer = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("below" if dy > 0 else "above")
+        question = f"Where is the {one.shape}, seen from the {other.shape}: left, right, above or below?"
+
+    def judge(text: str) -> dict[str, bool]:
+        return {"right": text.strip().lower().rstrip(".") == answer}
+
+    messages = (_message("user", render(scene), question), _message("assistant", answer))
+    return TaskSample(f"question: {kind}", messages, judge)
+
+
+# Stories
+
+
+def sample_story(rng: np.random.Generator, split: str = "train") -> TaskSample:
+    """Frames in which one thing moves a step at a time."""
+    way = str(rng.choice(list(STEPS)))
+    dx, dy = STEPS[way]
+    while True:
+        scene = sample_scene(rng, "train", "colour")
+        start = replace(scene.objects[0], size=GROUP_SIZE, cx=64 - FRAME_STEP * dx, cy=64 - FRAME_STEP * dy)
+        frames = [
+            Scene(
+                "", "story", (replace(start, cx=start.cx + FRAME_STEP * dx * i, cy=start.cy + FRAME_STEP * dy * i),),
+                scene.background,
+            )
+            for i in range(NUM_FRAMES)
+        ]  # fmt: skip
+        if _split_of(frames[0], split):
+            break
+    where = "" if scene.background == "white" else f" on {article(scene.background)} background"
+    prompt = f"A story in {NUMBERS[NUM_FRAMES]} pictures: {article(_describe(start))} moves {way}{where}."
+    messages = (_message("user", prompt), _message("assistant", *(render(frame) for frame in frames)))
+    return TaskSample("story", messages, lambda pictures: judge_story(pictures, start, (dx, dy)))
+
+
+def judge_story(pictures: Sequence[np.ndarray], thing: Thing, step: tuple[int, int]) -> dict[str, bool]:
+    """Whether every frame shows the thing alone, and whether it moves the way that was told from frame to frame."""
+    centres, identity = [], True
+    for picture in pictures:
+        found = detect(picture)
+        same = [d for d in found if (d.shape, d.colour) == (thing.shape, thing.colour)]
+        identity = identity and len(found) == len(same) == 1
+        centres.append(same[0].centre if same else None)
+    whole = len(centres) == NUM_FRAMES
+    moves = whole and all(
+        a is not None and b is not None and _goes(b - a, np.array(step)) for a, b in pairwise(centres)
+    )
+    return {"identity": identity and whole, "moves": moves}
+
+
+def _goes(offset: np.ndarray, step: np.ndarray) -> bool:
+    """At least half a step forward, and less than half a step aside."""
+    return offset @ step > FRAME_STEP / 2 and abs(offset @ step[::-1]) < FRAME_STEP / 2
+
+
+# Thoughts
+
+
+def sample_thought(rng: np.random.Generator, split: str = "train", kind: str | None = None) -> TaskSample:
+    """A prompt that must be understood before it can be drawn; the answer is the thought and then the picture."""
+    kind = kind or str(rng.choice(THOUGHTS))
+    while True:
+        scene = sample_scene(rng, split, "colour" if kind == "analogy" else "count")
+        if not (scene.size_word or scene.held_out):
+            break
+    prompt, thought = _riddle(rng, kind, scene)
+    where = "" if scene.background == "white" else f" on {article(scene.background)} background"
+    messages = (_message("user", prompt + where), _message("assistant", thought + where, render(scene)))
+    return TaskSample(f"thought: {kind}", messages, _picture_judge(scene))
+
+
+def _riddle(rng: np.random.Generator, kind: str, scene: Scene) -> tuple[str, str]:
+    thing, number = scene.objects[0], len(scene.objects)
+    if kind == "analogy":
+        named = next(name for name, colour in COLOUR_OF.items() if colour == thing.colour)
+        return f"the colour of {named}, as {article(thing.shape)}", article(_describe(thing))
+    words = {1: "one", **NUMBERS, 5: "five"}
+    noun = PLURALS.get(thing.shape, thing.shape + "s")
+    thought = f"{words[number]} {thing.colour} {noun}"
+    if kind == "sum":
+        part = int(rng.integers(1, number))
+        one = f"{thing.colour} {thing.shape if part == 1 else noun}"
+        return f"{words[number - part]} more than {words[part]} {one}", thought
+    whole = int(rng.integers(number + 1, 6))
+    return f"{words[whole - number]} less than {words[whole]} {thing.colour} {noun}", thought
+
+
+TASKS: dict[str, Callable[..., TaskSample]] = {
+    "editing": sample_edit,
+    "captioning": sample_caption,
+    "question": sample_question,
+    "story": sample_story,
+    "thought": sample_thought,
+}

@@ -1,0 +1,62 @@
+"""The tasks of the tiny world: their own answers pass their judges, and other answers don't."""
+
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+pytest.importorskip("scipy", reason="the judge needs the [tiny] extra")
+
+from tiny_world.tasks import EDITS, QUESTIONS, TASKS, THOUGHTS, attributes, sample_edit, sample_question, sample_thought
+
+
+def answer(sample):
+    """The answer of a sample's last message, in the form that its judge takes."""
+    parts = sample.messages[-1]["content"]
+    pictures = [part["image"] for part in parts if part["type"] == "image"]
+    if sample.task == "story":
+        return pictures
+    return pictures[0] if pictures else parts[0]["text"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_true_answer_passes_and_another_samples_does_not(task, split):
+    rng = np.random.default_rng(0)
+    samples = [TASKS[task](rng, split) for _ in range(12)]
+    verdicts = [all(sample.judge(answer(sample)).values()) for sample in samples]
+    assert np.mean(verdicts) >= 0.95
+    others = [all(a.judge(answer(b)).values()) for a, b in pairwise(samples)]
+    assert np.mean(others) <= 0.5  # "above" answers two different questions
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_an_edit_changes_one_place_and_the_source_does_not_pass(kind):
+    rng = np.random.default_rng(1)
+    for _ in range(5):
+        sample = sample_edit(rng, "test", kind)
+        source, target = sample.messages[0]["content"][0]["image"], answer(sample)
+        assert np.array_equal(source[sample.untouched], target[sample.untouched])
+        assert not np.array_equal(source, target)
+        assert not sample.judge(source)["accuracy"]
+
+
+def test_train_and_test_share_no_target():
+    def targets(split):
+        rng = np.random.default_rng(2)
+        return {sample_edit(rng, split, "recolour").messages[-1]["content"][0]["image"].tobytes() for _ in range(40)}
+
+    assert not targets("train") & targets("test")
+
+
+@pytest.mark.parametrize("sample, kinds", [(sample_question, QUESTIONS), (sample_thought, THOUGHTS)])
+def test_every_kind_can_be_asked_for(sample, kinds):
+    assert {sample(np.random.default_rng(3), "train", kind).task.split(": ")[1] for kind in kinds} == set(kinds)
+
+
+def test_attributes_ignore_articles_and_plurals_only():
+    assert attributes("Two red crosses.") == attributes("two red cross")
+    assert attributes("a red cross above a ring") != attributes("a ring above a red cross")
