@@ -1,0 +1,210 @@
+"""Checkpoints read and written a block of rows at a time, so that no model, shard or large tensor is ever held whole.
+
+safetensors files are a JSON header and raw bytes. Memory-mapped readers keep every page that they touched in memory;
+reading plain blocks does not, and a file can be written in place the same way.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+BLOCK_BYTES = 2**25
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file; `start` is the byte in the file that it begins at."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """The tensor in consecutive flat pieces of at most `BLOCK_BYTES`."""
+        left = prod(self.shape) * self.dtype.itemsize
+        with open(self.file, "rb") as file:
+            file.seek(self.start)
+            while left:
+                block = bytearray(min(left, BLOCK_BYTES))
+                file.readinto(block)
+                left -= len(block)
+                yield torch.frombuffer(block, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to be written; `blocks()` makes it in consecutive flat pieces, anew at every call."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: Callable[[], Iterable[torch.Tensor]]
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        `ValueError`: if it is not a safetensors file, is truncated, or holds a dtype that is no floating-point one.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if header_size > size - 8:
+            raise ValueError(f'"{path}" is not a whole safetensors file ({size} bytes). Download it again.')
+        try:
+            header = json.loads(file.read(header_size))
+        except ValueError as error:
+            raise ValueError(f'"{path}" is not a safetensors file: its header is not JSON.') from error
+    header.pop("__metadata__", None)
+    tensors, end = {}, 0
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(
+                f'"{name}" in "{path}" has the dtype {entry["dtype"]}; expected one of {", ".join(DTYPES)}. '
+                "Quantised checkpoints can't be converted."
+            )
+        start, stop = entry["data_offsets"]
+        end = max(end, stop)
+        tensors[name] = StoredTensor(
+            path, name, tuple(entry["shape"]), DTYPES[entry["dtype"]], 8 + header_size + start
+        )
+    if size != 8 + header_size + end:
+        raise ValueError(
+            f'"{path}" is truncated or damaged: its header promises {8 + header_size + end} bytes, but it has {size}. '
+            "Download it again."
+        )
+    return tensors
+
+
+def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint of one or many safetensors files, by name.
+
+    Raises:
+        `ValueError`: if there are none, only pickled ones, a shard is missing, or the index and the shards disagree.
+    """
+    if (index := folder / INDEX).is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise ValueError(f'"{folder}" lacks {", ".join(missing)}, which "{INDEX}" names. Download them.')
+    else:
+        weight_map, files = {}, sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        found = f"only pickled weights ({', '.join(pickles)}), which can run code" if pickles else "no weights"
+        raise ValueError(f'"{folder}" holds {found}; expected *.safetensors files.')
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                raise ValueError(f'"{name}" is in "{tensors[name].file}" and in "{file}"; expected it once.')
+            tensors[name] = tensor
+    if absent := sorted(set(weight_map) - set(tensors)):
+        raise ValueError(f'"{folder / INDEX}" names {", ".join(absent)}, but no shard holds them.')
+    return tensors
+
+
+def write_file(path: Path, tensors: Sequence[PlannedTensor]) -> None:
+    """Writes a safetensors file block by block, and under its name only when it is whole."""
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as file:
+        file.write(_header(tensors))
+        for tensor in tensors:
+            written = 0
+            for block in tensor.blocks():
+                block = block.detach().to(tensor.dtype).contiguous().flatten()
+                file.write(memoryview(block.view(torch.uint8).numpy()))
+                written += block.numel()
+            assert written == prod(tensor.shape), tensor.name  # a plan that does not keep to its shape is a bug
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _header(tensors: Sequence[PlannedTensor]) -> bytes:
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for tensor in tensors:
+        stop = start + tensor.num_bytes
+        entries[tensor.name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)  # the data starts at a multiple of 8, as safetensors wants it
+    return struct.pack("<Q", len(header)) + header
+
+
+def split_into_shards(tensors: Sequence[PlannedTensor], max_shard_size: int) -> dict[str, list[PlannedTensor]]:
+    """File name -> its tensors, in order; a tensor larger than `max_shard_size` bytes gets a file of its own."""
+    shards: list[list[PlannedTensor]] = [[]]
+    used = 0
+    for tensor in tensors:
+        if shards[-1] and used + tensor.num_bytes > max_shard_size:
+            shards.append([])
+            used = 0
+        shards[-1].append(tensor)
+        used += tensor.num_bytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+
+
+def write_checkpoint(
+    folder: Path, tensors: Sequence[PlannedTensor], sources: Iterable[Path], max_shard_size: int
+) -> None:
+    """Writes all shards and their index into a folder; shards that an earlier, killed run has finished are kept.
+
+    Args:
+        folder (`Path`): Made if it is not there.
+        tensors (sequence of `PlannedTensor`): In the order in which they are to be stored.
+        sources (iterable of `Path`): The files that the tensors are made of; a run may only go on with the same ones.
+        max_shard_size (`int`): In bytes.
+
+    Raises:
+        `ValueError`: if the folder was begun with other sources or settings, or if the disk is too small.
+    """
+    shards = split_into_shards(tensors, max_shard_size)
+    stamps = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sources)
+    plan = hashlib.sha256(repr(stamps).encode() + b"".join(_header(shard) for shard in shards.values())).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "conversion.plan"
+    if note.exists() and note.read_text() != plan:
+        raise ValueError(
+            f'"{folder}" was begun by a conversion with another source or other settings. Remove it to start anew.'
+        )
+    needed = sum(t.num_bytes for name, shard in shards.items() if not (folder / name).exists() for t in shard)
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise ValueError(f'The checkpoint takes {needed / 1e9:.1f} GB, but "{folder}" has only {free / 1e9:.1f} GB.')
+    note.write_text(plan)
+    for name, shard in shards.items():
+        if not (folder / name).exists():
+            write_file(folder / name, shard)
+    if len(shards) > 1:
+        total = sum(tensor.num_bytes for tensor in tensors)
+        weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    note.unlink()
