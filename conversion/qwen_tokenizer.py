@@ -10,6 +10,7 @@ every text that needs no later rank.
 
 import argparse
 import base64
+import json
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -120,9 +121,16 @@ def build_qwen_tokenizer(ranks_path: str | Path, num_ranks: int | None = None) -
     if missing:
         raise ValueError(f'"{ranks_path}" lacks the single bytes {missing}; byte-level BPE needs all {NUM_BYTES}.')
     merges = [find_merge(token, ranks) for token in ranks if len(token) > 1]
+    return make_tokenizer(
+        {spell(token): rank for token, rank in ranks.items()}, [(spell(left), spell(right)) for left, right in merges]
+    )
+
+
+def make_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Qwen2Tokenizer:
+    """The fast tokenizer of a byte-level vocabulary (without added tokens) and its merges, in order."""
     tokenizer = Qwen2Tokenizer(
-        vocab={spell(token): rank for token, rank in ranks.items()},
-        merges=[(spell(left), spell(right)) for left, right in merges],
+        vocab=vocab,
+        merges=merges,
         padding_side="left",
         unk_token=None,
         # With these, `<|endoftext|>` is the only token that the constructor adds; the others follow in Qwen's order.
@@ -139,6 +147,42 @@ def build_qwen_tokenizer(ranks_path: str | Path, num_ranks: int | None = None) -
     tokenizer._set_model_specific_special_tokens(NEXTFLOW_TOKENS)  # as arguments they would get ids before Qwen's
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def load_text_tokenizer(path: str | Path) -> Qwen2Tokenizer:
+    """
+    NextFlow's text tokenizer from any of the files that Qwen's comes in.
+
+    Args:
+        path (`str` or `Path`):
+            A `.tiktoken` file, a `tokenizer.json`, or a folder with `tokenizer.json` or with `vocab.json` and
+            `merges.txt`.
+
+    Raises:
+        `ValueError`: if there is no such file, or if its vocabulary is not byte-level BPE.
+    """
+    path = Path(path)
+    if path.suffix == ".tiktoken":
+        return build_qwen_tokenizer(path)
+    if path.is_dir() and (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
+        lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
+        return make_tokenizer(vocab, [_pair(line) for line in lines if line and not line.startswith("#version")])
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if file.name != "tokenizer.json" or not file.is_file():
+        raise ValueError(
+            f'There is no tokenizer at "{path}". Expected a .tiktoken file, a tokenizer.json, or a folder with '
+            "tokenizer.json or with vocab.json and merges.txt."
+        )
+    model = json.loads(file.read_text(encoding="utf-8")).get("model", {})
+    if model.get("type", "BPE") != "BPE" or "merges" not in model:
+        raise ValueError(f'"{file}" holds a tokenizer of type {model.get("type")!r}; Qwen\'s is "BPE".')
+    return make_tokenizer(model["vocab"], [_pair(merge) for merge in model["merges"]])
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-BLOCK_BYTES = 2**25
+BLOCK_BYTES = 2**24
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
@@ -34,12 +34,14 @@ class StoredTensor:
     start: int
 
     def blocks(self) -> Iterator[torch.Tensor]:
-        """The tensor in consecutive flat pieces of at most `BLOCK_BYTES`."""
+        """The tensor in consecutive flat pieces of whole rows, of about `BLOCK_BYTES` each."""
         left = prod(self.shape) * self.dtype.itemsize
+        row = prod(self.shape[1:]) * self.dtype.itemsize
+        size = max(1, BLOCK_BYTES // row) * row if row else 0
         with open(self.file, "rb") as file:
             file.seek(self.start)
             while left:
-                block = bytearray(min(left, BLOCK_BYTES))
+                block = bytearray(min(left, size))
                 file.readinto(block)
                 left -= len(block)
                 yield torch.frombuffer(block, dtype=self.dtype)
@@ -85,9 +87,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             )
         start, stop = entry["data_offsets"]
         end = max(end, stop)
-        tensors[name] = StoredTensor(
-            path, name, tuple(entry["shape"]), DTYPES[entry["dtype"]], 8 + header_size + start
-        )
+        tensors[name] = StoredTensor(path, name, tuple(entry["shape"]), DTYPES[entry["dtype"]], 8 + header_size + start)
     if size != 8 + header_size + end:
         raise ValueError(
             f'"{path}" is truncated or damaged: its header promises {8 + header_size + end} bytes, but it has {size}. '
@@ -189,15 +189,18 @@ def write_checkpoint(
     shards = split_into_shards(tensors, max_shard_size)
     stamps = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sources)
     plan = hashlib.sha256(repr(stamps).encode() + b"".join(_header(shard) for shard in shards.values())).hexdigest()
-    folder.mkdir(parents=True, exist_ok=True)
     note = folder / "conversion.plan"
     if note.exists() and note.read_text() != plan:
         raise ValueError(
             f'"{folder}" was begun by a conversion with another source or other settings. Remove it to start anew.'
         )
     needed = sum(t.num_bytes for name, shard in shards.items() if not (folder / name).exists() for t in shard)
-    if needed > (free := shutil.disk_usage(folder).free):
-        raise ValueError(f'The checkpoint takes {needed / 1e9:.1f} GB, but "{folder}" has only {free / 1e9:.1f} GB.')
+    if needed > (free := shutil.disk_usage(folder.parent).free):
+        raise ValueError(
+            f'{needed / 1e9:.1f} GB are still to be written, but the disk of "{folder.parent}" has only '
+            f"{free / 1e9:.1f} GB free. Make room or choose another output."
+        )
+    folder.mkdir(exist_ok=True)
     note.write_text(plan)
     for name, shard in shards.items():
         if not (folder / name).exists():

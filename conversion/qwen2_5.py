@@ -1,0 +1,434 @@
+"""Makes a NextFlow checkpoint of Qwen2.5-VL's or Qwen2.5's weights, the start of the paper's training, and back.
+
+    python conversion/qwen2_5.py --source Qwen2.5-VL-7B-Instruct --image-tokenizer TOKENIZER --output nextflow-7b
+    python conversion/qwen2_5.py --source nextflow-7b --output qwen --back
+
+Text weights are kept bit for bit, and text comes out as the source model writes it. The vision tower is dropped; the
+visual features and the visual rows of the head are new and must be trained ("alignment" comes first). Weights are
+streamed: memory stays far below one shard, and a killed run goes on where it stopped when it is started again.
+
+What is new: the table of visual codes is the image tokenizer's codebook. Every visual row of the head is the mean of
+the text rows: a visual id then starts as likely as an average text id, so the text distribution hardly changes, while
+random rows of a larger norm would win against it. The connector and the embedding of scales start as in a fresh model.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2Config
+from transformers.utils import convert_file_size_to_int
+
+from transformers_nextflow import (
+    NextFlowConfig,
+    NextFlowForCausalLM,
+    NextFlowImageProcessor,
+    NextFlowImageTokenizer,
+    NextFlowProcessor,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conversion.qwen_tokenizer import load_text_tokenizer
+from conversion.streaming import PlannedTensor, StoredTensor, read_checkpoint, write_checkpoint
+
+LAYER = (
+    r"layers\.\d+\.(?:input_layernorm|post_attention_layernorm|mlp\.(?:gate|up|down)_proj|self_attn\.[qkvo]_proj)"
+    r"\.(?:weight|bias)"
+)
+# Source key (a regular expression) -> our key; None: dropped. The first that matches counts.
+QWEN_KEYS: dict[str, str | None] = {
+    rf"(?:model\.language_model|model)\.({LAYER})": r"model.\1",
+    r"(?:model\.language_model|model)\.(embed_tokens\.weight)": r"model.\1",
+    r"(?:model\.language_model|model)\.(norm\.weight)": r"model.\1",
+    r"lm_head\.weight": r"lm_head.weight",
+    r"(?:model\.)?visual\..+": None,
+    r".+\.rotary_emb\.inv_freq": None,
+}
+# The same, back: what is visual is dropped.
+NEXTFLOW_KEYS: dict[str, str | None] = {
+    rf"model\.({LAYER}|embed_tokens\.weight|norm\.weight)": r"model.\1",
+    r"lm_head\.weight": r"lm_head.weight",
+    r"model\.(?:visual_codebook|scale_embedding)\.weight": None,
+    r"model\.connector\.[02]\.(?:weight|bias)": None,
+}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+SOURCE_TYPES = ("qwen2_5_vl", "qwen2")
+TEXT_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "initializer_range",
+    "attention_dropout",
+)
+
+MODEL_CARD = """---
+library_name: transformers
+pipeline_tag: any-to-any
+tags: [nextflow, autoregressive, next-scale-prediction]
+---
+
+# {name}
+
+A start for training NextFlow (arXiv 2601.02204), made by `conversion/qwen2_5.py` of transformers-nextflow from the
+language model of *{source}* and the image tokenizer *{image_tokenizer}*. It writes text as its source does. It has not
+learned to draw or to read pictures: its visual parts are new. The licences of both sources apply.
+"""
+
+
+def map_keys(names: Sequence[str], table: dict[str, str | None], where: str) -> dict[str, str]:
+    """Source key -> our key, without the dropped ones.
+
+    Raises:
+        `ValueError`: for a key that the table does not know, and for two that would become one.
+    """
+    mapped: dict[str, str] = {}
+    for name in names:
+        for pattern, target in table.items():
+            if match := re.fullmatch(pattern, name):
+                if target is not None:
+                    mapped[name] = match.expand(target)
+                break
+        else:
+            raise ValueError(f'"{where}" holds the key "{name}", which no rule expects. Expected: {", ".join(table)}.')
+    if len(set(mapped.values())) < len(mapped):
+        targets = list(mapped.values())
+        twice = sorted({f'"{target}"' for target in targets if targets.count(target) > 1})
+        raise ValueError(f'"{where}" holds {", ".join(twice)} under two names.')
+    return mapped
+
+
+def nextflow_config(text: PreTrainedConfig, image_tokenizer: PreTrainedConfig) -> NextFlowConfig:
+    """The configuration of a converted model, from those of Qwen's text model and of the image tokenizer."""
+    if getattr(text, "use_sliding_window", False):
+        raise ValueError("`use_sliding_window` is True in the source, but NextFlow attends to whole images.")
+    rope = dict(text.rope_parameters)
+    num_pairs = text.hidden_size // text.num_attention_heads // 2
+    # Qwen2.5-VL's proportions (16, 24, 24 of 64). Text has equal positions on all three, so any split gives its RoPE.
+    temporal, height = num_pairs // 4, (num_pairs - num_pairs // 4) // 2
+    rope.setdefault("mrope_section", [temporal, height, num_pairs - temporal - height])
+    return NextFlowConfig(
+        **{name: getattr(text, name) for name in TEXT_FIELDS},
+        rope_parameters={**rope, "rope_type": "default" if rope.get("rope_type") == "mrope" else rope["rope_type"]},
+        vocab_size=text.vocab_size + image_tokenizer.codebook_size,
+        text_vocab_size=text.vocab_size,
+        visual_codebook_size=image_tokenizer.codebook_size,
+        visual_code_dim=image_tokenizer.code_dim,
+        num_scales=image_tokenizer.num_scales,
+    )
+
+
+def use_token_ids(config: NextFlowConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes the ids of the tokenizer's special tokens into the configuration."""
+    if len(tokenizer) > config.text_vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens with <boi>, <eoi> and <image>, but the source's vocabulary has "
+            f"{config.text_vocab_size} rows. Take the tokenizer that belongs to the source."
+        )
+    for name in ("boi", "eoi", "image"):
+        setattr(config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(f"<{name}>"))
+    config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+
+
+def expected_shapes(config: NextFlowConfig) -> dict[str, tuple[int, ...]]:
+    """Every key of a NextFlow checkpoint and its shape."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in NextFlowForCausalLM(config).state_dict().items()}
+
+
+def new_weights(config: NextFlowConfig, codebook: torch.Tensor, seed: int = 0) -> dict[str, torch.Tensor]:
+    """What a text model lacks, but for the head's rows: codebook, connector, embedding of scales."""
+    with torch.device("meta"):
+        model = NextFlowForCausalLM(config).model
+    weights = {"model.visual_codebook.weight": codebook}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name in ("connector", "scale_embedding"):
+            module = getattr(model, name).to_empty(device="cpu")
+            for part in module.modules():
+                model._init_weights(part)
+            weights |= {f"model.{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+    return weights
+
+
+def plan_nextflow(
+    source: dict[str, StoredTensor],
+    config: NextFlowConfig,
+    new: dict[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
+    where: str = "the source",
+) -> list[PlannedTensor]:
+    """Every tensor of the NextFlow checkpoint, in the model's order.
+
+    Args:
+        source (`dict[str, StoredTensor]`): Qwen's tensors, from `read_checkpoint`.
+        config (`NextFlowConfig`): The new model's.
+        new (`dict[str, torch.Tensor]`): From [`new_weights`].
+        dtype (`torch.dtype`, *optional*): The source's own by default.
+        where (`str`, *optional*): Names the source in errors.
+
+    Raises:
+        `ValueError`: if a key is missing, unknown or of another shape.
+    """
+    by_target = {ours: source[theirs] for theirs, ours in map_keys(list(source), QWEN_KEYS, where).items()}
+    by_target.setdefault(HEAD, by_target.get(EMBEDDING))  # tied: the small models have no head of their own
+    plan = []
+    for name, shape in expected_shapes(config).items():
+        if name in new:
+            plan.append(_plan_new(name, shape, new[name], dtype or by_target[EMBEDDING].dtype))
+            continue
+        stored = by_target.pop(name, None)
+        if stored is None:
+            raise ValueError(f'"{where}" lacks the weights of "{name}" (expected shape {shape}).')
+        if name == HEAD:
+            text_shape = (config.text_vocab_size, config.hidden_size)
+            _check_shape(stored, text_shape)
+            plan.append(_plan_head(stored, shape, dtype or stored.dtype))
+        else:
+            _check_shape(stored, shape)
+            plan.append(PlannedTensor(name, shape, dtype or stored.dtype, stored.blocks))
+    if by_target:
+        extra = ", ".join(f'"{tensor.name}" in "{tensor.file}"' for tensor in by_target.values())
+        raise ValueError(f"The configuration has no place for {extra}. Do weights and config.json belong together?")
+    return plan
+
+
+def plan_qwen(
+    source: dict[str, StoredTensor], config: NextFlowConfig, dtype: torch.dtype | None = None, where: str = "the source"
+) -> list[PlannedTensor]:
+    """Every tensor of the Qwen2-style text model in a NextFlow checkpoint: what is visual is dropped."""
+    expected = expected_shapes(config)
+    if missing := sorted(set(expected) - set(source)):
+        raise ValueError(f'"{where}" lacks the weights of {", ".join(missing)}.')
+    plan = []
+    for theirs, ours in map_keys(list(source), NEXTFLOW_KEYS, where).items():
+        stored, shape = source[theirs], expected[theirs]
+        _check_shape(stored, shape)
+        if theirs == HEAD:
+            shape = (config.text_vocab_size, config.hidden_size)
+            blocks = lambda stored=stored, size=shape[0] * shape[1]: _first(stored.blocks(), size)  # noqa: E731
+            plan.append(PlannedTensor(ours, shape, dtype or stored.dtype, blocks))
+        else:
+            plan.append(PlannedTensor(ours, shape, dtype or stored.dtype, stored.blocks))
+    return plan
+
+
+def _check_shape(stored: StoredTensor, expected: tuple[int, ...]) -> None:
+    if stored.shape != expected:
+        raise ValueError(
+            f'"{stored.name}" in "{stored.file}" has the shape {stored.shape}; its configuration makes it {expected}.'
+        )
+
+
+def _plan_new(name: str, shape: tuple[int, ...], tensor: torch.Tensor, dtype: torch.dtype) -> PlannedTensor:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f'The new "{name}" has the shape {tuple(tensor.shape)}; expected {shape}.')
+    return PlannedTensor(name, shape, dtype, lambda: iter([tensor]))
+
+
+def _plan_head(stored: StoredTensor, shape: tuple[int, ...], dtype: torch.dtype) -> PlannedTensor:
+    """The text rows as they are, and below them their mean for every visual code."""
+    num_text, width = stored.shape
+
+    def blocks() -> Iterator[torch.Tensor]:
+        total = torch.zeros(width, dtype=torch.float64)
+        for block in stored.blocks():
+            total += block.view(-1, width).sum(0, dtype=torch.float64)
+            yield block
+        mean = (total / num_text).to(dtype)
+        rows = max(1, 2**22 // width)
+        for start in range(num_text, shape[0], rows):
+            yield mean.expand(min(rows, shape[0] - start), -1)
+
+    return PlannedTensor(HEAD, shape, dtype, blocks)
+
+
+def _first(blocks: Iterator[torch.Tensor], count: int) -> Iterator[torch.Tensor]:
+    """The first `count` numbers of consecutive flat pieces."""
+    for block in blocks:
+        yield block[:count]
+        count -= min(count, block.numel())
+        if count == 0:
+            return
+
+
+def load_source_config(source: Path) -> PreTrainedConfig:
+    """The text configuration of a Qwen2.5-VL or Qwen2.5 checkpoint."""
+    path = source / "config.json"
+    if not path.is_file():
+        raise ValueError(f'"{source}" has no config.json; pass the folder of a downloaded checkpoint.')
+    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    if model_type not in SOURCE_TYPES:
+        raise ValueError(
+            f'"{path}" states the model type "{model_type}"; expected one of {", ".join(SOURCE_TYPES)} (Qwen2.5-VL, '
+            "Qwen2.5)."
+        )
+    return AutoConfig.from_pretrained(source).get_text_config()
+
+
+def convert_to_nextflow(
+    source: str | Path,
+    output: str | Path,
+    image_tokenizer: str | Path,
+    text_tokenizer: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Qwen2.5-VL or Qwen2.5 (a folder with safetensors) to a folder that `NextFlowForCausalLM` and the processor load.
+
+    Args:
+        source (path): The checkpoint.
+        output (path): The new folder; it must not be there. Until all is done the work is in `<output>.partial`.
+        image_tokenizer (path): A [`NextFlowImageTokenizer`] checkpoint; its codebook is the table of visual codes.
+        text_tokenizer (path, *optional*): See `load_text_tokenizer`; the source's own by default.
+        dtype (`torch.dtype`, *optional*): The source's own by default.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): Of one file.
+
+    Returns:
+        `Path`: `output`.
+
+    Raises:
+        `ValueError`: if anything is missing, too much or of another shape; `output` stays as it was.
+    """
+    source, output = Path(source), Path(output)
+    _refuse_to_overwrite(output)
+    text_config, weights = load_source_config(source), read_checkpoint(source)
+    tokenizer = load_text_tokenizer(text_tokenizer or source)
+    images = NextFlowImageTokenizer.from_pretrained(image_tokenizer)
+    config = nextflow_config(text_config, images.config)
+    use_token_ids(config, tokenizer)
+    new = new_weights(config, images.quantizer.codebook().detach().float())
+    plan = plan_nextflow(weights, config, new, dtype, str(source))
+    config.dtype = next(tensor.dtype for tensor in plan if tensor.name == EMBEDDING)
+    config.architectures = [NextFlowForCausalLM.__name__]
+
+    partial = _partial(output)
+    files = {tensor.file for tensor in weights.values()} | {source / "config.json"}
+    write_checkpoint(partial, plan, files, _bytes(max_shard_size))
+    config.save_pretrained(partial)
+    _generation_config(source, tokenizer).save_pretrained(partial)
+    NextFlowProcessor(
+        image_processor=NextFlowImageProcessor(num_scales=config.num_scales),
+        tokenizer=tokenizer,
+        image_tokenizer=images,
+        visual_token_offset=config.text_vocab_size,
+    ).save_pretrained(partial)
+    card = MODEL_CARD.format(name=output.name, source=source.name, image_tokenizer=Path(image_tokenizer).name)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    partial.rename(output)
+    return output
+
+
+def convert_to_qwen(
+    source: str | Path, output: str | Path, dtype: torch.dtype | None = None, max_shard_size: int | str = "5GB"
+) -> Path:
+    """The text model in a NextFlow checkpoint as a `Qwen2ForCausalLM` folder, for tools that know text models only.
+
+    The arguments are [`convert_to_nextflow`]'s.
+    """
+    source, output = Path(source), Path(output)
+    _refuse_to_overwrite(output)
+    config, weights = AutoConfig.from_pretrained(source), read_checkpoint(source)
+    if config.model_type != NextFlowConfig.model_type:
+        raise ValueError(f'"{source}" states the model type "{config.model_type}"; expected "nextflow".')
+    plan = plan_qwen(weights, config, dtype, str(source))
+    rope = {name: value for name, value in config.rope_parameters.items() if name != "mrope_section"}
+    text_config = Qwen2Config(
+        **{name: getattr(config, name) for name in TEXT_FIELDS},
+        rope_parameters=rope,
+        vocab_size=config.text_vocab_size,
+        tie_word_embeddings=False,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        architectures=["Qwen2ForCausalLM"],
+    )
+    text_config.dtype = plan[0].dtype
+    partial = _partial(output)
+    files = {tensor.file for tensor in weights.values()} | {source / "config.json"}
+    write_checkpoint(partial, plan, files, _bytes(max_shard_size))
+    text_config.save_pretrained(partial)
+    tokenizer = load_text_tokenizer(source)
+    _generation_config(source, tokenizer).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(output)
+    return output
+
+
+def _refuse_to_overwrite(output: Path) -> None:
+    if output.exists():
+        raise ValueError(f'"{output}" is there already and is not overwritten. Choose another output, or remove it.')
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def _bytes(size: int | str) -> int:
+    return size if isinstance(size, int) else convert_file_size_to_int(size)
+
+
+def _generation_config(source: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The source's text settings where there are any; the ids that end and pad, always."""
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    path = source / "generation_config.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kept = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "eos_token_id")
+    return GenerationConfig(**{**ids, **{name: stored[name] for name in kept if name in stored}})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--output", type=Path, required=True, help="new folder")
+    parser.add_argument("--image-tokenizer", type=Path, help="folder of a NextFlowImageTokenizer")
+    parser.add_argument("--text-tokenizer", type=Path, help="folder, tokenizer.json or .tiktoken file (source's own)")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the source's")
+    parser.add_argument("--max-shard-size", default="5GB")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository")
+    parser.add_argument("--back", action="store_true", help="NextFlow to a Qwen2 text model")
+    options = parser.parse_args(arguments)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    try:
+        if options.back:
+            convert_to_qwen(options.source, options.output, dtype, options.max_shard_size)
+        elif options.image_tokenizer is None:
+            parser.error("--image-tokenizer is needed: its codebook becomes the table of visual codes")
+        else:
+            convert_to_nextflow(
+                options.source,
+                options.output,
+                options.image_tokenizer,
+                options.text_tokenizer,
+                dtype,
+                options.max_shard_size,
+            )
+    except ValueError as error:
+        parser.exit(1, f"{error}\n")
+    print(f"Written: {options.output}")
+    if options.push_to_hub:
+        push(options.output, options.push_to_hub)
+
+
+def push(folder: Path, repo_id: str) -> None:
+    """Uploads a converted checkpoint as it is."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, exist_ok=True)
+    api.upload_folder(folder_path=str(folder), repo_id=repo_id)
+    print(f"Uploaded to {repo_id}")
+
+
+if __name__ == "__main__":
+    main()
