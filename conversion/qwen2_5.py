@@ -20,8 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2Config
-from transformers.utils import convert_file_size_to_int
 
 from transformers_nextflow import (
     NextFlowConfig,
@@ -106,7 +106,7 @@ def map_keys(names: Sequence[str], table: dict[str, str | None], where: str) -> 
     return mapped
 
 
-def nextflow_config(text: PreTrainedConfig, image_tokenizer: PreTrainedConfig) -> NextFlowConfig:
+def nextflow_config(text: PreTrainedConfig, image_tokenizer: PreTrainedConfig, **token_ids) -> NextFlowConfig:
     """The configuration of a converted model, from those of Qwen's text model and of the image tokenizer."""
     if getattr(text, "use_sliding_window", False):
         raise ValueError("`use_sliding_window` is True in the source, but NextFlow attends to whole images.")
@@ -123,20 +123,20 @@ def nextflow_config(text: PreTrainedConfig, image_tokenizer: PreTrainedConfig) -
         visual_codebook_size=image_tokenizer.codebook_size,
         visual_code_dim=image_tokenizer.code_dim,
         num_scales=image_tokenizer.num_scales,
+        **token_ids,
     )
 
 
-def use_token_ids(config: NextFlowConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes the ids of the tokenizer's special tokens into the configuration."""
-    if len(tokenizer) > config.text_vocab_size:
+def special_token_ids(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> dict[str, int | None]:
+    """The configuration's ids of special tokens, for a vocabulary of `num_rows` rows."""
+    if len(tokenizer) > num_rows:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens with <boi>, <eoi> and <image>, but the source's vocabulary has "
-            f"{config.text_vocab_size} rows. Take the tokenizer that belongs to the source."
+            f"{num_rows} rows. Take the tokenizer that belongs to the source."
         )
-    for name in ("boi", "eoi", "image"):
-        setattr(config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(f"<{name}>"))
-    config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.pad_token_id
+    visual = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<{name}>") for name in ("boi", "eoi", "image")}
+    text = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return {**visual, **text, "bos_token_id": None}
 
 
 def expected_shapes(config: NextFlowConfig) -> dict[str, tuple[int, ...]]:
@@ -180,25 +180,27 @@ def plan_nextflow(
         `ValueError`: if a key is missing, unknown or of another shape.
     """
     by_target = {ours: source[theirs] for theirs, ours in map_keys(list(source), QWEN_KEYS, where).items()}
-    by_target.setdefault(HEAD, by_target.get(EMBEDDING))  # tied: the small models have no head of their own
+    if EMBEDDING in by_target:
+        by_target.setdefault(HEAD, by_target[EMBEDDING])  # tied: the small models have no head of their own
+    expected = expected_shapes(config)
+    if missing := [name for name in expected if name not in new and name not in by_target]:
+        shapes = ", ".join(f'"{name}" (expected shape {expected[name]})' for name in missing)
+        raise ValueError(f'"{where}" lacks the weights of {shapes}.')
+    if extra := [tensor for name, tensor in by_target.items() if name not in expected]:
+        names = ", ".join(f'"{tensor.name}" in "{tensor.file}"' for tensor in extra)
+        raise ValueError(f"The configuration has no place for {names}. Do weights and config.json belong together?")
     plan = []
-    for name, shape in expected_shapes(config).items():
+    for name, shape in expected.items():
         if name in new:
             plan.append(_plan_new(name, shape, new[name], dtype or by_target[EMBEDDING].dtype))
             continue
-        stored = by_target.pop(name, None)
-        if stored is None:
-            raise ValueError(f'"{where}" lacks the weights of "{name}" (expected shape {shape}).')
+        stored = by_target[name]
         if name == HEAD:
-            text_shape = (config.text_vocab_size, config.hidden_size)
-            _check_shape(stored, text_shape)
+            _check_shape(stored, (config.text_vocab_size, config.hidden_size))
             plan.append(_plan_head(stored, shape, dtype or stored.dtype))
         else:
             _check_shape(stored, shape)
             plan.append(PlannedTensor(name, shape, dtype or stored.dtype, stored.blocks))
-    if by_target:
-        extra = ", ".join(f'"{tensor.name}" in "{tensor.file}"' for tensor in by_target.values())
-        raise ValueError(f"The configuration has no place for {extra}. Do weights and config.json belong together?")
     return plan
 
 
@@ -304,8 +306,8 @@ def convert_to_nextflow(
     text_config, weights = load_source_config(source), read_checkpoint(source)
     tokenizer = load_text_tokenizer(text_tokenizer or source)
     images = NextFlowImageTokenizer.from_pretrained(image_tokenizer)
-    config = nextflow_config(text_config, images.config)
-    use_token_ids(config, tokenizer)
+    token_ids = special_token_ids(tokenizer, text_config.vocab_size)
+    config = nextflow_config(text_config, images.config, **token_ids)
     new = new_weights(config, images.quantizer.codebook().detach().float())
     plan = plan_nextflow(weights, config, new, dtype, str(source))
     config.dtype = next(tensor.dtype for tensor in plan if tensor.name == EMBEDDING)

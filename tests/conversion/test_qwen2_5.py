@@ -18,8 +18,7 @@ from transformers import (
 
 from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizerConfig, NextFlowProcessor, tiny_checkpoint
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from conversion.qwen2_5 import (
     HEAD,
     QWEN_KEYS,
@@ -37,6 +36,7 @@ from conversion.streaming import StoredTensor, read_checkpoint, read_header
 
 from conversion import streaming
 
+ROOT = Path(__file__).parents[2]
 RANKS = ROOT / "tests" / "fixtures" / "qwen" / "first_1024_ranks.tiktoken"
 VOCAB = 1100  # 1,024 ranks and Qwen's and NextFlow's special tokens, and some rows that nothing uses, as in Qwen
 SMALL = dict(
@@ -224,14 +224,16 @@ class TestBack:
 
 
 MEASURE = """
-import resource, sys
+import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from safetensors.torch import load_file
 from conversion.qwen2_5 import convert_to_nextflow
 from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizer, NextFlowProcessor
 import torchvision, transformers.models.qwen2_5_vl
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # in bytes; `resource` would count what the parent process had before it became this one
+    with open("/proc/self/status") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
 before = peak()
@@ -246,6 +248,7 @@ print(peak() - before)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
 def test_memory_stays_below_the_largest_shard(tmp_path, image_tokenizer):
     """In fresh processes: 1.3 times the largest shard is the limit; loading everything shows that it can be missed."""
     source = tmp_path / "source"
@@ -271,8 +274,9 @@ def test_memory_stays_below_the_largest_shard(tmp_path, image_tokenizer):
         assert done.returncode == 0, done.stderr
         return int(done.stdout.split()[-1])
 
-    assert growth("convert") < 1.3 * largest
-    assert growth("load") > 1.3 * largest
+    converting, loading = growth("convert"), growth("load")
+    print(f"largest shard {largest / 1e6:.0f} MB, converting {converting / 1e6:.0f} MB, loading {loading / 1e6:.0f} MB")
+    assert converting < 1.3 * largest < loading
 
 
 DIE = """
@@ -398,9 +402,8 @@ class TestBadInput:
         convert("There is no tokenizer at", text_tokenizer=source)
 
     def test_a_tokenizer_of_another_model(self, convert):
-        convert(
-            "The tokenizer has 8217 tokens .* but the source's vocabulary has 1100", text_tokenizer=tiny_checkpoint()
-        )
+        message = r"The tokenizer has \d+ tokens .* but the source's vocabulary has 1100"
+        convert(message, text_tokenizer=tiny_checkpoint())
 
     def test_back_takes_nextflow_only(self, source, tmp_path):
         with pytest.raises(ValueError, match='states the model type "qwen2"; expected "nextflow"'):
@@ -410,8 +413,8 @@ class TestBadInput:
 def test_the_command(tmp_path, image_tokenizer, capsys):
     source = save_source(tmp_path / "source", "tied")
     out, back = str(tmp_path / "out"), str(tmp_path / "back")
-    main(["--source", str(source), "--output", out, "--image-tokenizer", str(image_tokenizer)]
-         + ["--text-tokenizer", str(RANKS), "--dtype", "float32", "--max-shard-size", "100kB"])  # fmt: skip
+    tokenizers = ["--image-tokenizer", str(image_tokenizer), "--text-tokenizer", str(RANKS)]
+    main(["--source", str(source), "--output", out, *tokenizers, "--dtype", "float32", "--max-shard-size", "100kB"])
     assert NextFlowForCausalLM.from_pretrained(out).dtype == torch.float32
     assert (tmp_path / "out" / streaming.INDEX).is_file()
     main(["--source", out, "--output", back, "--back"])
