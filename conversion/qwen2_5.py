@@ -14,7 +14,6 @@ random rows of a larger norm would win against it. The connector and the embeddi
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +32,16 @@ from transformers_nextflow import (
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conversion.qwen_tokenizer import load_text_tokenizer
-from conversion.streaming import PlannedTensor, StoredTensor, read_checkpoint, write_checkpoint
+from conversion.streaming import (
+    PlannedTensor,
+    StoredTensor,
+    check_shape,
+    map_keys,
+    partial_folder,
+    read_checkpoint,
+    refuse_to_overwrite,
+    write_checkpoint,
+)
 
 LAYER = (
     r"layers\.\d+\.(?:input_layernorm|post_attention_layernorm|mlp\.(?:gate|up|down)_proj|self_attn\.[qkvo]_proj)"
@@ -82,28 +90,6 @@ A start for training NextFlow (arXiv 2601.02204), made by `conversion/qwen2_5.py
 language model of *{source}* and the image tokenizer *{image_tokenizer}*. It writes text as its source does. It has not
 learned to draw or to read pictures: its visual parts are new. The licences of both sources apply.
 """
-
-
-def map_keys(names: Sequence[str], table: dict[str, str | None], where: str) -> dict[str, str]:
-    """Source key -> our key, without the dropped ones.
-
-    Raises:
-        `ValueError`: for a key that the table does not know, and for two that would become one.
-    """
-    mapped: dict[str, str] = {}
-    for name in names:
-        for pattern, target in table.items():
-            if match := re.fullmatch(pattern, name):
-                if target is not None:
-                    mapped[name] = match.expand(target)
-                break
-        else:
-            raise ValueError(f'"{where}" holds the key "{name}", which no rule expects. Expected: {", ".join(table)}.')
-    if len(set(mapped.values())) < len(mapped):
-        targets = list(mapped.values())
-        twice = sorted({f'"{target}"' for target in targets if targets.count(target) > 1})
-        raise ValueError(f'"{where}" holds {", ".join(twice)} under two names.')
-    return mapped
 
 
 def nextflow_config(text: PreTrainedConfig, image_tokenizer: PreTrainedConfig, **token_ids) -> NextFlowConfig:
@@ -196,10 +182,10 @@ def plan_nextflow(
             continue
         stored = by_target[name]
         if name == HEAD:
-            _check_shape(stored, (config.text_vocab_size, config.hidden_size))
+            check_shape(stored, (config.text_vocab_size, config.hidden_size))
             plan.append(_plan_head(stored, shape, dtype or stored.dtype))
         else:
-            _check_shape(stored, shape)
+            check_shape(stored, shape)
             plan.append(PlannedTensor(name, shape, dtype or stored.dtype, stored.blocks))
     return plan
 
@@ -214,7 +200,7 @@ def plan_qwen(
     plan = []
     for theirs, ours in map_keys(list(source), NEXTFLOW_KEYS, where).items():
         stored, shape = source[theirs], expected[theirs]
-        _check_shape(stored, shape)
+        check_shape(stored, shape)
         if theirs == HEAD:
             shape = (config.text_vocab_size, config.hidden_size)
             blocks = lambda stored=stored, size=shape[0] * shape[1]: _first(stored.blocks(), size)  # noqa: E731
@@ -222,13 +208,6 @@ def plan_qwen(
         else:
             plan.append(PlannedTensor(ours, shape, dtype or stored.dtype, stored.blocks))
     return plan
-
-
-def _check_shape(stored: StoredTensor, expected: tuple[int, ...]) -> None:
-    if stored.shape != expected:
-        raise ValueError(
-            f'"{stored.name}" in "{stored.file}" has the shape {stored.shape}; its configuration makes it {expected}.'
-        )
 
 
 def _plan_new(name: str, shape: tuple[int, ...], tensor: torch.Tensor, dtype: torch.dtype) -> PlannedTensor:
@@ -302,7 +281,7 @@ def convert_to_nextflow(
         `ValueError`: if anything is missing, too much or of another shape; `output` stays as it was.
     """
     source, output = Path(source), Path(output)
-    _refuse_to_overwrite(output)
+    refuse_to_overwrite(output)
     text_config, weights = load_source_config(source), read_checkpoint(source)
     tokenizer = load_text_tokenizer(text_tokenizer or source)
     images = NextFlowImageTokenizer.from_pretrained(image_tokenizer)
@@ -313,9 +292,9 @@ def convert_to_nextflow(
     config.dtype = next(tensor.dtype for tensor in plan if tensor.name == EMBEDDING)
     config.architectures = [NextFlowForCausalLM.__name__]
 
-    partial = _partial(output)
+    partial = partial_folder(output)
     files = {tensor.file for tensor in weights.values()} | {source / "config.json"}
-    write_checkpoint(partial, plan, files, _bytes(max_shard_size))
+    write_checkpoint(partial, plan, files, convert_file_size_to_int(max_shard_size))
     config.save_pretrained(partial)
     _generation_config(source, tokenizer).save_pretrained(partial)
     NextFlowProcessor(
@@ -338,7 +317,7 @@ def convert_to_qwen(
     The arguments are [`convert_to_nextflow`]'s.
     """
     source, output = Path(source), Path(output)
-    _refuse_to_overwrite(output)
+    refuse_to_overwrite(output)
     config, weights = AutoConfig.from_pretrained(source), read_checkpoint(source)
     if config.model_type != NextFlowConfig.model_type:
         raise ValueError(f'"{source}" states the model type "{config.model_type}"; expected "nextflow".')
@@ -355,29 +334,15 @@ def convert_to_qwen(
         architectures=["Qwen2ForCausalLM"],
     )
     text_config.dtype = plan[0].dtype
-    partial = _partial(output)
+    partial = partial_folder(output)
     files = {tensor.file for tensor in weights.values()} | {source / "config.json"}
-    write_checkpoint(partial, plan, files, _bytes(max_shard_size))
+    write_checkpoint(partial, plan, files, convert_file_size_to_int(max_shard_size))
     text_config.save_pretrained(partial)
     tokenizer = load_text_tokenizer(source)
     _generation_config(source, tokenizer).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(output)
     return output
-
-
-def _refuse_to_overwrite(output: Path) -> None:
-    if output.exists():
-        raise ValueError(f'"{output}" is there already and is not overwritten. Choose another output, or remove it.')
-    output.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _partial(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
-
-
-def _bytes(size: int | str) -> int:
-    return size if isinstance(size, int) else convert_file_size_to_int(size)
 
 
 def _generation_config(source: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

@@ -7,6 +7,7 @@ reading plain blocks does not, and a file can be written in place the same way.
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -124,6 +125,36 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def map_keys(names: Sequence[str], table: dict[str, str | None], where: str) -> dict[str, str]:
+    """Source key -> our key, without the dropped ones.
+
+    Raises:
+        `ValueError`: for a key that the table does not know, and for two that would become one.
+    """
+    mapped: dict[str, str] = {}
+    for name in names:
+        for pattern, target in table.items():
+            if match := re.fullmatch(pattern, name):
+                if target is not None:
+                    mapped[name] = match.expand(target)
+                break
+        else:
+            raise ValueError(f'"{where}" holds the key "{name}", which no rule expects. Expected: {", ".join(table)}.')
+    if len(set(mapped.values())) < len(mapped):
+        targets = list(mapped.values())
+        twice = sorted({f'"{target}"' for target in targets if targets.count(target) > 1})
+        raise ValueError(f'"{where}" holds {", ".join(twice)} under two names.')
+    return mapped
+
+
+def check_shape(stored: StoredTensor, expected: tuple[int, ...]) -> None:
+    """Names file, key, what was found and what was expected, if a tensor has another shape."""
+    if stored.shape != expected:
+        raise ValueError(
+            f'"{stored.name}" in "{stored.file}" has the shape {stored.shape}; its configuration makes it {expected}.'
+        )
+
+
 def write_file(path: Path, tensors: Sequence[PlannedTensor]) -> None:
     """Writes a safetensors file block by block, and under its name only when it is whole."""
     temporary = path.with_name(path.name + ".part")
@@ -211,3 +242,15 @@ def write_checkpoint(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     note.unlink()
+
+
+def refuse_to_overwrite(output: Path) -> None:
+    """Makes sure that the new folder is not there yet, and that the folder around it is."""
+    if output.exists():
+        raise ValueError(f'"{output}" is there already and is not overwritten. Choose another output, or remove it.')
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def partial_folder(output: Path) -> Path:
+    """Where the work on `output` is kept until all of it is done."""
+    return output.with_name(output.name + ".partial")

@@ -26,13 +26,12 @@ from conversion.qwen2_5 import (
     convert_to_qwen,
     expected_shapes,
     main,
-    map_keys,
     new_weights,
     nextflow_config,
     plan_nextflow,
     plan_qwen,
 )
-from conversion.streaming import StoredTensor, read_checkpoint, read_header
+from conversion.streaming import StoredTensor, map_keys, read_checkpoint, read_header
 
 from conversion import streaming
 

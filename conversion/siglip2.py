@@ -1,0 +1,151 @@
+"""Starts an image tokenizer from SigLIP2: its vision encoder becomes the semantic encoder, all else is new.
+
+    python conversion/siglip2.py --source siglip2-so400m-patch16-naflex --output image_tokenizer
+
+The result is what the paper's tokenizer training starts from: the encoder's weights are kept bit for bit, the pixel
+branch, the codebooks and both decoders start as in a fresh model and must be trained. SigLIP2's text tower is dropped.
+Only the NaFlex models fit (any grid, patches as vectors). Weights are streamed, and a killed run goes on where it
+stopped when it is started again.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+from transformers import AutoConfig, PreTrainedConfig
+
+from transformers_nextflow import NextFlowImageTokenizer, NextFlowImageTokenizerConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conversion.streaming import (
+    PlannedTensor,
+    StoredTensor,
+    check_shape,
+    map_keys,
+    partial_folder,
+    read_checkpoint,
+    refuse_to_overwrite,
+    write_checkpoint,
+)
+
+PART = r"(?:embeddings|encoder|post_layernorm|head)\..+"
+# Source key (a regular expression) -> our key; None: dropped. The first that matches counts.
+SIGLIP2_KEYS: dict[str, str | None] = {
+    rf"(?:vision_model\.)?({PART})": r"semantic_encoder.\1",
+    r"text_model\..+": None,
+    r"logit_(?:scale|bias)": None,
+}
+SOURCE_TYPES = ("siglip2", "siglip2_vision_model")
+ENCODER = "semantic_encoder."
+
+
+def load_vision_config(source: Path) -> PreTrainedConfig:
+    """The vision configuration of a SigLIP2 checkpoint."""
+    path = source / "config.json"
+    if not path.is_file():
+        raise ValueError(f'"{source}" has no config.json; pass the folder of a downloaded checkpoint.')
+    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    if model_type not in SOURCE_TYPES:
+        raise ValueError(
+            f'"{path}" states the model type "{model_type}"; expected one of {", ".join(SOURCE_TYPES)} (the NaFlex '
+            "models of SigLIP2)."
+        )
+    config = AutoConfig.from_pretrained(source)
+    return getattr(config, "vision_config", config)
+
+
+def new_weights(config: NextFlowImageTokenizerConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """All weights of a fresh image tokenizer but the semantic encoder's."""
+    with torch.device("meta"):
+        model = NextFlowImageTokenizer(config)
+    weights = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name, module in model.named_children():
+            if not ENCODER.startswith(name):
+                module.to_empty(device="cpu")
+                for part in module.modules():
+                    model._init_weights(part)
+                weights |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+    return weights
+
+
+def plan_image_tokenizer(
+    source: dict[str, StoredTensor],
+    config: NextFlowImageTokenizerConfig,
+    new: dict[str, torch.Tensor],
+    where: str = "the source",
+) -> list[PlannedTensor]:
+    """Every tensor of the image tokenizer, in the model's order.
+
+    Raises:
+        `ValueError`: if a key is missing, unknown or of another shape.
+    """
+    mapped = {ours: source[theirs] for theirs, ours in map_keys(list(source), SIGLIP2_KEYS, where).items()}
+    with torch.device("meta"):
+        expected = {name: tuple(t.shape) for name, t in NextFlowImageTokenizer(config).state_dict().items()}
+    if missing := [name for name in expected if name not in new and name not in mapped]:
+        raise ValueError(f'"{where}" lacks the weights of {", ".join(missing)}.')
+    if extra := [stored.name for name, stored in mapped.items() if name not in expected]:
+        raise ValueError(f'The configuration has no place for {", ".join(extra)} in "{where}".')
+    plan = []
+    for name, shape in expected.items():
+        if name in new:
+            tensor = new[name]
+            plan.append(PlannedTensor(name, shape, tensor.dtype, lambda tensor=tensor: iter([tensor])))
+        else:
+            check_shape(mapped[name], shape)
+            plan.append(PlannedTensor(name, shape, mapped[name].dtype, mapped[name].blocks))
+    return plan
+
+
+def convert_to_image_tokenizer(
+    source: str | Path, output: str | Path, max_shard_size: int | str = "5GB", **settings
+) -> Path:
+    """A SigLIP2 NaFlex checkpoint to a folder that `NextFlowImageTokenizer.from_pretrained` loads, ready to be trained.
+
+    Args:
+        source (path): The checkpoint, the whole model or its vision tower.
+        output (path): The new folder; it must not be there. Until all is done the work is in `<output>.partial`.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): Of one file.
+        settings: Fields of [`NextFlowImageTokenizerConfig`] other than `semantic_config`.
+
+    Returns:
+        `Path`: `output`.
+
+    Raises:
+        `ValueError`: if anything is missing, too much or of another shape; `output` stays as it was.
+    """
+    source, output = Path(source), Path(output)
+    refuse_to_overwrite(output)
+    vision, weights = load_vision_config(source), read_checkpoint(source)
+    config = NextFlowImageTokenizerConfig(semantic_config=vision.to_dict(), **settings)
+    config.architectures = [NextFlowImageTokenizer.__name__]
+    plan = plan_image_tokenizer(weights, config, new_weights(config), str(source))
+    partial = partial_folder(output)
+    files = {tensor.file for tensor in weights.values()} | {source / "config.json"}
+    write_checkpoint(partial, plan, files, convert_file_size_to_int(max_shard_size))
+    config.save_pretrained(partial)
+    partial.rename(output)
+    return output
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="folder of a SigLIP2 NaFlex checkpoint")
+    parser.add_argument("--output", type=Path, required=True, help="new folder")
+    parser.add_argument("--max-shard-size", default="5GB")
+    options = parser.parse_args(arguments)
+    try:
+        convert_to_image_tokenizer(options.source, options.output, options.max_shard_size)
+    except ValueError as error:
+        parser.exit(1, f"{error}\n")
+    print(f"Written: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
