@@ -60,18 +60,12 @@ def load_vision_config(source: Path) -> PreTrainedConfig:
 
 def new_weights(config: NextFlowImageTokenizerConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     """All weights of a fresh image tokenizer but the semantic encoder's."""
-    with torch.device("meta"):
-        model = NextFlowImageTokenizer(config)
-    weights = {}
+    settings = config.to_dict()
+    settings["semantic_config"] |= {"num_hidden_layers": 1}  # no part but the encoder itself depends on its depth
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for name, module in model.named_children():
-            if not ENCODER.startswith(name):
-                module.to_empty(device="cpu")
-                for part in module.modules():
-                    model._init_weights(part)
-                weights |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
-    return weights
+        model = NextFlowImageTokenizer(NextFlowImageTokenizerConfig(**settings))
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(ENCODER)}
 
 
 def plan_image_tokenizer(
