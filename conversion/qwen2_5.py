@@ -33,6 +33,7 @@ from transformers_nextflow import (
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conversion.qwen_tokenizer import load_text_tokenizer
 from conversion.streaming import (
+    KeyTable,
     PlannedTensor,
     StoredTensor,
     check_shape,
@@ -43,25 +44,25 @@ from conversion.streaming import (
     write_checkpoint,
 )
 
-LAYER = (
-    r"layers\.\d+\.(?:input_layernorm|post_attention_layernorm|mlp\.(?:gate|up|down)_proj|self_attn\.[qkvo]_proj)"
-    r"\.(?:weight|bias)"
-)
-# Source key (a regular expression) -> our key; None: dropped. The first that matches counts.
-QWEN_KEYS: dict[str, str | None] = {
-    rf"(?:model\.language_model|model)\.({LAYER})": r"model.\1",
-    r"(?:model\.language_model|model)\.(embed_tokens\.weight)": r"model.\1",
-    r"(?:model\.language_model|model)\.(norm\.weight)": r"model.\1",
-    r"lm_head\.weight": r"lm_head.weight",
-    r"(?:model\.)?visual\..+": None,
-    r".+\.rotary_emb\.inv_freq": None,
+QWEN_KEYS: KeyTable = {
+    "model.language_model.embed_tokens.weight": "model.embed_tokens.weight",
+    "model.language_model.layers.{n}.{part}": "model.layers.{n}.{part}",
+    "model.language_model.norm.weight": "model.norm.weight",
+    "model.embed_tokens.weight": "model.embed_tokens.weight",
+    "model.layers.{n}.{part}": "model.layers.{n}.{part}",
+    "model.norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+    "model.visual.{part}": None,
+    "visual.{part}": None,
 }
-# The same, back: what is visual is dropped.
-NEXTFLOW_KEYS: dict[str, str | None] = {
-    rf"model\.({LAYER}|embed_tokens\.weight|norm\.weight)": r"model.\1",
-    r"lm_head\.weight": r"lm_head.weight",
-    r"model\.(?:visual_codebook|scale_embedding)\.weight": None,
-    r"model\.connector\.[02]\.(?:weight|bias)": None,
+NEXTFLOW_KEYS: KeyTable = {
+    "model.embed_tokens.weight": "model.embed_tokens.weight",
+    "model.layers.{n}.{part}": "model.layers.{n}.{part}",
+    "model.norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+    "model.visual_codebook.weight": None,
+    "model.connector.{n}.{part}": None,
+    "model.scale_embedding.weight": None,
 }
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SOURCE_TYPES = ("qwen2_5_vl", "qwen2")

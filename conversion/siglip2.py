@@ -22,6 +22,7 @@ from transformers_nextflow import NextFlowImageTokenizer, NextFlowImageTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conversion.streaming import (
+    KeyTable,
     PlannedTensor,
     StoredTensor,
     check_shape,
@@ -32,12 +33,15 @@ from conversion.streaming import (
     write_checkpoint,
 )
 
-PART = r"(?:embeddings|encoder|post_layernorm|head)\..+"
-# Source key (a regular expression) -> our key; None: dropped. The first that matches counts.
-SIGLIP2_KEYS: dict[str, str | None] = {
-    rf"(?:vision_model\.)?({PART})": r"semantic_encoder.\1",
-    r"text_model\..+": None,
-    r"logit_(?:scale|bias)": None,
+SIGLIP2_KEYS: KeyTable = {
+    "text_model.{part}": None,
+    "logit_scale": None,
+    "logit_bias": None,
+    "vision_model.{part}": "semantic_encoder.{part}",
+    "embeddings.{part}": "semantic_encoder.embeddings.{part}",
+    "encoder.{part}": "semantic_encoder.encoder.{part}",
+    "post_layernorm.{part}": "semantic_encoder.post_layernorm.{part}",
+    "head.{part}": "semantic_encoder.head.{part}",
 }
 SOURCE_TYPES = ("siglip2", "siglip2_vision_model")
 ENCODER = "semantic_encoder."

@@ -21,6 +21,9 @@ BLOCK_BYTES = 2**24
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
+# Source key -> our key, None for what is dropped; the first that matches counts. A field stands for what FIELDS says.
+KeyTable = dict[str, str | None]
+FIELDS = {"n": r"\d+", "part": ".+"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -125,26 +128,37 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def map_keys(names: Sequence[str], table: dict[str, str | None], where: str) -> dict[str, str]:
+def map_keys(names: Sequence[str], table: KeyTable, where: str) -> dict[str, str]:
     """Source key -> our key, without the dropped ones.
 
     Raises:
         `ValueError`: for a key that the table does not know, and for two that would become one.
     """
+    rules = [(re.compile(_expression(theirs)), ours) for theirs, ours in table.items()]
     mapped: dict[str, str] = {}
     for name in names:
-        for pattern, target in table.items():
-            if match := re.fullmatch(pattern, name):
-                if target is not None:
-                    mapped[name] = match.expand(target)
+        for rule, ours in rules:
+            if match := rule.fullmatch(name):
+                if ours is not None:
+                    mapped[name] = ours.format(**match.groupdict())
                 break
         else:
             raise ValueError(f'"{where}" holds the key "{name}", which no rule expects. Expected: {", ".join(table)}.')
-    if len(set(mapped.values())) < len(mapped):
-        targets = list(mapped.values())
-        twice = sorted({f'"{target}"' for target in targets if targets.count(target) > 1})
+    targets = list(mapped.values())
+    if twice := sorted({target for target in targets if targets.count(target) > 1}):
         raise ValueError(f'"{where}" holds {", ".join(twice)} under two names.')
     return mapped
+
+
+def _expression(template: str) -> str:
+    """The regular expression of a source key in a table."""
+    return re.sub(r"\\{(\w+)\\}", lambda field: f"(?P<{field[1]}>{FIELDS[field[1]]})", re.escape(template))
+
+
+def markdown_table(table: KeyTable) -> str:
+    """A table of keys for the documentation."""
+    rows = [f"| `{theirs}` | {'dropped' if ours is None else f'`{ours}`'} |" for theirs, ours in table.items()]
+    return "\n".join(["| key in the source | key in the result |", "|---|---|", *rows])
 
 
 def check_shape(stored: StoredTensor, expected: tuple[int, ...]) -> None:

@@ -3,6 +3,7 @@
 The whole vocabulary is checked where `QWEN_RANKS` names Qwen's `.tiktoken` file.
 """
 
+import json
 import os
 import random
 import runpy
@@ -19,6 +20,7 @@ FIRST_RANKS = ROOT / "tests" / "fixtures" / "qwen" / "first_1024_ranks.tiktoken"
 
 conversion = runpy.run_path(str(ROOT / "conversion" / "qwen_tokenizer.py"))
 build_qwen_tokenizer, load_ranks = conversion["build_qwen_tokenizer"], conversion["load_ranks"]
+load_text_tokenizer = conversion["load_text_tokenizer"]
 
 # Qwen's own, as its reference tokenizer has it.
 PATTERN = (
@@ -47,6 +49,29 @@ def texts(count: int) -> list[str]:
     ]
 
 
+def mixed_texts(count: int) -> list[str]:
+    """Pieces of code, prose and numbers in many scripts, put together at random."""
+    rng = random.Random(1)
+    ranges = [(0x4E00, 0x9FFF), (0x3040, 0x30FF), (0x600, 0x6FF), (0x400, 0x4FF), (0xAC00, 0xD7A3), (0x900, 0x97F)]
+    emoji = [chr(code) for code in range(0x1F300, 0x1F6FF)] + ["👩‍🚀", "🏳️‍🌈", "👍🏽", "🇨🇭"]
+    code = (ROOT / "conversion" / "streaming.py").read_text(encoding="utf-8").replace("<", "").splitlines()
+
+    def piece() -> str:
+        kind = rng.randrange(5)
+        if kind == 0:
+            return "\n".join(rng.sample(code, 3))
+        if kind == 1:
+            low, high = rng.choice(ranges)
+            return "".join(chr(rng.randint(low, high)) for _ in range(rng.randint(1, 12)))
+        if kind == 2:
+            return "".join(rng.choices(emoji, k=rng.randint(1, 4)))
+        if kind == 3:
+            return f"{rng.randint(-(10**9), 10**9):,} {rng.uniform(-1e3, 1e3)} {rng.random():.3e} {rng.getrandbits(9)}"
+        return " ".join(rng.choices(["the", "Don't", "naïve", "straße", "I'M", "they'll", "…", "«ça»", "a_b-c"], k=6))
+
+    return [rng.choice(["", " ", "\n\n", "\t"]).join(piece() for _ in range(rng.randint(1, 6))) for _ in range(count)]
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return build_qwen_tokenizer(FIRST_RANKS)
@@ -59,6 +84,43 @@ def test_same_ids_as_tiktoken(tokenizer):
         ids = tokenizer(text).input_ids
         assert ids == encoding.encode_ordinary(normalized), repr(text)
         assert tokenizer.decode(ids) == normalized
+
+
+def test_mixed_texts_as_tiktoken(tokenizer):
+    encoding = reference(load_ranks(FIRST_RANKS))
+    for text in mixed_texts(300):
+        assert tokenizer(text).input_ids == encoding.encode_ordinary(unicodedata.normalize("NFC", text)), repr(text)
+
+
+@pytest.mark.parametrize(
+    "files", ["tiktoken", "folder with tokenizer.json", "tokenizer.json", "vocab.json, merges.txt"]
+)
+def test_every_form_of_the_files_gives_the_same_tokenizer(tokenizer, files, tmp_path):
+    path = tmp_path
+    if files == "tiktoken":
+        path = FIRST_RANKS
+    elif files == "vocab.json, merges.txt":  # as Qwen's folders have them, without the added tokens
+        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+        merges = "\n".join(" ".join(merge) for merge in model["merges"])
+        (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    else:
+        tokenizer.save_pretrained(tmp_path)
+        path = tmp_path / "tokenizer.json" if files == "tokenizer.json" else tmp_path
+    loaded = load_text_tokenizer(path)
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert loaded.special_tokens_map == tokenizer.special_tokens_map
+    for text in texts(200):
+        assert loaded(text + "<boi>").input_ids == tokenizer(text + "<boi>").input_ids
+
+
+def test_files_of_no_tokenizer_are_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "ranks.bin"):
+        with pytest.raises(ValueError, match=r"There is no tokenizer at .* Expected a \.tiktoken file"):
+            load_text_tokenizer(path)
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Unigram", "vocab": []}}')
+    with pytest.raises(ValueError, match=r"tokenizer of type 'Unigram'; Qwen's is \"BPE\""):
+        load_text_tokenizer(tmp_path)
 
 
 def test_fewer_ranks_agree_where_they_suffice(tokenizer):
@@ -78,7 +140,7 @@ def test_whole_vocabulary():
     tokenizer = build_qwen_tokenizer(os.environ["QWEN_RANKS"])
     encoding = reference(load_ranks(os.environ["QWEN_RANKS"]))
     sources = [path.read_text().replace("<", "") for path in (ROOT / "src").rglob("*.py")]  # no special tokens
-    for text in [*texts(3000), *sources]:
+    for text in [*texts(3000), *mixed_texts(2000), *sources]:
         assert tokenizer(text).input_ids == encoding.encode_ordinary(unicodedata.normalize("NFC", text))
     # Qwen2.5's ids, and the defaults of NextFlowConfig.
     assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [151643, 151644, 151645]
