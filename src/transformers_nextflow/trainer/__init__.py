@@ -1,11 +1,16 @@
-"""Training: data, collation and packing, and trainers on TRL and transformers (`pip install -e ".[train]"`).
+"""Training: conversations with pictures as codes, their collation, and supervised fine-tuning on TRL.
 
 Every name is loaded when it is first used; nothing below imports this package.
 """
 
 import importlib
 
-_MODULES: dict[str, tuple[str, ...]] = {}
+_MODULES: dict[str, tuple[str, ...]] = {
+    "coded_dataset": ("drop_condition", "encode_messages", "expand_sample"),
+    "data_collator": ("NextFlowDataCollator",),
+    "sft_config": ("NextFlowSFTConfig",),
+    "sft_trainer": ("NextFlowSFTTrainer",),
+}
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = sorted(_MODULE_OF)

@@ -1,0 +1,138 @@
+"""Coded samples: conversations whose pictures are codes already, the rows that the language model trains on.
+
+The image tokenizer is frozen while the language model trains (arXiv 2601.02204), so pictures are encoded once and for
+all. A row of a data set holds plain lists:
+
+- `token_ids`: text ids with one `<image>` mark where each picture stands;
+- `completion_mask`: 1 where the token, or the picture at the mark, is an answer to be learned, 0 where it is prompt;
+- `codes`, `target_codes`: for each picture the codes that are seen and those that are to be predicted (they differ
+  under self-correction);
+- `image_grid_shw`: for each picture number of scales, bucket height and bucket width;
+- `codebook_size`: of the image tokenizer that made the codes.
+
+Letters: L slots of the token view, N codes of an image.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..configuration_nextflow import NextFlowConfig
+from ..processing_nextflow import NextFlowProcessor
+from ..scale_schedule import ScaleSchedule
+
+CodedSample = dict[str, Any]
+COLUMNS = ("token_ids", "completion_mask", "codes", "target_codes", "image_grid_shw", "codebook_size")
+
+
+def encode_messages(
+    messages: Sequence[dict[str, Any]],
+    processor: NextFlowProcessor,
+    self_correction: bool = False,
+    generator: torch.Generator | None = None,
+    **images_kwargs,
+) -> CodedSample:
+    """Makes a coded sample of a conversation in transformers' chat format.
+
+    Args:
+        messages (list of `dict`):
+            `role` and `content`, a text or a list of `{"type": "text", "text": ...}` and `{"type": "image", "image":
+            picture}`. What an assistant says (text and pictures) is what is to be learned.
+        processor ([`NextFlowProcessor`]): With its image tokenizer.
+        self_correction (`bool`, *optional*, defaults to `False`): Draw some of the codes that are seen.
+        generator (`torch.Generator`, *optional*): Source of those draws.
+        images_kwargs: Options of the image processor (`num_scales`, ...).
+
+    Returns:
+        `dict`: one row, as the head of this module describes it.
+
+    Raises:
+        `ValueError`: if an assistant says nothing, or an image part has no picture.
+    """
+    pictures = []
+    for message in messages:
+        content = message["content"]
+        for part in content if isinstance(content, list | tuple) else ():
+            if part.get("type") == "image":
+                if part.get("image") is None:
+                    raise ValueError('A part {"type": "image"} needs its picture under "image".')
+                pictures.append(part["image"])
+    encoded = processor.tokenizer.apply_chat_template(
+        list(messages), return_dict=True, return_assistant_tokens_mask=True, chat_template=processor.chat_template
+    )
+    if not any(encoded["assistant_masks"]):
+        raise ValueError("The conversation has nothing to learn: no message of an assistant.")
+    codes, targets, grids = processor._encode_images(pictures, self_correction, generator, images_kwargs)
+    offset = processor.visual_token_offset or 0
+    return {
+        "token_ids": list(encoded["input_ids"]),
+        "completion_mask": list(encoded["assistant_masks"]),
+        "codes": [[code - offset for code in image] for image in codes],
+        "target_codes": [[code - offset for code in image] for image in targets],
+        "image_grid_shw": grids,
+        "codebook_size": processor.image_tokenizer.config.codebook_size if processor.image_tokenizer else 0,
+    }
+
+
+def drop_condition(sample: CodedSample, image_token_id: int) -> CodedSample:
+    """The sample without the text of its prompt, as guidance's unconditional branch sees it; pictures stay."""
+    kept = [
+        index
+        for index, (token, answer) in enumerate(zip(sample["token_ids"], sample["completion_mask"], strict=True))
+        if answer or token == image_token_id
+    ]
+    return {**sample, **{name: [sample[name][i] for i in kept] for name in ("token_ids", "completion_mask")}}
+
+
+def expand_sample(
+    sample: CodedSample, config: NextFlowConfig, completion_only: bool = True
+) -> dict[str, list[int] | list[list[int]]]:
+    """The token view of a coded sample.
+
+    Args:
+        sample (`dict`): One row, as the head of this module describes it.
+        config ([`NextFlowConfig`]): The model's.
+        completion_only (`bool`, *optional*, defaults to `True`): Learn answers only; False learns prompts, too.
+
+    Returns:
+        `dict` with `input_ids` and `labels`, both of length L, and `image_grid_shw`. Labels are the target codes and
+        the text; -100 for what is not learned, and for the first token, which nothing predicts.
+
+    Raises:
+        `ValueError`: if the codes are another image tokenizer's, or don't fit their marks or grids.
+    """
+    if missing := [name for name in COLUMNS if name not in sample]:
+        raise ValueError(f"A coded sample needs the columns {', '.join(COLUMNS)}; {', '.join(missing)} is missing.")
+    images = list(zip(sample["codes"], sample["target_codes"], sample["image_grid_shw"], strict=True))
+    if images and sample["codebook_size"] != config.visual_codebook_size:
+        raise ValueError(
+            f"The codes come from a codebook of {sample['codebook_size']} codes, but the model's has "
+            f"{config.visual_codebook_size}. Extract the codes with the model's own image tokenizer."
+        )
+    num_marks = list(sample["token_ids"]).count(config.image_token_id)
+    if num_marks != len(images):
+        raise ValueError(f"The sample has {num_marks} image marks, but codes of {len(images)} images.")
+
+    offset, remaining = config.text_vocab_size, iter(images)
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for token, answer in zip(sample["token_ids"], sample["completion_mask"], strict=True):
+        seen = wanted = [token]
+        if token == config.image_token_id:
+            codes, targets, grid = next(remaining)
+            num_codes = ScaleSchedule.from_grid_shw(grid).num_tokens
+            if not len(codes) == len(targets) == num_codes:
+                raise ValueError(
+                    f"An image of grid {tuple(grid)} has {num_codes} codes, but the sample has {len(codes)} and "
+                    f"{len(targets)} targets."
+                )
+            seen = [config.boi_token_id, *(code + offset for code in codes)]
+            wanted = [config.boi_token_id, *(code + offset for code in targets)]
+        input_ids += seen
+        labels += wanted if answer or not completion_only else [-100] * len(wanted)
+    labels[:1] = [-100] * len(labels[:1])
+    return {"input_ids": input_ids, "labels": labels, "image_grid_shw": [list(grid) for *_, grid in images]}
+
+
+__all__ = ["COLUMNS", "CodedSample", "drop_condition", "encode_messages", "expand_sample"]

@@ -1,0 +1,73 @@
+"""From rows of a coded data set to the model's inputs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..configuration_nextflow import NextFlowConfig
+from .coded_dataset import CodedSample, drop_condition, expand_sample
+
+
+@dataclass
+class NextFlowDataCollator:
+    """
+    Pads coded samples (see `coded_dataset`) to a batch for [`NextFlowForCausalLM`], with any trainer: transformers'
+    `Trainer`, TRL's `SFTTrainer` (with `dataset_kwargs={"skip_prepare_dataset": True}`), or a loop of your own.
+
+    Args:
+        config ([`NextFlowConfig`]): The model's.
+        completion_only (`bool`, *optional*, defaults to `True`): Learn answers only.
+        condition_dropout (`float`, *optional*, defaults to 0.1):
+            Probability that a sample loses the text of its prompt, so that guidance has an unconditional branch. Drawn
+            from torch's global generator, which trainers seed, and restore when they resume.
+        max_length (`int`, *optional*): Longest sample; by default the model's context.
+    """
+
+    config: NextFlowConfig
+    completion_only: bool = True
+    condition_dropout: float = 0.1
+    max_length: int | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.condition_dropout <= 1:
+            raise ValueError(f"`condition_dropout` must be between 0 and 1, but got {self.condition_dropout}.")
+
+    def __call__(self, samples: Sequence[CodedSample]) -> dict[str, torch.Tensor]:
+        """
+        Returns:
+            `dict` with `input_ids`, `attention_mask` and `labels`, int64 `(B, L)`, padded on the right, and with
+            `image_grid_shw` `(num_images, 3)` if there are images.
+
+        Raises:
+            `ValueError`: for a sample that is longer than `max_length`; an image can't be cut.
+        """
+        rows = []
+        for sample in samples:
+            if self.condition_dropout and torch.rand(()) < self.condition_dropout:
+                sample = drop_condition(sample, self.config.image_token_id)
+            rows.append(expand_sample(sample, self.config, self.completion_only))
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        limit = self.max_length or self.config.max_position_embeddings
+        if (lengths > limit).any():
+            raise ValueError(
+                f"A sample takes {int(lengths.max())} tokens with its images, more than `max_length` ({limit}). Leave "
+                "it out, raise `max_length`, or encode its images with fewer scales."
+            )
+
+        def pad(name: str, value: int) -> torch.Tensor:
+            sequences = [torch.tensor(row[name], dtype=torch.long) for row in rows]
+            return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
+
+        pad_token_id = self.config.eoi_token_id if self.config.pad_token_id is None else self.config.pad_token_id
+        batch = {
+            "input_ids": pad("input_ids", pad_token_id),
+            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+            "labels": pad("labels", -100),
+        }
+        if grids := [grid for row in rows for grid in row["image_grid_shw"]]:
+            batch["image_grid_shw"] = torch.tensor(grids)
+        return batch
+
+
+__all__ = ["NextFlowDataCollator"]

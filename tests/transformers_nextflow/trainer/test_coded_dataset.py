@@ -1,0 +1,101 @@
+"""Coded samples: the processor's own ids, answers alone to be learned, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, NextFlowProcessor
+from transformers_nextflow.trainer import drop_condition, encode_messages, expand_sample
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_random_checkpoint) -> NextFlowProcessor:
+    return NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_random_checkpoint) -> NextFlowConfig:
+    return NextFlowConfig.from_pretrained(tiny_random_checkpoint)
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+
+
+def conversation() -> list[dict]:
+    user = [{"type": "image", "image": picture(0)}, {"type": "text", "text": "Make it red."}]
+    answer = [{"type": "text", "text": "Here:"}, {"type": "image", "image": picture(1)}]
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+
+
+def test_the_token_view_is_the_processors(processor, config):
+    batch = processor.apply_chat_template(conversation(), tokenize=True, return_dict=True, return_tensors="pt")
+    view = expand_sample(encode_messages(conversation(), processor), config, completion_only=False)
+    assert view["input_ids"] == batch.input_ids[0].tolist()
+    assert view["image_grid_shw"] == batch.image_grid_shw.tolist()
+    assert view["labels"] == [-100, *view["input_ids"][1:]]
+
+
+def test_answers_alone_are_learned(processor, config):
+    view = expand_sample(encode_messages(conversation(), processor), config)
+    learned = [token for token, label in zip(view["input_ids"], view["labels"], strict=True) if label != -100]
+    assert processor.decode(learned) == "Here:<image><|im_end|>"
+    assert learned == [label for label in view["labels"] if label != -100]
+
+
+def test_self_correction_is_seen_and_not_learned(processor, config):
+    generator = torch.Generator().manual_seed(0)
+    sample = encode_messages(conversation(), processor, self_correction=True, generator=generator)
+    assert sample["codes"] != sample["target_codes"]
+    view = expand_sample(sample, config, completion_only=False)
+    for name, column in (("input_ids", "codes"), ("labels", "target_codes")):
+        codes = np.array(view[name]) - config.text_vocab_size
+        assert codes[codes >= 0].tolist() == [code for image in sample[column] for code in image]
+
+
+def test_without_its_condition_a_sample_is_what_guidance_leads_away_from(processor, config):
+    sample = drop_condition(encode_messages(conversation(), processor), config.image_token_id)
+    view = expand_sample(sample, config)
+    assert processor.decode(view["input_ids"]) == "<image>Here:<image><|im_end|>"
+    assert len(view["image_grid_shw"]) == 2
+
+
+def test_the_loss_is_the_models_own(processor, config, tiny_random_checkpoint):
+    model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint)
+    sample = encode_messages(conversation(), processor)
+    view = expand_sample(sample, config, completion_only=False)
+    ids, grids = torch.tensor([view["input_ids"]]), torch.tensor(view["image_grid_shw"])
+    ours = model(ids, image_grid_shw=grids, labels=torch.tensor([view["labels"]])).loss
+    torch.testing.assert_close(ours, model(ids, image_grid_shw=grids, labels=ids).loss)
+
+
+class TestBadInput:
+    @pytest.fixture(scope="class")
+    def sample(self, processor) -> dict:
+        return encode_messages(conversation(), processor)
+
+    def test_nothing_to_learn(self, processor):
+        with pytest.raises(ValueError, match="nothing to learn"):
+            encode_messages(conversation()[:1], processor)
+
+    def test_no_picture(self, processor):
+        messages = [{"role": "assistant", "content": [{"type": "image"}]}]
+        with pytest.raises(ValueError, match='needs its picture under "image"'):
+            encode_messages(messages, processor)
+
+    def test_codes_of_another_tokenizer(self, sample, config):
+        with pytest.raises(ValueError, match="codebook of 4096 codes, but the model's has 64"):
+            expand_sample({**sample, "codebook_size": 4096}, config)
+
+    def test_a_missing_column(self, sample, config):
+        with pytest.raises(ValueError, match="target_codes is missing"):
+            expand_sample({name: value for name, value in sample.items() if name != "target_codes"}, config)
+
+    def test_marks_without_codes(self, sample, config):
+        one = {name: sample[name][:1] for name in ("codes", "target_codes", "image_grid_shw")}
+        with pytest.raises(ValueError, match="2 image marks, but codes of 1 images"):
+            expand_sample({**sample, **one}, config)
+
+    def test_codes_that_do_not_fill_their_grid(self, sample, config):
+        with pytest.raises(ValueError, match="has 55 codes, but the sample has 54 and 55 targets"):
+            expand_sample({**sample, "codes": [sample["codes"][0][:-1], sample["codes"][1]]}, config)

@@ -1,0 +1,38 @@
+"""Batches of coded samples: padding changes no loss, and the condition is dropped as often as asked."""
+
+import pytest
+import torch
+
+from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM
+from transformers_nextflow.trainer import NextFlowDataCollator
+
+
+@pytest.fixture
+def model(tiny_random_checkpoint) -> NextFlowForCausalLM:
+    return NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint)
+
+
+def test_padding_changes_no_loss(samples, model):
+    collate = NextFlowDataCollator(model.config, condition_dropout=0)
+    batch = collate(samples)
+    assert batch["image_grid_shw"].tolist() == [[5, 16, 16]] * 2
+    together = model(**batch, num_items_in_batch=1).loss
+    apart = sum(model(**collate([sample]), num_items_in_batch=1).loss for sample in samples)
+    torch.testing.assert_close(together, apart)
+
+
+@pytest.mark.parametrize("probability, shortest", [(0.0, 0), (0.5, 150), (1.0, 300)])
+def test_conditions_are_dropped_as_often_as_asked(samples, model, probability, shortest):
+    torch.manual_seed(0)
+    collate = NextFlowDataCollator(model.config, condition_dropout=probability)
+    lengths = [int(collate([samples[0]])["attention_mask"].sum()) for _ in range(300)]
+    dropped = lengths.count(56 + 1)  # <boi>, 55 codes and <|im_end|>
+    assert abs(dropped - shortest) < 30 and (probability == 0.5 or dropped == shortest)
+
+
+def test_bad_input(samples, tiny_random_checkpoint):
+    config = NextFlowConfig.from_pretrained(tiny_random_checkpoint)
+    with pytest.raises(ValueError, match="must be between 0 and 1, but got 2"):
+        NextFlowDataCollator(config, condition_dropout=2)
+    with pytest.raises(ValueError, match=r"takes \d+ tokens with its images, more than `max_length` \(60\)"):
+        NextFlowDataCollator(config, condition_dropout=0, max_length=60)(samples)
