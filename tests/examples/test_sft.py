@@ -1,0 +1,64 @@
+"""The fine-tuning script on a folder of pictures: whole and with LoRA, and what comes out draws."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+
+from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import sft
+
+CPU = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--logging_steps", "1", "--save_strategy", "no"]
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    with open(folder / "metadata.jsonl", "w") as file:
+        for index in range(4):
+            pixels = np.random.default_rng(index).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index}.png")
+            file.write(json.dumps({"file_name": f"{index}.png", "text": f"picture {index}"}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def run(pictures, tmp_path, tiny_random_checkpoint):
+    def run(*options: str):
+        common = ["--pictures", str(pictures), "--output_dir", str(tmp_path / "out"), "--max_steps", "8", *CPU]
+        model = ["--model_name_or_path", str(tiny_random_checkpoint), "--learning_rate", "0.01"]
+        return sft.main([*common, *model, *options])
+
+    return run
+
+
+def test_whole_model(run, tmp_path):
+    trainer = run()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    model = NextFlowForCausalLM.from_pretrained(tmp_path / "out")
+    processor = NextFlowProcessor.from_pretrained(tmp_path / "out")
+    batch = processor("picture 1", return_tensors="pt")
+    output = model.generate(**batch, generation_mode="image", return_dict_in_generate=True)
+    assert processor.decode_images(output.sequences, output.image_grid_shw)[0][0].size == (80, 80)
+
+
+def test_lora(run, tmp_path, tiny_random_checkpoint):
+    run("--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj")
+    base = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint)
+    tuned = PeftModel.from_pretrained(base, str(tmp_path / "out"))
+    adapters = [parameter for name, parameter in tuned.named_parameters() if "lora_B" in name]
+    assert adapters and all(torch.any(adapter != 0) for adapter in adapters)
+
+
+def test_captions_must_be_there(run):
+    with pytest.raises(ValueError, match='have the columns image, text, but captions were expected in "label"'):
+        run("--caption_column", "label")
