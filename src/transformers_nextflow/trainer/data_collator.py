@@ -19,8 +19,8 @@ class NextFlowDataCollator:
         config ([`NextFlowConfig`]): The model's.
         completion_only (`bool`, *optional*, defaults to `True`): Learn answers only.
         condition_dropout (`float`, *optional*, defaults to 0.1):
-            Probability that a sample loses the text of its prompt, so that guidance has an unconditional branch. Drawn
-            from torch's global generator, which trainers seed, and restore when they resume.
+            Probability that a sample whose answer has an image loses the text of its prompt, so that guidance has an
+            unconditional branch. Drawn from torch's global generator, which trainers seed, and restore when they resume.
         max_length (`int`, *optional*): Longest sample; by default the model's context.
     """
 
@@ -33,6 +33,11 @@ class NextFlowDataCollator:
         if not 0 <= self.condition_dropout <= 1:
             raise ValueError(f"`condition_dropout` must be between 0 and 1, but got {self.condition_dropout}.")
 
+    def _draws(self, sample: CodedSample) -> bool:
+        """Whether an answer has an image; questions are never dropped from answers in words."""
+        marks = zip(sample["token_ids"], sample["completion_mask"], strict=True)
+        return any(answer and token == self.config.image_token_id for token, answer in marks)
+
     def __call__(self, samples: Sequence[CodedSample]) -> dict[str, torch.Tensor]:
         """
         Returns:
@@ -44,7 +49,7 @@ class NextFlowDataCollator:
         """
         rows = []
         for sample in samples:
-            if self.condition_dropout and torch.rand(()) < self.condition_dropout:
+            if self._draws(sample) and torch.rand(()) < self.condition_dropout:
                 sample = drop_condition(sample, self.config.image_token_id)
             rows.append(expand_sample(sample, self.config, self.completion_only))
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])

@@ -17,7 +17,8 @@ class NextFlowSFTConfig(SFTConfig):
             (arXiv 2601.02204: 0 at 256-level, 0.9 from 512 on). The model's own (`config.scale_reweight_alpha`) by
             default.
         condition_dropout (`float`, *optional*, defaults to 0.1):
-            Probability that a sample loses the text of its prompt, so that guidance has an unconditional branch.
+            Probability that a sample whose answer has an image loses the text of its prompt, so that guidance has an
+            unconditional branch.
         completion_only_loss (`bool`, *optional*, defaults to `True`): Learn answers only.
         max_length (`int`, *optional*): Longest sample, images included; the model's context by default.
     """

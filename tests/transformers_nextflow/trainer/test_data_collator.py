@@ -30,6 +30,12 @@ def test_conditions_are_dropped_as_often_as_asked(samples, model, probability, s
     assert abs(dropped - shortest) < 30 and (probability == 0.5 or dropped == shortest)
 
 
+def test_answers_in_words_keep_their_questions(samples, model):
+    kept, dropping = (NextFlowDataCollator(model.config, condition_dropout=p) for p in (0.0, 1.0))
+    for sample in samples[1:]:
+        assert torch.equal(dropping([sample])["input_ids"], kept([sample])["input_ids"])
+
+
 def test_bad_input(samples, tiny_random_checkpoint):
     config = NextFlowConfig.from_pretrained(tiny_random_checkpoint)
     with pytest.raises(ValueError, match="must be between 0 and 1, but got 2"):
