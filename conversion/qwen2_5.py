@@ -295,6 +295,7 @@ def convert_to_nextflow(
 
     partial = partial_folder(output)
     files = {tensor.file for tensor in weights.values()} | {source / "config.json"}
+    files |= set(Path(image_tokenizer).glob("*.safetensors"))
     write_checkpoint(partial, plan, files, convert_file_size_to_int(max_shard_size))
     config.save_pretrained(partial)
     _generation_config(source, tokenizer).save_pretrained(partial)

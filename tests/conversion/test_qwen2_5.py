@@ -1,6 +1,7 @@
 """Qwen2.5(-VL) to NextFlow and back: every key, every bit, the same text; within memory, and after a kill."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -320,6 +321,13 @@ class TestKilled:
     def test_other_settings_are_refused(self, killed):
         with pytest.raises(ValueError, match="begun by a conversion with another source or other settings"):
             convert_to_nextflow(*killed, max_shard_size=7000)
+
+    def test_another_image_tokenizer_is_refused(self, killed, tmp_path):
+        source, output, image_tokenizer, ranks = killed
+        other = shutil.copytree(image_tokenizer, tmp_path / "other")
+        (other / "model.safetensors").touch()
+        with pytest.raises(ValueError, match="begun by a conversion with another source or other settings"):
+            convert_to_nextflow(source, output, other, ranks, max_shard_size=6000)
 
 
 class TestBadInput:

@@ -20,7 +20,7 @@ class NextFlowDataCollator:
         completion_only (`bool`, *optional*, defaults to `True`): Learn answers only.
         condition_dropout (`float`, *optional*, defaults to 0.1):
             Probability that a sample whose answer has an image loses the text of its prompt, so that guidance has an
-            unconditional branch. Drawn from torch's global generator, which trainers seed, and restore when they resume.
+            unconditional branch. Drawn from torch's global generator, which trainers seed and restore on resuming.
         max_length (`int`, *optional*): Longest sample; by default the model's context.
     """
 
