@@ -70,7 +70,7 @@ def test_the_loss_is_the_models_own(processor, config, tiny_random_checkpoint):
 
 
 class TestBadInput:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def sample(self, processor) -> dict:
         return encode_messages(conversation(), processor)
 
