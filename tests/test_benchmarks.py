@@ -1,0 +1,20 @@
+"""The benchmarks run, at small sizes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak of a process")
+def test_fused_loss():
+    command = [sys.executable, str(ROOT / "benchmarks" / "fused_loss.py"), "--rows", "16", "--hidden-size", "8"]
+    done = subprocess.run([*command, "--vocab-size", "100", "--runs", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].strip() for row in rows] == ["naive", "chunked", "fused"]
+    assert len({row[-1] for row in rows}) == 1, "all ways give one loss"
