@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -36,9 +37,12 @@ from conversion.streaming import (
     KeyTable,
     PlannedTensor,
     StoredTensor,
+    check_model_type,
     check_shape,
     map_keys,
     partial_folder,
+    plan_tensor,
+    plan_tensors,
     read_checkpoint,
     refuse_to_overwrite,
     write_checkpoint,
@@ -166,29 +170,18 @@ def plan_nextflow(
     Raises:
         `ValueError`: if a key is missing, unknown or of another shape.
     """
-    by_target = {ours: source[theirs] for theirs, ours in map_keys(list(source), QWEN_KEYS, where).items()}
-    if EMBEDDING in by_target:
-        by_target.setdefault(HEAD, by_target[EMBEDDING])  # tied: the small models have no head of their own
+    kept = {ours: source[theirs] for theirs, ours in map_keys(list(source), QWEN_KEYS, where).items()}
     expected = expected_shapes(config)
-    if missing := [name for name in expected if name not in new and name not in by_target]:
-        shapes = ", ".join(f'"{name}" (expected shape {expected[name]})' for name in missing)
-        raise ValueError(f'"{where}" lacks the weights of {shapes}.')
-    if extra := [tensor for name, tensor in by_target.items() if name not in expected]:
-        names = ", ".join(f'"{tensor.name}" in "{tensor.file}"' for tensor in extra)
-        raise ValueError(f"The configuration has no place for {names}. Do weights and config.json belong together?")
-    plan = []
-    for name, shape in expected.items():
-        if name in new:
-            plan.append(_plan_new(name, shape, new[name], dtype or by_target[EMBEDDING].dtype))
-            continue
-        stored = by_target[name]
-        if name == HEAD:
-            check_shape(stored, (config.text_vocab_size, config.hidden_size))
-            plan.append(_plan_head(stored, shape, dtype or stored.dtype))
-        else:
-            check_shape(stored, shape)
-            plan.append(PlannedTensor(name, shape, dtype or stored.dtype, stored.blocks))
-    return plan
+    if EMBEDDING in kept:
+        kept.setdefault(HEAD, kept[EMBEDDING])  # tied: the small models have no head of their own
+        dtype_of_new = dtype or kept[EMBEDDING].dtype
+        made = {name: plan_tensor(name, tensor, dtype_of_new) for name, tensor in new.items()}
+        head = kept.pop(HEAD)
+        check_shape(head, (config.text_vocab_size, config.hidden_size))
+        made[HEAD] = _plan_head(head, expected[HEAD], dtype or head.dtype)
+    else:
+        made = {}  # the embedding is named as missing
+    return plan_tensors(expected, kept, made, where, dtype)
 
 
 def plan_qwen(
@@ -196,25 +189,14 @@ def plan_qwen(
 ) -> list[PlannedTensor]:
     """Every tensor of the Qwen2-style text model in a NextFlow checkpoint: what is visual is dropped."""
     expected = expected_shapes(config)
-    if missing := sorted(set(expected) - set(source)):
-        raise ValueError(f'"{where}" lacks the weights of {", ".join(missing)}.')
-    plan = []
-    for theirs, ours in map_keys(list(source), NEXTFLOW_KEYS, where).items():
-        stored, shape = source[theirs], expected[theirs]
-        check_shape(stored, shape)
-        if theirs == HEAD:
-            shape = (config.text_vocab_size, config.hidden_size)
-            blocks = lambda stored=stored, size=shape[0] * shape[1]: _first(stored.blocks(), size)  # noqa: E731
-            plan.append(PlannedTensor(ours, shape, dtype or stored.dtype, blocks))
-        else:
-            plan.append(PlannedTensor(ours, shape, dtype or stored.dtype, stored.blocks))
-    return plan
-
-
-def _plan_new(name: str, shape: tuple[int, ...], tensor: torch.Tensor, dtype: torch.dtype) -> PlannedTensor:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f'The new "{name}" has the shape {tuple(tensor.shape)}; expected {shape}.')
-    return PlannedTensor(name, shape, dtype, lambda: iter([tensor]))
+    kept = {ours: source[theirs] for theirs, ours in map_keys(list(source), NEXTFLOW_KEYS, where).items()}
+    made = {}
+    if head := kept.pop(HEAD, None):
+        check_shape(head, expected[HEAD])
+        shape = (config.text_vocab_size, config.hidden_size)
+        made[HEAD] = PlannedTensor(HEAD, shape, dtype or head.dtype, lambda: _first(head.blocks(), prod(shape)))
+    text = map_keys(list(expected), NEXTFLOW_KEYS, where)
+    return plan_tensors({name: expected[name] for name in text}, kept, made, where, dtype)
 
 
 def _plan_head(stored: StoredTensor, shape: tuple[int, ...], dtype: torch.dtype) -> PlannedTensor:
@@ -243,20 +225,6 @@ def _first(blocks: Iterator[torch.Tensor], count: int) -> Iterator[torch.Tensor]
             return
 
 
-def load_source_config(source: Path) -> PreTrainedConfig:
-    """The text configuration of a Qwen2.5-VL or Qwen2.5 checkpoint."""
-    path = source / "config.json"
-    if not path.is_file():
-        raise ValueError(f'"{source}" has no config.json; pass the folder of a downloaded checkpoint.')
-    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    if model_type not in SOURCE_TYPES:
-        raise ValueError(
-            f'"{path}" states the model type "{model_type}"; expected one of {", ".join(SOURCE_TYPES)} (Qwen2.5-VL, '
-            "Qwen2.5)."
-        )
-    return AutoConfig.from_pretrained(source).get_text_config()
-
-
 def convert_to_nextflow(
     source: str | Path,
     output: str | Path,
@@ -283,7 +251,8 @@ def convert_to_nextflow(
     """
     source, output = Path(source), Path(output)
     refuse_to_overwrite(output)
-    text_config, weights = load_source_config(source), read_checkpoint(source)
+    check_model_type(source, SOURCE_TYPES)
+    text_config, weights = AutoConfig.from_pretrained(source).get_text_config(), read_checkpoint(source)
     tokenizer = load_text_tokenizer(text_tokenizer or source)
     images = NextFlowImageTokenizer.from_pretrained(image_tokenizer)
     token_ids = special_token_ids(tokenizer, text_config.vocab_size)
@@ -320,9 +289,8 @@ def convert_to_qwen(
     """
     source, output = Path(source), Path(output)
     refuse_to_overwrite(output)
+    check_model_type(source, (NextFlowConfig.model_type,))
     config, weights = AutoConfig.from_pretrained(source), read_checkpoint(source)
-    if config.model_type != NextFlowConfig.model_type:
-        raise ValueError(f'"{source}" states the model type "{config.model_type}"; expected "nextflow".')
     plan = plan_qwen(weights, config, dtype, str(source))
     rope = {name: value for name, value in config.rope_parameters.items() if name != "mrope_section"}
     text_config = Qwen2Config(

@@ -9,14 +9,13 @@ stopped when it is started again.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate.utils import convert_file_size_to_int
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from transformers_nextflow import NextFlowImageTokenizer, NextFlowImageTokenizerConfig
 
@@ -25,9 +24,11 @@ from conversion.streaming import (
     KeyTable,
     PlannedTensor,
     StoredTensor,
-    check_shape,
+    check_model_type,
     map_keys,
     partial_folder,
+    plan_tensor,
+    plan_tensors,
     read_checkpoint,
     refuse_to_overwrite,
     write_checkpoint,
@@ -45,21 +46,6 @@ SIGLIP2_KEYS: KeyTable = {
 }
 SOURCE_TYPES = ("siglip2", "siglip2_vision_model")
 ENCODER = "semantic_encoder."
-
-
-def load_vision_config(source: Path) -> PreTrainedConfig:
-    """The vision configuration of a SigLIP2 checkpoint."""
-    path = source / "config.json"
-    if not path.is_file():
-        raise ValueError(f'"{source}" has no config.json; pass the folder of a downloaded checkpoint.')
-    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    if model_type not in SOURCE_TYPES:
-        raise ValueError(
-            f'"{path}" states the model type "{model_type}"; expected one of {", ".join(SOURCE_TYPES)} (the NaFlex '
-            "models of SigLIP2)."
-        )
-    config = AutoConfig.from_pretrained(source)
-    return getattr(config, "vision_config", config)
 
 
 def new_weights(config: NextFlowImageTokenizerConfig, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -83,22 +69,11 @@ def plan_image_tokenizer(
     Raises:
         `ValueError`: if a key is missing, unknown or of another shape.
     """
-    mapped = {ours: source[theirs] for theirs, ours in map_keys(list(source), SIGLIP2_KEYS, where).items()}
+    kept = {ours: source[theirs] for theirs, ours in map_keys(list(source), SIGLIP2_KEYS, where).items()}
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in NextFlowImageTokenizer(config).state_dict().items()}
-    if missing := [name for name in expected if name not in new and name not in mapped]:
-        raise ValueError(f'"{where}" lacks the weights of {", ".join(missing)}.')
-    if extra := [stored.name for name, stored in mapped.items() if name not in expected]:
-        raise ValueError(f'The configuration has no place for {", ".join(extra)} in "{where}".')
-    plan = []
-    for name, shape in expected.items():
-        if name in new:
-            tensor = new[name]
-            plan.append(PlannedTensor(name, shape, tensor.dtype, lambda tensor=tensor: iter([tensor])))
-        else:
-            check_shape(mapped[name], shape)
-            plan.append(PlannedTensor(name, shape, mapped[name].dtype, mapped[name].blocks))
-    return plan
+    made = {name: plan_tensor(name, tensor, tensor.dtype) for name, tensor in new.items()}
+    return plan_tensors(expected, kept, made, where)
 
 
 def convert_to_image_tokenizer(
@@ -120,7 +95,9 @@ def convert_to_image_tokenizer(
     """
     source, output = Path(source), Path(output)
     refuse_to_overwrite(output)
-    vision, weights = load_vision_config(source), read_checkpoint(source)
+    check_model_type(source, SOURCE_TYPES)
+    whole, weights = AutoConfig.from_pretrained(source), read_checkpoint(source)
+    vision = getattr(whole, "vision_config", whole)
     config = NextFlowImageTokenizerConfig(semantic_config=vision.to_dict(), **settings)
     config.architectures = [NextFlowImageTokenizer.__name__]
     plan = plan_image_tokenizer(weights, config, new_weights(config), str(source))

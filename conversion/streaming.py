@@ -169,6 +169,54 @@ def check_shape(stored: StoredTensor, expected: tuple[int, ...]) -> None:
         )
 
 
+def check_model_type(folder: Path, expected: Sequence[str]) -> None:
+    """Makes sure that a folder is a checkpoint of an expected model type, by its config.json."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f'"{folder}" has no config.json; pass the folder of a downloaded checkpoint.')
+    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    if model_type not in expected:
+        raise ValueError(f'"{path}" states the model type "{model_type}"; expected {" or ".join(expected)}.')
+
+
+def plan_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> PlannedTensor:
+    """A tensor in memory, to be written in `dtype`."""
+    return PlannedTensor(name, tuple(tensor.shape), dtype, lambda: iter([tensor]))
+
+
+def plan_tensors(
+    expected: dict[str, tuple[int, ...]],
+    kept: dict[str, StoredTensor],
+    made: dict[str, PlannedTensor],
+    where: str,
+    dtype: torch.dtype | None = None,
+) -> list[PlannedTensor]:
+    """Every tensor of a new checkpoint, in its model's order.
+
+    Args:
+        expected (`dict[str, tuple[int, ...]]`): Key -> shape, of everything that the new model has.
+        kept (`dict[str, StoredTensor]`): New key -> what is taken over as it is.
+        made (`dict[str, PlannedTensor]`): New key -> what is not.
+        where (`str`): Names the source in errors.
+        dtype (`torch.dtype`, *optional*): Of what is kept; its own by default.
+
+    Raises:
+        `ValueError`: if a key is missing, has no place, or has another shape.
+    """
+    if missing := [f'"{name}" (expected shape {expected[name]})' for name in expected if name not in {**kept, **made}]:
+        raise ValueError(f'"{where}" lacks the weights of {", ".join(missing)}.')
+    if extra := [f'"{tensor.name}" in "{tensor.file}"' for name, tensor in kept.items() if name not in expected]:
+        raise ValueError(f"config.json has no place for {', '.join(extra)}. Do the weights belong to it?")
+    plan = []
+    for name, shape in expected.items():
+        if name in made:
+            plan.append(made[name])
+        else:
+            check_shape(kept[name], shape)
+            plan.append(PlannedTensor(name, shape, dtype or kept[name].dtype, kept[name].blocks))
+    return plan
+
+
 def write_file(path: Path, tensors: Sequence[PlannedTensor]) -> None:
     """Writes a safetensors file block by block, and under its name only when it is whole."""
     temporary = path.with_name(path.name + ".part")

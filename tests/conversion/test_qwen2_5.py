@@ -356,7 +356,7 @@ class TestBadInput:
     def test_another_architecture(self, source, convert):
         config = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-        convert('config.json" states the model type "llama"; expected one of qwen2_5_vl, qwen2')
+        convert('config.json" states the model type "llama"; expected qwen2_5_vl or qwen2')
 
     def test_a_missing_key(self, source, convert):
         self.rewrite(source, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
@@ -412,8 +412,19 @@ class TestBadInput:
         message = r"The tokenizer has \d+ tokens .* but the source's vocabulary has 1100"
         convert(message, text_tokenizer=tiny_checkpoint())
 
+    def test_back_wants_whole_weights_too(self, tmp_path):
+        tiny = shutil.copytree(tiny_checkpoint(), tmp_path / "tiny")
+        weights = load_file(tiny / "model.safetensors")
+        save_file({**weights, "model.layers.6.x": torch.ones(1)}, tiny / "model.safetensors")
+        with pytest.raises(ValueError, match=r'no place for "model\.layers\.6\.x"'):
+            convert_to_qwen(tiny, tmp_path / "out")
+        weights.pop(HEAD)
+        save_file(weights, tiny / "model.safetensors")
+        with pytest.raises(ValueError, match=r'lacks the weights of "lm_head\.weight"'):
+            convert_to_qwen(tiny, tmp_path / "out")
+
     def test_back_takes_nextflow_only(self, source, tmp_path):
-        with pytest.raises(ValueError, match='states the model type "qwen2"; expected "nextflow"'):
+        with pytest.raises(ValueError, match='states the model type "qwen2"; expected nextflow'):
             convert_to_qwen(source, tmp_path / "out")
 
 

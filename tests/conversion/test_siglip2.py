@@ -104,12 +104,12 @@ def test_bad_input(source, tmp_path):
             convert_to_image_tokenizer(folder, tmp_path / "out", **TOKENIZER)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
-    refused("lacks the weights of semantic_encoder.post_layernorm.bias", lambda w: w.pop(name))
+    refused('lacks the weights of "semantic_encoder.post_layernorm.bias"', lambda w: w.pop(name))
     refused('holds the key "extra", which no rule expects', lambda w: w.update(extra=torch.ones(1)))
     refused(r"has the shape \(17,\); .* \(16,\)", lambda w: w.update({name: torch.ones(17)}))
-    refused("no place for encoder.layers.2.x", lambda w: w.update({"encoder.layers.2.x": torch.ones(1)}))
+    refused('no place for "encoder.layers.2.x"', lambda w: w.update({"encoder.layers.2.x": torch.ones(1)}))
     (folder / "config.json").write_text('{"model_type": "siglip"}')
-    refused('states the model type "siglip"; expected one of siglip2, siglip2_vision_model', lambda w: None)
+    refused('states the model type "siglip"; expected siglip2 or siglip2_vision_model', lambda w: None)
 
 
 def test_the_command_refuses_to_overwrite(source, tmp_path, capsys):
