@@ -17,7 +17,7 @@ from transformers_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlo
 from transformers_nextflow.scale_schedule import ScaleSchedule
 from transformers_nextflow.token_layout import _normalised_code_weights, code_coordinates, scale_position_ids
 
-GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "tokenflow_t2i"
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 TEXT, CODES, CODE_DIM, BOI, EOI, MARK = 200, 64, 12, 197, 198, 199
 SCHEDULE = ScaleSchedule((14, 18), 5)
 
@@ -160,8 +160,24 @@ def test_block_mask_is_the_brute_force_one():
     assert torch.equal(seen, may_see(walk(IDS[0].tolist(), [SCHEDULE.grid_shw], TEXT, BOI, 64.0)))
 
 
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_the_slots_of_an_image_see_each_other_as_in_var(attn_implementation):
+    """VAR's mask of 1, 2, 3 and 4 cells a side; what a slot sees is read off what its gradient reaches."""
+    golden = load_file(GOLDEN / "var_sampling" / "mask_1234.safetensors")
+    model, schedule = build(attn_implementation, num_hidden_layers=1), ScaleSchedule((16, 16), 4)
+    ids = torch.tensor([[BOI, *random_codes(schedule, 1)]])
+    values = []
+    projection = model.model.layers[0].self_attn.v_proj
+    projection.register_forward_hook(lambda module, args, output: values.append(output))
+    outputs = model.model(ids, grids(schedule)).last_hidden_state[0, :-1]  # the last slot is <eoi>'s
+    seen = [
+        torch.autograd.grad(row.sum(), values[0], retain_graph=True)[0][0, :-1].abs().sum(-1) > 0 for row in outputs
+    ]
+    assert torch.equal(torch.stack(seen), golden["mask_visible"])
+
+
 def test_accumulated_features_are_tokenflows():
-    golden = load_file(GOLDEN / "features.safetensors")
+    golden = load_file(GOLDEN / "tokenflow_t2i" / "features.safetensors")
     schedule = ScaleSchedule((16, 16), 4)
     maps = scale_feature_maps(golden["feat.codebook"][golden["feat.codes"]], schedule, range(1, 4), accumulated=True)
     torch.testing.assert_close(maps, golden["feat.teacher_forcing"], atol=1e-5, rtol=0)
