@@ -92,6 +92,30 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
         return allowed
 
 
+def _check_sharing(
+    prefix_scales: int | None, images_per_prefix: int | None, num_scales: int, num_images: int
+) -> tuple[int, int]:
+    """How many scales are shared, and by how many images: (0, 1) if none are."""
+    if prefix_scales is None and images_per_prefix is None:
+        return 0, 1
+    if prefix_scales is None or images_per_prefix is None:
+        raise ValueError(
+            "Pass `prefix_scales` and `images_per_prefix` together, but got "
+            f"prefix_scales={prefix_scales} and images_per_prefix={images_per_prefix}."
+        )
+    if not 1 <= prefix_scales < num_scales:
+        raise ValueError(
+            f"`prefix_scales` must be between 1 and {num_scales - 1} for an image of {num_scales} scales, but got "
+            f"{prefix_scales}."
+        )
+    if images_per_prefix < 1 or num_images % images_per_prefix:
+        raise ValueError(
+            f"`images_per_prefix` must divide the {num_images} images a prompt (`num_return_sequences`), but got "
+            f"{images_per_prefix}."
+        )
+    return prefix_scales, images_per_prefix
+
+
 class _LastSchedules(threading.local):
     """The schedule that each model drew last, a table for each thread: servers share a model between threads."""
 
@@ -128,6 +152,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
         image_top_k: int | Sequence[int] | None = None,
         image_top_p: float | Sequence[float] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        prefix_scales: int | None = None,
+        images_per_prefix: int | None = None,
         on_scale_end: OnScaleEnd | None = None,
         **kwargs,
     ):
@@ -163,9 +189,13 @@ class NextFlowGenerationMixin(_GenerationMixin):
             generator (`torch.Generator` or a list of one an image, *optional*):
                 Randomness of the images: the same seed gives the same image in any batch. A single one serves image 0
                 and seeds the others'. Without it a fresh seed is taken; the global random state is never touched.
+            prefix_scales, images_per_prefix (`int`, *optional*):
+                Of the `num_return_sequences` images of a prompt, each `images_per_prefix` in a row share their first
+                `prefix_scales` scales, which are drawn and cached once (by the generator of the first of them).
             on_scale_end (`Callable`, *optional*):
                 Called as `on_scale_end(step, schedule, codes)` after each scale, `step` from 0 to S - 1, `codes`
-                `(B * n, codes so far)` int64. What it raises ends the generation.
+                `(B * n, codes so far)` int64 (one row a prefix as long as images share it). What it raises ends the
+                generation.
             kwargs:
                 Image mode takes `attention_mask` `(B, L)`, `image_grid_shw` `(num_images, 3)` (for images in the
                 prompts), `do_sample` (*defaults to `True`* for images), `num_return_sequences` (images a prompt),
@@ -191,6 +221,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
             "image_top_k": image_top_k,
             "image_top_p": image_top_p,
             "generator": generator,
+            "prefix_scales": prefix_scales,
+            "images_per_prefix": images_per_prefix,
             "on_scale_end": on_scale_end,
         }
         mode = self._setting("generation_mode", generation_mode, generation_config, default="text")
@@ -229,6 +261,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
         negative_prompt_attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        prefix_scales: int | None = None,
+        images_per_prefix: int | None = None,
         on_scale_end: OnScaleEnd | None = None,
         streamer: Any = None,
         **settings,
@@ -252,6 +286,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         num_images = setting("num_return_sequences", 1)
         if num_images < 1:
             raise ValueError(f"`num_return_sequences` must be at least 1, but got {num_images}.")
+        sharing = _check_sharing(prefix_scales, images_per_prefix, schedule.num_scales, num_images)
         return_dict = setting("return_dict_in_generate", False)
         pad_token_id = setting("pad_token_id", self.config.eoi_token_id)  # masked: any id would do
         cache_implementation = setting("cache_implementation", "dynamic")
@@ -292,7 +327,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
 
         cache = self._image_cache(past_key_values, cache_implementation, ids.shape[1] + schedule.num_tokens - 1)
         generators = make_generators(generator, len(prompt_ids) * num_images, ids.device)
-        codes = self._draw_codes(ids, mask, grids, cache, schedule, plan, generators, guided, on_scale_end)
+        codes = self._draw_codes(ids, mask, grids, cache, schedule, plan, generators, guided, sharing, on_scale_end)
         if streamer is not None:
             streamer.end()
         _LAST_SCHEDULES.of_model[self] = schedule
@@ -326,11 +361,13 @@ class NextFlowGenerationMixin(_GenerationMixin):
         plan: list[ScaleSampling],
         generators: list[torch.Generator],
         guided: bool,
+        sharing: tuple[int, int],
         on_scale_end: OnScaleEnd | None,
     ) -> torch.Tensor:
         """One pass over the prompts, whose `<boi>` predicts scale 0, and one a scale after it: codes `(B * n, N)`.
 
-        With guidance the second half of the rows are the unconditional branch.
+        With guidance the second half of the rows are the unconditional branch. Up to the scale `sharing[0]` there is
+        one row for `sharing[1]` images.
         """
         position_ids = self._token_position_ids(ids, grids, mask)
         # Without padding no mask is made at all, and scale steps run on fused attention kernels.
@@ -346,18 +383,27 @@ class NextFlowGenerationMixin(_GenerationMixin):
             visual_logits=True,
         ).logits
 
-        # The prompts were run once; from here on every image has its row.
-        num_rows = len(generators) * (2 if guided else 1)
-        row_of_prompt = torch.arange(len(ids), device=ids.device).repeat_interleave(num_rows // len(ids))
-        boi_positions = position_ids[0, row_of_prompt, -1]
-        if num_rows != len(ids):
-            cache.reorder_cache(row_of_prompt)  # type: ignore[arg-type]
-            logits = logits[row_of_prompt]
-            step_mask = None if step_mask is None else step_mask[row_of_prompt]
+        def repeat(rows: torch.Tensor, times: int) -> torch.Tensor:
+            return rows.repeat_interleave(times, dim=0)
 
-        step_grids = torch.tensor([schedule.grid_shw], device=ids.device).expand(num_rows, -1)
-        codes = ids.new_empty(len(generators), 0)
+        # The prompts were run once; from here on every image (or shared prefix) has its row.
+        prefix_scales, images_per_prefix = sharing
+        sources = generators[::images_per_prefix]
+        times = len(sources) * (2 if guided else 1) // len(ids)
+        boi_positions = repeat(position_ids[0, :, -1], times)
+        if times != 1:
+            cache.reorder_cache(repeat(torch.arange(len(ids), device=ids.device), times))  # type: ignore[arg-type]
+            logits = repeat(logits, times)
+            step_mask = None if step_mask is None else repeat(step_mask, times)
+
+        codes = ids.new_empty(len(sources), 0)
         for step, sampling in enumerate(plan):
+            if step == prefix_scales and images_per_prefix != 1:
+                rows = torch.arange(len(boi_positions), device=ids.device)
+                cache.reorder_cache(repeat(rows, images_per_prefix))  # type: ignore[arg-type]
+                boi_positions, codes = repeat(boi_positions, images_per_prefix), repeat(codes, images_per_prefix)
+                step_mask = None if step_mask is None else repeat(step_mask, images_per_prefix)
+                sources = generators
             if step > 0:
                 first = 0 if self.config.visual_feature_mode == "accumulated" else schedule.offsets[step - 1]
                 inputs = codes[:, first:] + self.config.text_vocab_size
@@ -365,7 +411,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
                     step_mask = F.pad(step_mask, (0, schedule.scale_lengths[step]), value=1)
                 logits = self(
                     input_ids=inputs.repeat(2, 1) if guided else inputs,
-                    image_grid_shw=step_grids,
+                    image_grid_shw=torch.tensor([schedule.grid_shw], device=ids.device).expand(len(boi_positions), -1),
                     attention_mask=step_mask,
                     position_ids=scale_position_ids(boi_positions, schedule, step, self.config.rope_spatial_range),
                     past_key_values=cache,
@@ -374,7 +420,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
                     visual_logits=True,
                 ).logits
             conditional, unconditional = logits.chunk(2) if guided else (logits, [None] * len(logits))
-            branches = zip(conditional, unconditional, generators, strict=True)
+            branches = zip(conditional, unconditional, sources, strict=True)
             drawn = [draw_codes(with_prompt, without, sampling, source) for with_prompt, without, source in branches]
             del logits, conditional, unconditional, branches  # the largest tensors: gone before the next step's
             codes = torch.cat([codes, torch.stack(drawn).to(codes.device)], dim=1)

@@ -600,6 +600,9 @@ def test_what_pipelines_add_is_ignored(model):
         ({"height": 256, "width": 256}, r"takes 12 scales, but this model has 5 .* up to 80 x 80"),
         ({"num_scales": 6}, "takes 6 scales, but this model has 5"),
         ({"num_scales": 0}, "`num_scales` must be between 1 and 18"),
+        ({"prefix_scales": 2}, "`prefix_scales` and `images_per_prefix` together"),
+        ({"prefix_scales": 5, "images_per_prefix": 1}, "`prefix_scales` must be between 1 and 4 .* 5 scales"),
+        ({"prefix_scales": 2, "images_per_prefix": 2}, "must divide the 1 images a prompt"),
         ({"generator": [torch.Generator()]}, "Got 1 generators for 3 images"),
         ({"image_top_k": [1, 2]}, "`image_top_k` has 2 entries, but the image has 5 scales"),
         ({"image_top_k": 65}, "whole number from 1 to 64"),
@@ -669,3 +672,29 @@ def test_text_generation_pipeline(tiny_random_checkpoint):
     first, second = pipe(["a red circle", "two"], batch_size=2, **settings)
     assert first == pipe("a red circle", **settings)
     assert second == pipe("two", **settings)
+
+
+@pytest.mark.parametrize("guidance_scale", [None, 3.0])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_shared_prefix_is_drawn_once_and_goes_on_as_if_alone(model, guidance_scale, cache):
+    settings = dict(guidance_scale=guidance_scale, cache_implementation=cache)
+    generators = [seeded(seed) for seed in range(12)]
+    with ForwardCalls(model) as calls:
+        codes = draw(
+            model,
+            num_return_sequences=4,
+            prefix_scales=3,
+            images_per_prefix=2,
+            generator=generators,
+            **settings,
+        ).image_codes
+    branches = 1 if guidance_scale is None else 2
+    assert [len(call["input_ids"]) for call in calls.arguments] == [3 * branches] + [6 * branches] * 2 + [
+        12 * branches
+    ] * 2
+    shared = SCHEDULE.offsets[3]
+    assert (codes[::2, :shared] == codes[1::2, :shared]).all()
+    assert (codes[::2, shared:] != codes[1::2, shared:]).any(1).all()
+    # The first image of a prefix is drawn by its own generator all the way: as without sharing.
+    alone = draw(model, num_return_sequences=2, generator=[seeded(seed) for seed in range(0, 12, 2)], **settings)
+    assert (codes[::2] == alone.image_codes).all()
