@@ -8,6 +8,7 @@ import copy
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,7 +29,7 @@ from .prompts import (
     stack_rows,
     unconditional_prompts,
 )
-from .sampling import ScaleSampling, draw_codes, make_generators, sampling_plan
+from .sampling import ScaleSampling, draw_codes, draw_seeds, make_generators, sampling_plan
 from .scale_schedule import ScaleSchedule
 from .token_layout import find_image_groups, get_token_layout, scale_position_ids
 
@@ -396,34 +397,43 @@ class NextFlowGenerationMixin(_GenerationMixin):
             logits = repeat(logits, times)
             step_mask = None if step_mask is None else repeat(step_mask, times)
 
+        lengths = [0 if sampling.top_k == 1 else n for sampling, n in zip(plan, schedule.scale_lengths, strict=True)]
+        shared = prefix_scales if images_per_prefix != 1 else len(plan)
+        seeds = draw_seeds(sources, lengths[:shared], ids.device)
+        step_grids = torch.tensor([schedule.grid_shw])  # on the CPU, where it is read
         codes = ids.new_empty(len(sources), 0)
         for step, sampling in enumerate(plan):
-            if step == prefix_scales and images_per_prefix != 1:
+            if step == shared:
                 rows = torch.arange(len(boi_positions), device=ids.device)
                 cache.reorder_cache(repeat(rows, images_per_prefix))  # type: ignore[arg-type]
                 boi_positions, codes = repeat(boi_positions, images_per_prefix), repeat(codes, images_per_prefix)
                 step_mask = None if step_mask is None else repeat(step_mask, images_per_prefix)
-                sources = generators
-            if step > 0:
+                seeds += draw_seeds(generators, lengths[shared:], ids.device)
+            sampler = partial(
+                draw_codes,
+                sampling=sampling,
+                seeds=seeds[step] if lengths[step] else None,
+                num_codes=self.config.visual_codebook_size,
+                guided=guided,
+            )
+            if step == 0:
+                drawn = sampler(lambda logits: logits, logits.float())
+            else:
                 first = 0 if self.config.visual_feature_mode == "accumulated" else schedule.offsets[step - 1]
                 inputs = codes[:, first:] + self.config.text_vocab_size
                 if step_mask is not None:
                     step_mask = F.pad(step_mask, (0, schedule.scale_lengths[step]), value=1)
-                logits = self(
+                drawn = self(
                     input_ids=inputs.repeat(2, 1) if guided else inputs,
-                    image_grid_shw=torch.tensor([schedule.grid_shw], device=ids.device).expand(len(boi_positions), -1),
+                    image_grid_shw=step_grids.expand(len(boi_positions), -1),
                     attention_mask=step_mask,
                     position_ids=scale_position_ids(boi_positions, schedule, step, self.config.rope_spatial_range),
                     past_key_values=cache,
                     use_cache=True,
                     scale_index=step,
-                    visual_logits=True,
-                ).logits
-            conditional, unconditional = logits.chunk(2) if guided else (logits, [None] * len(logits))
-            branches = zip(conditional, unconditional, sources, strict=True)
-            drawn = [draw_codes(with_prompt, without, sampling, source) for with_prompt, without, source in branches]
-            del logits, conditional, unconditional, branches  # the largest tensors: gone before the next step's
-            codes = torch.cat([codes, torch.stack(drawn).to(codes.device)], dim=1)
+                    code_sampler=sampler,
+                ).image_codes
+            codes = torch.cat([codes, drawn.to(codes.device)], dim=1)
             if on_scale_end is not None:
                 on_scale_end(step, schedule, codes)
         return codes

@@ -1,10 +1,10 @@
 """Choosing the codes of a scale: guidance, candidates and seeded sampling, as pure functions of tensors.
 
-Letters: B samples, n positions (codes of a scale), K codes of the codebook.
+Letters: B samples, n positions (codes of a scale), K codes of the codebook, H hidden size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -12,8 +12,7 @@ import torch
 
 GUIDANCE_SCHEDULES = ("constant", "linear")
 
-# Logits that are drawn from at once, 64 MB in fp32. Those of the last scale of one 1024 x 1024 image are 512 MB, and
-# guiding, cutting off and drawing make several copies.
+# Logits that exist at once, 64 MB in fp32. Those of the last scale of one 1024 x 1024 image would be 512 MB.
 _MAX_LOGITS = 2**24
 
 
@@ -113,9 +112,9 @@ def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale
 def find_candidates(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """The codes that may be drawn at each position: top-k first, then top-p of what is left.
 
-    All codes that tie for the last of the `top_k` places stay, as in VAR and transformers: which of them a sort puts
-    first depends on the machine. Top-p keeps a code if the likelier ones together have less than `top_p`; the
-    likeliest always stays.
+    Codes that tie for the last of the `top_k` places stay, as in VAR and transformers: which of them a sort puts first
+    depends on the machine. (There is room for `top_k + 32` of them.) Top-p keeps a code if the likelier ones together
+    have less than `top_p`; the likeliest always stays, without `top_k` so do all ties. Nothing waits for a device.
 
     Args:
         logits (`torch.Tensor` of shape `(..., K)`): Logits, any temperature applied.
@@ -123,17 +122,18 @@ def find_candidates(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) ->
         top_p (`float`, *optional*, defaults to 1.0): 1 for no limit.
 
     Returns:
-        `logits` `(..., k)`, best first, `-inf` where a code is cut off, and the codes `(..., k)` int64 they belong to.
-        k is a little more than `top_k`; K without it.
+        `logits` `(..., k)`, `-inf` where a code is cut off, and the codes `(..., k)` int64 they belong to. With `top_k`
+        best first, k at most `2 * top_k + 32`; without it all K codes in their order.
     """
     num_codes = logits.shape[-1]
-    # Sorting all codes for top-p would be most of sampling's time, so top-k comes first, with one more to see ties.
-    candidates, codes = logits.topk(min(top_k + 1, num_codes) if top_k else num_codes)
-    if 0 < top_k < num_codes:
-        last = candidates[..., top_k - 1 : top_k]
-        if (candidates[..., top_k:] == last).any():
-            candidates, codes = logits.topk(int((logits >= last).sum(-1).max()))
-        candidates = candidates.masked_fill(candidates < last, -torch.inf)
+    if not top_k:
+        if top_p < 1:
+            probabilities = logits.softmax(-1)
+            logits = logits.masked_fill(probabilities < nucleus_floor(probabilities, top_p), -torch.inf)
+        return logits, torch.arange(num_codes, device=logits.device).expand_as(logits)
+    # Sorting all codes for top-p would be most of sampling's time, so top-k comes first.
+    candidates, codes = logits.topk(min(2 * top_k + 32, num_codes))
+    candidates = candidates.masked_fill(candidates < candidates[..., top_k - 1 : top_k], -torch.inf)
     if top_p < 1:
         probabilities = candidates.softmax(-1)
         likelier = probabilities.cumsum(-1) - probabilities
@@ -141,56 +141,145 @@ def find_candidates(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) ->
     return candidates, codes
 
 
-def sample_codes(logits: torch.Tensor, sampling: ScaleSampling, generator: torch.Generator) -> torch.Tensor:
-    """Draw the codes of one sample's scale, in float32.
+def nucleus_floor(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The smallest probability that top-p keeps, without a sort: the likelier codes together have less than `top_p`.
+
+    Floats that are not negative are in the order of their bits, so 31 halvings find it exactly.
+
+    Args:
+        probabilities (`torch.Tensor` of shape `(..., K)`): float32.
+        top_p (`float`): Below 1.
+
+    Returns:
+        `torch.Tensor` of shape `(..., 1)`, float32.
+    """
+    # Too low: as likely as nothing. High enough: the likeliest, of which no code is likelier.
+    high = probabilities.amax(-1, keepdim=True).view(torch.int32)
+    low = torch.full_like(high, -1)
+    for _ in range(31):
+        middle = low + (high - low) // 2
+        likelier = (probabilities * (probabilities > middle.view(torch.float32))).sum(-1, keepdim=True)
+        enough = likelier < top_p
+        high, low = torch.where(enough, middle, high), torch.where(enough, low, middle)
+    return high.view(torch.float32)
+
+
+def draw_seeds(
+    generators: Sequence[torch.Generator], lengths: Sequence[int], device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """Seeds for the positions of a few scales: all that sampling needs of the generators, so they may be on a CPU.
+
+    Args:
+        generators (`Sequence[torch.Generator]` of length B): Each serves one sample.
+        lengths (`Sequence[int]`): n of each scale; 0 for one that is not drawn.
+        device (`torch.device`): Of the result.
+
+    Returns:
+        For each scale a `torch.IntTensor` of shape `(B, n, 2)`.
+    """
+    total, limit = sum(lengths), 2**31
+    seeds = [
+        torch.randint(-limit, limit, (total, 2), generator=source, device=source.device).to(device)
+        for source in generators
+    ]
+    return torch.stack(seeds).int().split(list(lengths), dim=1)
+
+
+def gumbel_noise(seeds: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise of (position, code) pairs: a hash of the position's two seeds and the code.
+
+    So the noise is made only where codes may be drawn, is the same on every device, and depends neither on what is cut
+    off nor on how positions are sliced.
+
+    Args:
+        seeds (`torch.IntTensor` of shape `(..., 2)`): From [`draw_seeds`].
+        codes (`torch.LongTensor` of shape `(..., k)`): Codes in question.
+
+    Returns:
+        `torch.FloatTensor` of shape `(..., k)`.
+    """
+    # Multiplication wraps around. The constants are those of Knuth's multiplicative hash and MurmurHash3's finalizer.
+    hashed = codes.int().mul(-1640531535).add(seeds[..., :1])
+    for key in (seeds[..., 1:], None):
+        hashed = _xor_shift(hashed, 16).mul_(-2048144789)
+        hashed = _xor_shift(hashed, 13).mul_(-1028477387)
+        hashed = _xor_shift(hashed, 16)
+        if key is not None:
+            hashed += key
+    # Above 0 even for 0, and below 1 even where 31 bits are rounded to 24. The finest steps are where noise is largest.
+    uniform = (hashed & 0x7FFFFFFF).float().add_(0.5).mul_(2**-31).clamp_(max=1 - 2**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def _xor_shift(numbers: torch.Tensor, places: int) -> torch.Tensor:
+    """`numbers ^ (numbers >> places)` of int32, with zeros shifted in."""
+    return numbers ^ ((numbers >> places) & (2 ** (32 - places) - 1))
+
+
+def sample_codes(logits: torch.Tensor, sampling: ScaleSampling, seeds: torch.Tensor | None) -> torch.Tensor:
+    """Draw codes, in float32.
 
     The Gumbel-max trick: the noise belongs to (position, code), so logits that differ by rounding alone (another batch,
     another kernel) give the same codes, and settings can be compared on the same noise.
 
     Args:
-        logits (`torch.Tensor` of shape `(n, K)`): Guided logits.
+        logits (`torch.Tensor` of shape `(m, K)`): Guided logits.
         sampling (`ScaleSampling`): Temperature, top-k and top-p; greedy if `top_k` is 1.
-        generator (`torch.Generator`): Source of all randomness, on any device; untouched if greedy.
+        seeds (`torch.IntTensor` of shape `(m, 2)`): From [`draw_seeds`]; not read if greedy.
 
     Returns:
-        `torch.LongTensor` of shape `(n,)`.
+        `torch.LongTensor` of shape `(m,)`.
     """
     logits = logits.float()
-    if sampling.top_k == 1:
+    if sampling.top_k == 1 or seeds is None:
         return logits.argmax(-1)
-    logits = logits / sampling.temperature
-    uniform = torch.rand(logits.shape, generator=generator, device=generator.device).to(logits.device)
-    if not sampling.top_k and sampling.top_p == 1:
-        return (logits - torch.log(-torch.log(uniform))).argmax(-1)
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
     candidates, codes = find_candidates(logits, sampling.top_k, sampling.top_p)
-    drawn = (candidates - torch.log(-torch.log(uniform.gather(-1, codes)))).argmax(-1, keepdim=True)
+    drawn = (candidates + gumbel_noise(seeds, codes)).argmax(-1, keepdim=True)
     return codes.gather(-1, drawn).squeeze(-1)
 
 
 def draw_codes(
-    conditional: torch.Tensor,
-    unconditional: torch.Tensor | None,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden_states: torch.Tensor,
     sampling: ScaleSampling,
-    generator: torch.Generator,
+    seeds: torch.Tensor | None,
+    num_codes: int,
+    guided: bool = False,
 ) -> torch.Tensor:
-    """Guide the logits of one sample's scale and draw its codes, a slice of positions at a time to save memory.
+    """Draw the codes of a scale from its last hidden states, a slice of positions at a time: all logits never exist.
+
+    Guidance comes before the head: the head is affine and the weights of the branches sum to 1, so one pass of it over
+    the guided hidden states gives the guided logits.
 
     Args:
-        conditional (`torch.Tensor` of shape `(n, K)`): Logits.
-        unconditional (`torch.Tensor` of shape `(n, K)`, *optional*): What guidance leads away from; None for none.
+        head (`Callable`): Hidden states `(m, H)` to logits `(m, K)`; affine.
+        hidden_states (`torch.Tensor` of shape `(B, n, H)`, or `(2 * B, n, H)` if `guided`):
+            What the head reads; the second half of the rows is what guidance leads away from.
         sampling (`ScaleSampling`): See [`sample_codes`].
-        generator (`torch.Generator`): See [`sample_codes`].
+        seeds (`torch.IntTensor` of shape `(B, n, 2)`, *optional*): From [`draw_seeds`]; None is greedy.
+        num_codes (`int`): K.
+        guided (`bool`, *optional*, defaults to `False`): Whether there are two branches.
 
     Returns:
-        `torch.LongTensor` of shape `(n,)`.
+        `torch.LongTensor` of shape `(B, n)`.
     """
-    rows = max(1, _MAX_LOGITS // conditional.shape[-1])
-    if unconditional is None:
-        slices = iter(conditional.split(rows))
-    else:
-        pairs = zip(conditional.split(rows), unconditional.split(rows), strict=True)
-        slices = (guide(with_prompt, without, sampling.guidance_scale) for with_prompt, without in pairs)
-    return torch.cat([sample_codes(logits, sampling, generator) for logits in slices])
+    positions = hidden_states.shape[:2]
+    branches = [hidden_states]
+    if guided:
+        positions = torch.Size((positions[0] // 2, positions[1]))
+        branches = list(hidden_states.chunk(2)) if sampling.guidance_scale != 1 else [hidden_states[: positions[0]]]
+    rows = max(1, _MAX_LOGITS // num_codes)
+    drawn = []
+    for start in range(0, positions.numel(), rows):
+        part = slice(start, start + rows)
+        states = [branch.flatten(0, 1)[part] for branch in branches]
+        guided_states = states[0]
+        if len(states) == 2:
+            guided_states = guide(states[0], states[1], sampling.guidance_scale).to(hidden_states.dtype)
+        drawn.append(sample_codes(head(guided_states), sampling, None if seeds is None else seeds.flatten(0, 1)[part]))
+    return torch.cat(drawn).view(positions)
 
 
 def make_generators(

@@ -71,22 +71,38 @@ def draw(model, ids=PROMPTS, mask=MASK, **settings) -> NextFlowGenerateOutput:
 
 
 class ForwardCalls:
-    """Records the arguments and logits of every call of a model."""
+    """Records the arguments and logits of every call of a model, also those that a `code_sampler` reads in slices."""
 
     def __init__(self, model):
         self.arguments, self.logits = [], []
-        self.hook = model.register_forward_hook(self, with_kwargs=True)
+        self.hooks = [
+            model.register_forward_pre_hook(self.before, with_kwargs=True),
+            model.register_forward_hook(self.after),
+        ]
 
-    def __call__(self, model, args, kwargs, output):
+    def before(self, model, args, kwargs):
         # The mask and cache may change later.
         self.arguments.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()})
-        self.logits.append(output.logits.clone())
+        sampler = kwargs.get("code_sampler")
+        if sampler is None:
+            return None
+
+        def sample(head, hidden_states):
+            self.logits.append(head(hidden_states))
+            return sampler(head, hidden_states)
+
+        return args, {**kwargs, "code_sampler": sample}
+
+    def after(self, model, args, output):
+        if output.logits is not None:
+            self.logits.append(output.logits.clone())
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.hook.remove()
+        for hook in self.hooks:
+            hook.remove()
 
 
 @torch.no_grad()

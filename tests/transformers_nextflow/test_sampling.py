@@ -1,5 +1,6 @@
 """Guidance, candidates and seeded sampling against VAR's golden tensors and slow doubles."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ from transformers_nextflow import sampling as sampling_module
 from transformers_nextflow.sampling import (
     ScaleSampling,
     draw_codes,
+    draw_seeds,
     find_candidates,
     guide,
+    gumbel_noise,
     make_generators,
+    nucleus_floor,
     sample_codes,
     sampling_plan,
 )
@@ -43,8 +47,12 @@ def test_candidates_are_those_of_var(case):
     top_k, top_p = (float(part[1:]) for part in case.split("_"))
     expected = TOP_K_TOP_P[f"{case}.kept"]
     kept = kept_codes(TOP_K_TOP_P["logits"], int(top_k), top_p or 1.0)  # VAR writes "no top-p" as 0
-    assert torch.equal(kept.sum(-1), expected.sum(-1))
     for row in TIED_ROWS:
+        if top_k:
+            assert kept[row].sum() == expected[row].sum()
+        else:  # all that tie with one that stays
+            logits = TOP_K_TOP_P["logits"][row]
+            assert torch.equal(kept[row], logits >= logits[expected[row]].min())
         kept[row] = expected[row]
     assert torch.equal(kept, expected)
 
@@ -109,53 +117,124 @@ def test_impossible_settings_are_named(settings, message):
         sampling_plan(3, 64, **settings)
 
 
+def test_top_k_keeps_ties_and_is_a_threshold():
+    logits = torch.randint(-20, 20, (200, 64), generator=seeded(0)).float()
+    for top_k in (1, 2, 5, 64):
+        last = logits.sort(descending=True).values[:, top_k - 1 : top_k]
+        assert torch.equal(kept_codes(logits, top_k, 1.0), logits >= last)
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
+def test_top_p_without_top_k_equals_a_sort(top_p):
+    probabilities = (4 * torch.randn(50, 300, generator=seeded(0))).softmax(-1)
+    in_order = probabilities.sort(descending=True).values
+    kept = in_order.double().cumsum(-1) - in_order < top_p
+    expected = in_order.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+    floor = nucleus_floor(probabilities, top_p)
+    assert torch.equal(floor, torch.where(floor == expected, expected, floor.clamp(max=expected)))
+    assert torch.equal((probabilities >= floor).sum(-1), kept.sum(-1))
+
+
 # --- Drawing ---
 
 
+def seeds_of(seed: int, number: int) -> torch.Tensor:
+    return draw_seeds([seeded(seed)], [number], torch.device("cpu"))[0][0]
+
+
+def slow_noise(seed: list[int], code: int) -> float:
+    """Gumbel noise in Python's integers."""
+    number = (code * 0x9E3779B1 + seed[0]) % 2**32
+    for add in (seed[1], 0):
+        number = ((number ^ number >> 16) * 0x85EBCA6B) % 2**32
+        number = ((number ^ number >> 13) * 0xC2B2AE35) % 2**32
+        number = ((number ^ number >> 16) + add) % 2**32
+    return -math.log(-math.log1p(-(number % 2**31 + 0.5) / 2**31))
+
+
+def test_noise_equals_a_slow_hash():
+    seeds, codes = seeds_of(0, 20), torch.randint(32768, (20, 7), generator=seeded(1))
+    expected = [
+        [slow_noise(seed, code) for code in row] for seed, row in zip(seeds.tolist(), codes.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(gumbel_noise(seeds, codes), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_noise_is_gumbel_and_independent_between_positions_and_codes():
+    noise = gumbel_noise(seeds_of(0, 400), torch.arange(1000).expand(400, -1))
+    assert noise.isfinite().all()
+    levels = torch.linspace(0.05, 0.95, 19)
+    reached = noise.flatten().quantile(levels)
+    torch.testing.assert_close((-(-reached).exp()).exp(), levels, atol=0.01, rtol=0)
+    uniform = (-(-noise).exp()).exp() - 0.5
+    for other in (uniform.roll(1, 0), uniform.roll(1, 1), uniform.roll(7, 0), uniform.roll(256, 1)):
+        assert abs((uniform * other).mean() * 12) < 0.01
+    assert uniform.mean(0).abs().max() < 5 / math.sqrt(12 * 400)
+    assert uniform.mean(1).abs().max() < 5 / math.sqrt(12 * 1000)
+
+
+def test_seeds_are_those_of_each_generator_alone():
+    together = draw_seeds([seeded(0), seeded(1)], [3, 0, 4], torch.device("cpu"))
+    assert [tuple(scale.shape) for scale in together] == [(2, 3, 2), (2, 0, 2), (2, 4, 2)]
+    alone = draw_seeds([seeded(1)], [7], torch.device("cpu"))[0]
+    assert torch.equal(torch.cat(together, dim=1)[1:], alone)
+    assert alone.dtype == torch.int32
+    assert len(alone.unique()) == alone.numel()
+
+
 @pytest.mark.parametrize(
-    "sampling", [ScaleSampling(), ScaleSampling(temperature=0.7, top_k=5), ScaleSampling(top_k=6, top_p=0.8)]
+    "sampling",
+    [
+        ScaleSampling(),
+        ScaleSampling(temperature=0.7, top_k=5),
+        ScaleSampling(top_k=6, top_p=0.8),
+        ScaleSampling(top_p=0.8),
+    ],
 )
 def test_drawn_codes_have_the_right_frequencies(sampling):
     logits = torch.randn(8, generator=seeded(0)) * 2
     scaled = logits / sampling.temperature
     kept = kept_codes(scaled, sampling.top_k, sampling.top_p)
     expected = scaled.masked_fill(~kept, -torch.inf).softmax(-1)
-    drawn = sample_codes(logits.expand(40_000, -1), sampling, seeded(1))
+    drawn = sample_codes(logits.expand(40_000, -1), sampling, seeds_of(1, 40_000))
     frequencies = torch.bincount(drawn, minlength=8) / len(drawn)
     torch.testing.assert_close(frequencies, expected, atol=0.01, rtol=0)
     assert (frequencies[~kept] == 0).all()
 
 
-def test_greedy_takes_the_likeliest_and_leaves_the_generator_alone():
+def test_greedy_takes_the_likeliest():
     logits = torch.randn(5, 16, generator=seeded(0))
-    generator = seeded(1)
-    state = generator.get_state()
-    assert torch.equal(sample_codes(logits, ScaleSampling(top_k=1), generator), logits.argmax(-1))
-    assert torch.equal(generator.get_state(), state)
+    assert torch.equal(sample_codes(logits, ScaleSampling(top_k=1), None), logits.argmax(-1))
 
 
 def test_noise_belongs_to_codes_so_settings_that_cut_nothing_change_nothing():
-    logits = torch.randn(50, 16, generator=seeded(0))
-    plain = sample_codes(logits, ScaleSampling(), seeded(1))
-    assert torch.equal(sample_codes(logits, ScaleSampling(top_k=16), seeded(1)), plain)
-    assert torch.equal(sample_codes(logits + 1e-6 * torch.randn_like(logits), ScaleSampling(), seeded(1)), plain)
+    logits, seeds = torch.randn(50, 16, generator=seeded(0)), seeds_of(1, 50)
+    plain = sample_codes(logits, ScaleSampling(), seeds)
+    assert torch.equal(sample_codes(logits, ScaleSampling(top_k=16), seeds), plain)
+    assert torch.equal(sample_codes(logits + 1e-6 * torch.randn_like(logits), ScaleSampling(), seeds), plain)
 
 
 def test_low_precision_logits_are_drawn_in_float32():
-    logits = torch.randn(50, 16, generator=seeded(0)).bfloat16()
-    drawn = sample_codes(logits, ScaleSampling(top_p=0.9), seeded(1))
-    assert torch.equal(drawn, sample_codes(logits.float(), ScaleSampling(top_p=0.9), seeded(1)))
+    logits, seeds = torch.randn(50, 16, generator=seeded(0)).bfloat16(), seeds_of(1, 50)
+    drawn = sample_codes(logits, ScaleSampling(top_p=0.9), seeds)
+    assert torch.equal(drawn, sample_codes(logits.float(), ScaleSampling(top_p=0.9), seeds))
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_k": 5, "top_p": 0.9}, {"top_k": 1}])
-def test_guided_drawing_in_slices_is_drawing_at_once(monkeypatch, settings):
-    conditional, unconditional = torch.randn(2, 50, 16, generator=seeded(0))
-    sampling = ScaleSampling(guidance_scale=3.0, **settings)
-    at_once = sample_codes(guide(conditional, unconditional, 3.0), sampling, seeded(1))
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 5, "top_p": 0.9}, {"top_k": 1}])
+def test_guided_drawing_in_slices_is_drawing_both_branches_at_once(monkeypatch, settings):
+    head = torch.nn.Linear(12, 16)
+    hidden_states = torch.randn(4, 25, 12, generator=seeded(0))
+    sampling, seeds = ScaleSampling(guidance_scale=3.0, **settings), seeds_of(1, 50)
+    conditional, unconditional = head(hidden_states).chunk(2)
+    at_once = sample_codes(guide(conditional, unconditional, 3.0).flatten(0, 1), sampling, seeds)
     monkeypatch.setattr(sampling_module, "_MAX_LOGITS", 7 * 16)
-    assert torch.equal(draw_codes(conditional, unconditional, sampling, seeded(1)), at_once)
-    unguided = draw_codes(conditional, None, sampling, seeded(1))
-    assert torch.equal(unguided, sample_codes(conditional, sampling, seeded(1)))
+    sizes = []
+    head.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    drawn = draw_codes(head, hidden_states, sampling, seeds.view(2, 25, 2), num_codes=16, guided=True)
+    assert torch.equal(drawn.flatten(), at_once)
+    assert max(sizes) == 7
+    unguided = draw_codes(head, hidden_states[:2], sampling, seeds.view(2, 25, 2), num_codes=16)
+    assert torch.equal(unguided.flatten(), sample_codes(conditional.flatten(0, 1), sampling, seeds))
 
 
 # --- Generators ---
