@@ -31,7 +31,7 @@ def head_cross_entropy(
     targets: torch.Tensor,
     vocab_size: int,
     weights: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted sum of the cross-entropies of `head(hidden_states)` against `targets`, in fp32.
 
     Args:
@@ -42,7 +42,8 @@ def head_cross_entropy(
         weights (`torch.FloatTensor` of shape `(T,)`, *optional*): One factor a prediction; ones when absent.
 
     Returns:
-        `torch.FloatTensor`: a scalar.
+        The sum, a scalar `torch.FloatTensor`, and the unweighted cross-entropies `(T,)`, which carry no gradient.
+        The sum's gradients are made once, with it: a second backward pass through it raises an error.
     """
     if weights is None:
         weights = torch.ones_like(targets, dtype=torch.float32)
@@ -53,52 +54,77 @@ def head_cross_entropy(
             hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
         with torch.autocast(device_type, enabled=False):
             return _LinearCrossEntropy.apply(hidden_states, weight, targets, weights)
-    loss = hidden_states.new_zeros((), dtype=torch.float32)
-    num_rows = chunk_rows(vocab_size)
-    for chunk in zip(*(tensor.split(num_rows) for tensor in (hidden_states, targets, weights)), strict=True):
-        loss = loss + checkpoint(_chunk_cross_entropy, head, *chunk, use_reentrant=False)
-    return loss
+    losses = [hidden_states.new_zeros(0, dtype=torch.float32)]
+    for chunk in zip(*(tensor.split(chunk_rows(vocab_size)) for tensor in (hidden_states, targets)), strict=True):
+        losses.append(checkpoint(_chunk_cross_entropy, head, *chunk, use_reentrant=False))
+    token_losses = torch.cat(losses)
+    return token_losses @ weights, token_losses.detach()
 
 
-def _chunk_cross_entropy(head, hidden_states, targets, weights):
-    return F.cross_entropy(head(hidden_states).float(), targets, reduction="none") @ weights
+def _chunk_cross_entropy(head, hidden_states, targets):
+    return F.cross_entropy(head(hidden_states).float(), targets, reduction="none")
+
+
+def _softmax_(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities `(T, V)`, in the logits' memory if they are fp32, and the normaliser's logarithm `(T, 1)`, fp32."""
+    maximum = logits.amax(-1, keepdim=True).float()
+    if logits.dtype == torch.float32:
+        total = logits.sub_(maximum).exp_().sum(-1, keepdim=True)
+        return logits.div_(total), maximum + total.log()
+    # Low-precision probabilities are summed in fp32 inside; of them only the largest is taken, to find the normaliser,
+    # which costs less than bf16 logits themselves: 0.2 % of a probability.
+    probabilities = logits.softmax(-1)
+    return probabilities, maximum - probabilities.amax(-1, keepdim=True).float().log()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Makes the gradients in the forward pass, while a chunk's logits are there: nothing is computed twice."""
+    """Makes the gradients in the forward pass, while a chunk's logits are there: nothing is computed twice.
+
+    What it holds besides the gradients is one chunk of logits (two in low precision), whatever the number of rows.
+    """
 
     @staticmethod
     def forward(ctx, hidden_states, weight, targets, weights):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_states) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        loss = hidden_states.new_zeros((), dtype=torch.float32)
+        token_losses = hidden_states.new_empty(targets.shape, dtype=torch.float32)
         num_rows = chunk_rows(weight.shape[0])
         for start in range(0, hidden_states.shape[0], num_rows):
             rows = slice(start, start + num_rows)
             hidden, target, factor = hidden_states[rows], targets[rows, None], weights[rows, None]
             logits = F.linear(hidden, weight)
-            # Low-precision probabilities are summed in fp32 inside; of them only the largest is taken, to find the
-            # normaliser, which costs less than bf16 logits themselves: 0.2 % of a probability.
-            probabilities = logits.softmax(-1)
-            normaliser = logits.amax(-1, keepdim=True).float() - probabilities.amax(-1, keepdim=True).float().log()
-            log_likelihood = logits.gather(-1, target).float() - normaliser
-            loss -= (log_likelihood * factor).sum()
+            target_logits = logits.gather(-1, target).float()
+            probabilities, normaliser = _softmax_(logits)
+            log_likelihood = target_logits - normaliser
+            token_losses[rows] = -log_likelihood[:, 0]
             # From here on the gradient of the logits, but for the factor: p - 1 at the target, p elsewhere.
             grad = probabilities.scatter_(-1, target, log_likelihood.expm1().to(weight.dtype))
             if need_hidden:
                 grad_hidden[rows] = (grad @ weight) * factor
             if need_weight:
-                grad_weight += grad.T @ (hidden * factor).to(weight.dtype)
+                _add_product_(grad_weight, grad, (hidden * factor).to(weight.dtype))
+            del logits, probabilities, grad  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
-        return loss
+        ctx.mark_non_differentiable(token_losses)
+        return token_losses @ weights.to(token_losses), token_losses
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss, _):
+        # In place, for the head's gradient is as large as the head. Autograd notices if they are asked for again.
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
-            None if grad_hidden is None else grad_hidden * grad_loss,
-            None if grad_weight is None else grad_weight * grad_loss,
+            None if grad_hidden is None else grad_hidden.mul_(grad_loss),
+            None if grad_weight is None else grad_weight.mul_(grad_loss),
             None,
             None,
         )
+
+
+def _add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """`total += left.T @ right` without a temporary of its size: `(V, H)` fp32, `(T, V)`, `(T, H)`."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.T, right)
+        return
+    for rows, columns in zip(total.split(8192), left.split(8192, dim=-1), strict=True):
+        rows += columns.T @ right

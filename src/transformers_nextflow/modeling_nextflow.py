@@ -31,7 +31,15 @@ from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
 from .head_loss import head_cross_entropy, is_plain_linear
 from .scale_schedule import ScaleSchedule
-from .token_layout import ImageGroup, code_coordinates, find_image_groups, get_token_layout, scale_loss_weights
+from .token_layout import (
+    ImageGroup,
+    code_coordinates,
+    find_image_groups,
+    get_token_layout,
+    index_of_sequence_start,
+    scale_loss_weights,
+)
+from .varlen_attention import SDPA_VARLEN, find_sequences
 from .whole_checkpoint import WholeCheckpointMixin
 
 
@@ -65,13 +73,6 @@ def scale_feature_maps(
         if s in scales:
             maps.append(resized.flatten(2).transpose(1, 2))
     return torch.cat(maps, dim=1)
-
-
-@dataclass
-class NextFlowCausalLMOutput(CausalLMOutputWithPast):
-    """transformers' output, and the codes that a `code_sampler` drew, `(B, n)` int64."""
-
-    image_codes: torch.Tensor | None = None
 
 
 class NextFlowPreTrainedModel(WholeCheckpointMixin, PreTrainedModel):
@@ -145,6 +146,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         scale_index: int | None = None,
+        seq_idx: torch.LongTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         r"""
@@ -163,6 +165,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
             scale_index (`int`, *optional*):
                 A cached decoding step: 0-based index (at least 1) of the scale whose n_s slots are fed, and whose
                 codes the n_s outputs predict. They see the whole cache and each other.
+            seq_idx (`torch.LongTensor` of shape `(B, L)`, *optional*):
+                Packed rows: the number of the sequence that each slot belongs to. Sequences don't see each other, and
+                positions restart where it changes. Padding is a sequence of its own, so there is no `attention_mask`.
 
         Raises:
             `ValueError`: if ids, grids and arguments don't fit each other.
@@ -171,11 +176,19 @@ class NextFlowModel(NextFlowPreTrainedModel):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is not None and image_grid_shw is not None:
             raise ValueError("`image_grid_shw` needs `input_ids`: the codes of the images are read from them.")
-        if use_cache and past_key_values is None:
+        if use_cache and past_key_values is None and seq_idx is None:
             past_key_values = DynamicCache(config=self.config)
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
 
         block_ids = text_position_ids = None
+        if seq_idx is not None:
+            if attention_mask is not None or past_key_values is not None or scale_index is not None:
+                raise ValueError(
+                    "Packed rows (`seq_idx`) go without `attention_mask`, cache and scale steps: give padding a number "
+                    "of its own in `seq_idx`."
+                )
+            slots = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+            text_position_ids = slots - index_of_sequence_start(seq_idx)
         if scale_index is not None:
             hidden_states = self._embed_scale(input_ids, image_grid_shw, scale_index)
             if position_ids is None:
@@ -189,7 +202,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 if attention_mask is not None and own_mask is not None:
                     start = attention_mask[:, : -input_ids.shape[1]].sum(-1, keepdim=True)
                 spatial_range = float(self.config.rope_spatial_range)
-                layout = get_token_layout(input_ids, image_groups, own_mask, spatial_range, start)
+                layout = get_token_layout(input_ids, image_groups, own_mask, spatial_range, start, seq_idx)
                 block_ids = layout.block_ids
                 if position_ids is None:
                     position_ids = layout.position_ids
@@ -197,7 +210,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
             assert inputs_embeds is not None  # checked above; for the type checker
             hidden_states = inputs_embeds
 
-        if position_ids is None:
+        if position_ids is None and text_position_ids is not None:
+            position_ids = text_position_ids.float().expand(3, -1, -1)
+        elif position_ids is None:
             position_ids = _text_position_ids(hidden_states, attention_mask, num_past)
         elif position_ids.ndim == 2:
             position_ids = position_ids.expand(3, *position_ids.shape)
@@ -209,6 +224,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         elif scale_index is not None:
             mask = self._scale_step_mask(hidden_states, attention_mask, past_key_values, num_past)
             kwargs["is_causal"] = False  # or SDPA would take "no mask" for "causal" and use the first n_s keys only
+        elif seq_idx is not None and self.config._attn_implementation == SDPA_VARLEN:
+            mask, kwargs["packed_sequences"] = None, find_sequences(seq_idx, block_ids)
         else:
             mask = self._causal_mask(
                 hidden_states, attention_mask, past_key_values, num_past, text_position_ids, block_ids
@@ -369,6 +386,21 @@ class NextFlowModel(NextFlowPreTrainedModel):
         )
 
 
+@dataclass
+class NextFlowCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """
+    Args:
+        token_losses (`torch.FloatTensor` of shape `(B, L)`, *optional*):
+            Beside a loss: the unweighted cross-entropy of each slot's prediction, 0 where there is none. No gradient.
+        image_codes (`torch.LongTensor` of shape `(B, n)`, *optional*): What a `code_sampler` drew.
+
+    The other fields are transformers' own.
+    """
+
+    token_losses: torch.Tensor | None = None
+    image_codes: torch.Tensor | None = None
+
+
 class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # type: ignore[misc]  # both name `config`
     """NextFlow with its one output head over text and visual ids."""
 
@@ -395,6 +427,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         scale_index: int | None = None,
+        seq_idx: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         visual_logits: bool = False,
         code_sampler: Callable[..., torch.Tensor] | None = None,
@@ -402,7 +435,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         shift_labels: torch.LongTensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
-    ) -> NextFlowCausalLMOutput:
+    ) -> NextFlowCausalLMOutputWithPast:
         r"""
         Args:
             labels (`torch.LongTensor` of shape `(B, L)`, *optional*):
@@ -442,25 +475,32 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             scale_index=scale_index,
+            seq_idx=seq_idx,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        loss = logits = image_codes = None
+        loss = logits = token_losses = image_codes = None
         targets: torch.Tensor | None = shift_labels
         if targets is None and labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+            if seq_idx is not None:  # nothing predicts the first token of a packed sequence
+                ends = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (0, 1))
+                targets = targets.masked_fill(ends.to(targets.device), -100)
         if targets is not None:
             weights = self._token_weights(input_ids, image_grid_shw, attention_mask)
-            loss = self._loss(hidden_states, targets.to(hidden_states.device), weights, num_items_in_batch)
+            loss, token_losses = self._loss(
+                hidden_states, targets.to(hidden_states.device), weights, num_items_in_batch
+            )
         if loss is None or not (self.training if skip_logits is None else skip_logits):
             hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)
             if code_sampler is not None:
                 image_codes = code_sampler(self._visual_head, hidden_states)
             else:
                 logits = self._visual_head(hidden_states) if visual_logits else self.lm_head(hidden_states)
-        return NextFlowCausalLMOutput(
+        return NextFlowCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
+            token_losses=token_losses,
             image_codes=image_codes,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -475,15 +515,16 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         groups = self.model._find_images(input_ids, image_grid_shw, _mask_of_last(attention_mask, input_ids.shape[1]))
         return scale_loss_weights(groups, input_ids.shape, input_ids.device, alpha)
 
-    def _loss(self, hidden_states, targets, weights, num_items_in_batch) -> torch.Tensor:
-        """Stock shifted cross-entropy, with a weight a token."""
+    def _loss(self, hidden_states, targets, weights, num_items_in_batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stock shifted cross-entropy, with a weight a token; and each token's without it, `(B, L)`."""
         predicts = targets != -100
         if weights is not None:
             weights = F.pad(weights[:, 1:], (0, 1)).to(predicts.device)[predicts]
-        total = head_cross_entropy(
+        total, losses = head_cross_entropy(
             self.lm_head, hidden_states[predicts], targets[predicts], self.config.vocab_size, weights
         )
-        return total / (predicts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        token_losses = losses.new_zeros(targets.shape).masked_scatter(predicts, losses)
+        return total / (predicts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch), token_losses
 
     def _visual_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits of the visual rows only; the text rows are multiplied only where the head can't be cut."""

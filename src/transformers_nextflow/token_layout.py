@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .scale_schedule import ScaleSchedule
 
@@ -178,12 +179,20 @@ def find_image_groups(
     ]
 
 
+def index_of_sequence_start(seq_idx: torch.Tensor) -> torch.Tensor:
+    """Where the packed sequence of each slot starts in its row: `(B, L)` -> `(B, L)`, int64."""
+    slots = torch.arange(seq_idx.shape[1], device=seq_idx.device).expand_as(seq_idx)
+    continues = F.pad(seq_idx[:, 1:] == seq_idx[:, :-1], (1, 0), value=False)
+    return slots.masked_fill(continues, 0).cummax(-1).values
+
+
 def get_token_layout(
     input_ids: torch.Tensor,
     image_groups: list[ImageGroup],
     attention_mask: torch.Tensor | None,
     spatial_range: float,
     start: int | torch.Tensor = 0,
+    seq_idx: torch.Tensor | None = None,
 ) -> TokenLayout:
     """Positions, blocks and scales of every slot.
 
@@ -198,6 +207,8 @@ def get_token_layout(
         spatial_range (`float`): `config.rope_spatial_range`.
         start (`int` or `torch.LongTensor` of shape `(B, 1)`, *optional*, defaults to 0):
             Position of the first real slot of a row: how much text a cache holds already.
+        seq_idx (`torch.LongTensor` of shape `(B, L)`, *optional*):
+            Number of the packed sequence that a slot belongs to; positions restart wherever it changes.
     """
     shape, device = input_ids.shape, input_ids.device
     scale_index = torch.zeros(shape.numel(), dtype=torch.long, device=device)
@@ -216,10 +227,12 @@ def get_token_layout(
     counter = (advances.cumsum(-1) - 1).clamp(min=0) + start
 
     in_scale = scale_index > 0
-    spatial = torch.where(in_scale, coordinates, counter.float())
-    position_ids = torch.cat([counter.float()[None], spatial])
     # The counter tells the scales of a row apart, so it serves as their name.
     block_ids = counter.masked_fill(~in_scale, -1)
+    if seq_idx is not None:
+        counter = counter - counter.gather(-1, index_of_sequence_start(seq_idx))
+    spatial = torch.where(in_scale, coordinates, counter.float())
+    position_ids = torch.cat([counter.float()[None], spatial])
     return TokenLayout(position_ids, block_ids, scale_index)
 
 

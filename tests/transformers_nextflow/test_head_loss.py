@@ -47,7 +47,9 @@ def test_loss_and_gradients_are_the_plain_ones(monkeypatch, num_rows, wrap, weig
     monkeypatch.setattr(head_loss, "chunk_rows", lambda vocab_size: num_rows)
     head, hidden, targets, weights = make()
     weights = weights if weighted else None
-    loss = head_cross_entropy(Wrapped(head) if wrap else head, hidden, targets, VOCAB, weights)
+    loss, losses = head_cross_entropy(Wrapped(head) if wrap else head, hidden, targets, VOCAB, weights)
+    torch.testing.assert_close(losses, F.cross_entropy(head(hidden), targets, reduction="none"))
+    assert not losses.requires_grad
     expected = plain(head, hidden, targets, weights)
     torch.testing.assert_close(loss, expected)
     for got, wanted in zip(gradients(loss, head, hidden), gradients(expected, head, hidden), strict=True):
@@ -58,7 +60,7 @@ def test_loss_and_gradients_are_the_plain_ones(monkeypatch, num_rows, wrap, weig
 def test_bfloat16_is_as_near_to_the_truth_as_the_plain_loss(autocast):
     head, hidden, targets, weights = make(torch.float32 if autocast else torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = head_cross_entropy(head, hidden, targets, VOCAB, weights)
+        loss, _ = head_cross_entropy(head, hidden, targets, VOCAB, weights)
         expected = plain(head, hidden, targets, weights)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, atol=0, rtol=2e-3)
@@ -72,9 +74,9 @@ def test_extreme_logits_stay_finite(dtype):
     head, hidden, _, _ = make(dtype)
     with torch.no_grad():
         head.weight.mul_(100)
-    likely = head_cross_entropy(head, hidden, head(hidden).argmax(-1), VOCAB)
+    likely, _ = head_cross_entropy(head, hidden, head(hidden).argmax(-1), VOCAB)
     assert likely / ROWS < 0.1
-    unlikely = head_cross_entropy(head, hidden, head(hidden).argmin(-1), VOCAB)  # probabilities of 0 in any float
+    unlikely, _ = head_cross_entropy(head, hidden, head(hidden).argmin(-1), VOCAB)  # probabilities of 0 in any float
     assert unlikely.isfinite()
     assert all(gradient.isfinite().all() for gradient in gradients(unlikely, head, hidden))
 
@@ -83,7 +85,7 @@ def test_extreme_logits_stay_finite(dtype):
 def test_only_wanted_gradients_are_made(frozen):
     head, hidden, targets, weights = make()
     (head.weight if frozen == "head" else hidden).requires_grad_(False)
-    loss = head_cross_entropy(head, hidden, targets, VOCAB, weights)
+    loss, _ = head_cross_entropy(head, hidden, targets, VOCAB, weights)
     loss.backward()
     kept = hidden if frozen == "head" else head.weight
     (wanted,) = torch.autograd.grad(plain(head, hidden, targets, weights), [kept])
@@ -93,7 +95,16 @@ def test_only_wanted_gradients_are_made(frozen):
 def test_no_rows_give_zero():
     head, hidden, targets, _ = make()
     for module in (head, Wrapped(head)):
-        assert head_cross_entropy(module, hidden[:0], targets[:0], VOCAB).item() == 0
+        assert head_cross_entropy(module, hidden[:0], targets[:0], VOCAB)[0].item() == 0
+
+
+def test_a_second_backward_pass_is_refused():
+    """The gradients were scaled in place by the first."""
+    head, hidden, targets, weights = make()
+    loss, _ = head_cross_entropy(head, hidden, targets, VOCAB, weights)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_a_head_with_more_than_a_weight_is_called():

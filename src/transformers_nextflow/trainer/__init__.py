@@ -1,4 +1,4 @@
-"""Training: conversations with pictures as codes, their collation, and supervised fine-tuning on TRL.
+"""Training: conversations with pictures as codes, their collation and packing, and supervised fine-tuning on TRL.
 
 Every name is loaded when it is first used; nothing below imports this package.
 """
@@ -8,6 +8,7 @@ import importlib
 _MODULES: dict[str, tuple[str, ...]] = {
     "coded_dataset": ("drop_condition", "encode_messages", "expand_sample"),
     "data_collator": ("NextFlowDataCollator",),
+    "packing": ("PackSampler", "make_packs", "rank_imbalance", "sample_costs", "sequence_flops"),
     "sft_config": ("NextFlowSFTConfig",),
     "sft_trainer": ("NextFlowSFTTrainer",),
 }

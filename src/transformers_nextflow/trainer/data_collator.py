@@ -22,12 +22,15 @@ class NextFlowDataCollator:
             Probability that a sample whose answer has an image loses the text of its prompt, so that guidance has an
             unconditional branch. Drawn from torch's global generator, which trainers seed and restore on resuming.
         max_length (`int`, *optional*): Longest sample; by default the model's context.
+        packing (`bool`, *optional*, defaults to `False`):
+            One row for all samples, one after the other, which don't see each other, instead of a padded row each.
     """
 
     config: NextFlowConfig
     completion_only: bool = True
     condition_dropout: float = 0.1
     max_length: int | None = None
+    packing: bool = False
 
     def __post_init__(self):
         if not 0 <= self.condition_dropout <= 1:
@@ -42,7 +45,8 @@ class NextFlowDataCollator:
         """
         Returns:
             `dict` with `input_ids`, `attention_mask` and `labels`, int64 `(B, L)`, padded on the right, and with
-            `image_grid_shw` `(num_images, 3)` if there are images.
+            `image_grid_shw` `(num_images, 3)` if there are images. With `packing` B is 1, and `seq_idx` (the sample of
+            each slot) stands in place of `attention_mask`.
 
         Raises:
             `ValueError`: for a sample that is longer than `max_length`; an image can't be cut.
@@ -60,19 +64,24 @@ class NextFlowDataCollator:
                 "it out, raise `max_length`, or encode its images with fewer scales."
             )
 
+        grids = [grid for row in rows for grid in row["image_grid_shw"]]
+        images = {"image_grid_shw": torch.tensor(grids)} if grids else {}
+        if self.packing:
+            packed = {name: [token for row in rows for token in row[name]] for name in ("input_ids", "labels")}
+            seq_idx = torch.arange(len(rows)).repeat_interleave(lengths)
+            return {**{name: torch.tensor([ids]) for name, ids in packed.items()}, "seq_idx": seq_idx[None], **images}
+
         def pad(name: str, value: int) -> torch.Tensor:
             sequences = [torch.tensor(row[name], dtype=torch.long) for row in rows]
             return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
 
         pad_token_id = self.config.eoi_token_id if self.config.pad_token_id is None else self.config.pad_token_id
-        batch = {
+        return {
             "input_ids": pad("input_ids", pad_token_id),
             "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
             "labels": pad("labels", -100),
+            **images,
         }
-        if grids := [grid for row in rows for grid in row["image_grid_shw"]]:
-            batch["image_grid_shw"] = torch.tensor(grids)
-        return batch
 
 
 __all__ = ["NextFlowDataCollator"]
