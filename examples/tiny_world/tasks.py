@@ -8,6 +8,7 @@ split is the target scene's, as in `shapes`.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -37,6 +38,7 @@ MOVE = 30  # pixels that an edit moves a thing
 IN_PLACE = 14  # pixels that a thing's centre may be off
 EDITS = ("recolour", "move", "add", "remove", "replace")
 QUESTIONS = ("count", "colour", "position")
+DESCRIBE = ("What is in the picture?", "Describe the picture.", "What do you see?")
 THOUGHTS = ("sum", "difference", "analogy")
 # What a colour is the colour of: prompts that name the thing and mean the colour.
 COLOUR_OF = {
@@ -56,13 +58,15 @@ class TaskSample:
     """A conversation and the judge of an answer to it.
 
     `messages` end with the answer. `judge` takes what the task asks for, a picture (uint8 `(H, W, 3)`), a text, or a
-    list of pictures, and returns named verdicts. `untouched` `(H, W)` bool marks what an edit must leave alone.
+    list of pictures, and returns named verdicts. `untouched` `(H, W)` bool marks what an edit must leave alone, and
+    `scenes` are its source and its target.
     """
 
     task: str
     messages: tuple[Message, ...]
     judge: Callable[[Any], dict[str, bool]]
     untouched: np.ndarray | None = None
+    scenes: tuple[Scene, ...] = ()
 
     @property
     def prompt(self) -> list[Message]:
@@ -98,6 +102,10 @@ def _picture_judge(scene: Scene) -> Callable[[np.ndarray], dict[str, bool]]:
     return judge
 
 
+def _word_judge(answer: str) -> Callable[[str], dict[str, bool]]:
+    return lambda text: {"right": text.strip().lower().rstrip(".") == answer}
+
+
 # Editing
 
 
@@ -110,7 +118,8 @@ def sample_edit(rng: np.random.Generator, split: str = "train", kind: str | None
         if not source.held_out and _split_of(target, split):
             break
     messages = (_message("user", render(source), instruction), _message("assistant", render(target)))
-    return TaskSample(f"edit: {kind}", messages, lambda image: judge_edit(image, target), untouched=~_boxes(changed))
+    judge, scenes = partial(judge_edit, target=target), (source, target)
+    return TaskSample(f"edit: {kind}", messages, judge, untouched=~_boxes(changed), scenes=scenes)
 
 
 def judge_edit(image: np.ndarray, target: Scene) -> dict[str, bool]:
@@ -206,8 +215,7 @@ def sample_caption(rng: np.random.Generator, split: str = "train") -> TaskSample
     def judge(answer: str) -> dict[str, bool]:
         return {"exact attributes": attributes(answer) == attributes(text)}
 
-    question = str(rng.choice(["What is in the picture?", "Describe the picture.", "What do you see?"]))
-    messages = (_message("user", render(scene), question), _message("assistant", text))
+    messages = (_message("user", render(scene), str(rng.choice(DESCRIBE))), _message("assistant", text))
     return TaskSample("captioning", messages, judge)
 
 
@@ -239,24 +247,38 @@ def sample_question(rng: np.random.Generator, split: str = "train", kind: str | 
     """A picture, a question about a number, a colour or a place, and one word as the answer."""
     kind = kind or str(rng.choice(QUESTIONS))
     scene = sample_scene(rng, split, {"count": "count", "colour": "attribution", "position": "position"}[kind])
+    question, answer = _ask(rng, scene, kind)
+    messages = (_message("user", render(scene), question), _message("assistant", answer))
+    return TaskSample(f"question: {kind}", messages, _word_judge(answer))
+
+
+def _ask(rng: np.random.Generator, scene: Scene, kind: str) -> tuple[str, str]:
     things = scene.objects
     if kind == "count":
         noun = PLURALS.get(things[0].shape, things[0].shape + "s")
-        question, answer = f"How many {noun} are there?", NUMBERS[len(things)]
-    elif kind == "colour":
-        thing = things[int(rng.integers(2))]
-        question, answer = f"What colour is the {thing.shape}?", thing.colour
-    else:
-        one, other = (things[i] for i in rng.permutation(2))
-        dx, dy = one.cx - other.cx, one.cy - other.cy
-        answer = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("below" if dy > 0 else "above")
-        question = f"Where is the {one.shape}, seen from the {other.shape}: left, right, above or below?"
+        return f"How many {noun} are there?", NUMBERS[len(things)]
+    if kind == "colour":
+        thing = things[int(rng.integers(len(things)))]
+        return f"What colour is the {thing.shape}?", thing.colour
+    one, other = (things[i] for i in rng.permutation(2))
+    dx, dy = one.cx - other.cx, one.cy - other.cy
+    answer = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("below" if dy > 0 else "above")
+    return f"Where is the {one.shape}, seen from the {other.shape}: left, right, above or below?", answer
 
-    def judge(text: str) -> dict[str, bool]:
-        return {"right": text.strip().lower().rstrip(".") == answer}
 
-    messages = (_message("user", render(scene), question), _message("assistant", answer))
-    return TaskSample(f"question: {kind}", messages, judge)
+def sample_look(rng: np.random.Generator, split: str = "train") -> TaskSample:
+    """One picture, and all that can be asked about it, turn by turn in any order."""
+    kind = str(rng.choice(["colour", "count", "position", "attribution"]))
+    scene = sample_scene(rng, split, kind)
+    kinds = {"colour": ["colour"], "count": ["count"], "attribution": ["colour"], "position": ["position", "colour"]}
+    asked = [_ask(rng, scene, question) for question in kinds[kind]]
+    asked.append((str(rng.choice(DESCRIBE)), describe(scene)))
+    asked = [asked[i] for i in rng.permutation(len(asked))]
+    messages = [
+        message for question, answer in asked for message in (_message("user", question), _message("assistant", answer))
+    ]
+    messages[0] = _message("user", render(scene), asked[0][0])
+    return TaskSample("look", tuple(messages), _word_judge(asked[-1][1]))
 
 
 # Stories
@@ -336,10 +358,49 @@ def _riddle(rng: np.random.Generator, kind: str, scene: Scene) -> tuple[str, str
     return f"{words[whole - number]} less than {words[whole]} {thing.colour} {noun}", thought
 
 
+# Several turns, and examples instead of instructions
+
+
+def sample_turns(rng: np.random.Generator, split: str = "train") -> TaskSample:
+    """Draw, edit, ask: three turns of one conversation, of which the judge hears the last."""
+    edit = sample_edit(rng, split, str(rng.choice(["recolour", "replace", "add", "move"])))
+    source, target = edit.scenes
+    things = target.objects
+    if len({thing.shape for thing in things}) < len(things):
+        question, answer = "How many things are there?", NUMBERS[len(things)]
+    else:
+        thing = things[int(rng.integers(len(things)))]
+        question, answer = f"What colour is the {thing.shape}?", thing.colour
+    draw = (_message("user", describe(source)), _message("assistant", render(source)))
+    instruction = edit.messages[0]["content"][1]["text"]
+    change = (_message("user", instruction), _message("assistant", render(target)))
+    ask = (_message("user", question), _message("assistant", answer))
+    return TaskSample("turns", (*draw, *change, *ask), _word_judge(answer), scenes=(source, target))
+
+
+def sample_example(rng: np.random.Generator, split: str = "train") -> TaskSample:
+    """In-context: a picture and what became of it, and a second picture to which the same is to be done."""
+    colour = _draw(rng, list(COLOURS))
+    while True:
+        one, other = (_edit_source(rng, "add") for _ in range(2))
+        kinds = [scene.objects[0] for scene in (one, other)]
+        if colour in (thing.colour for thing in kinds) or kinds[0].shape == kinds[1].shape:
+            continue
+        shown, target = (_with(scene, 0, replace(scene.objects[0], colour=colour)) for scene in (one, other))
+        if not (one.held_out or other.held_out or shown.held_out) and _split_of(target, split):
+            break
+    question = _message("user", render(one), " becomes ", render(shown), ". The same for ", render(other))
+    judged = (question, _message("assistant", render(target)))
+    return TaskSample("example", judged, partial(judge_edit, target=target), scenes=(other, target))
+
+
 TASKS: dict[str, Callable[..., TaskSample]] = {
     "editing": sample_edit,
     "captioning": sample_caption,
     "question": sample_question,
+    "look": sample_look,
     "story": sample_story,
     "thought": sample_thought,
+    "turns": sample_turns,
+    "example": sample_example,
 }

@@ -135,7 +135,9 @@ class Batches:
         return np.concatenate([rng.choice(self.members[f], n) for f, n in zip(present, counts, strict=True)])
 
 
-def batch_loss(model: NextFlowForCausalLM, batch: Batch, whole_vocabulary: bool) -> tuple[torch.Tensor, float, float]:
+def batch_loss(
+    model: NextFlowForCausalLM, batch: Batch, whole_vocabulary: bool, text_weight: float = TEXT_WEIGHT
+) -> tuple[torch.Tensor, float, float]:
     """Loss of a batch, and the plain mean cross-entropies of text and of image codes for the log."""
     config = model.config
     with torch.autocast("cpu", torch.bfloat16):
@@ -164,8 +166,9 @@ def batch_loss(model: NextFlowForCausalLM, batch: Batch, whole_vocabulary: bool)
     weights = scale_loss_weights(groups, batch.labels.shape, hidden.device, float(config.scale_reweight_alpha))
     code_losses = F.cross_entropy(code_logits.float(), wanted, reduction="none")
     text_loss = F.cross_entropy(text_logits.float(), targets[is_text], reduction="sum") / max(1, int(is_text.sum()))
-    loss = (code_losses * weights[:, 1:][is_code]).mean() + TEXT_WEIGHT * text_loss
-    return loss, text_loss.item(), code_losses.mean().item()
+    num_codes = max(1, len(code_losses))
+    loss = (code_losses * weights[:, 1:][is_code]).sum() / num_codes + text_weight * text_loss
+    return loss, text_loss.item(), code_losses.sum().item() / num_codes
 
 
 def make_optimizers(model: NextFlowForCausalLM) -> list[torch.optim.Optimizer]:

@@ -6,21 +6,23 @@ codebook.
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.utils import ModelOutput, logging
 
 from .configuration_nextflow import NextFlowConfig
+from .decoding_state import DecodingState
+from .interleaved_decoding import GenerationEvent, InterleavedDecoding, InterleavedSettings, StopCheck, draw_scales
 from .prompts import (
+    Prompts,
     check_left_padded,
     count_images,
     end_with_boi,
@@ -29,9 +31,9 @@ from .prompts import (
     stack_rows,
     unconditional_prompts,
 )
-from .sampling import ScaleSampling, draw_codes, draw_seeds, make_generators, sampling_plan
+from .sampling import ScaleSampling, make_generators, sampling_plan
 from .scale_schedule import ScaleSchedule
-from .token_layout import find_image_groups, get_token_layout, scale_position_ids
+from .token_layout import find_image_groups, get_token_layout
 
 logger = logging.get_logger(__name__)
 
@@ -67,6 +69,10 @@ class NextFlowGenerateOutput(ModelOutput):
             One row for each image in `sequences`, in reading order; without images in the prompts, one a sequence.
         image_codes (`torch.LongTensor` of shape `(B * n, N)`):
             The new images alone, as codes in `[0, K)`.
+        attention_mask (`torch.LongTensor` of shape `(B * n, L + 1 + N)`, *optional*):
+            0 where a sequence is padded; only where lengths may differ: after thoughts, and interleaved.
+        thought_ids (`torch.LongTensor` of shape `(B * n, T)`, *optional*):
+            What was thought before the image, padded on the right; only with `thinking`.
         past_key_values (`Cache`, *optional*):
             Keys and values of `sequences[:, :-1]`. The slot of the last code, which carries `<eoi>`, was not run: pass
             `sequences`, `image_grid_shw` and the cache to `generate` and text goes on from there. None if a negative
@@ -76,15 +82,19 @@ class NextFlowGenerateOutput(ModelOutput):
     sequences: torch.Tensor | None = None
     image_grid_shw: torch.Tensor | None = None
     image_codes: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    thought_ids: torch.Tensor | None = None
     past_key_values: Cache | None = None
 
 
 class TextOnlyLogitsProcessor(LogitsProcessor):
-    """Forbids what must not be drawn as text: visual ids, and the ids that mark images."""
+    """Forbids what can't be written: visual ids, and the ids that mark images (`<boi>` may be allowed)."""
 
-    def __init__(self, config: NextFlowConfig):
+    def __init__(self, config: NextFlowConfig, with_images: bool = False):
         self.text_vocab_size = config.text_vocab_size
-        self.image_marks = [config.boi_token_id, config.eoi_token_id, config.image_token_id]
+        self.image_marks = [config.eoi_token_id, config.image_token_id]
+        if not with_images:
+            self.image_marks.append(config.boi_token_id)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         allowed = scores.clone()  # the caller keeps the raw ones for `output_logits`
@@ -117,6 +127,26 @@ def _check_sharing(
     return prefix_scales, images_per_prefix
 
 
+def _split(items: list[Any], counts: Sequence[int]) -> list[list[Any]]:
+    remaining = iter(items)
+    return [[next(remaining) for _ in range(count)] for count in counts]
+
+
+def _stop_check(criteria: Any) -> StopCheck | None:
+    """One question from transformers' stopping criteria: whether all rows of ids `(rows, L)` should stop."""
+    if criteria is None:
+        return None
+    listed = list(criteria) if isinstance(criteria, list | tuple) else [criteria]
+    if not listed:
+        return None
+
+    def should_stop(ids: torch.Tensor) -> bool:
+        verdicts = [torch.as_tensor(criterion(ids, None)).expand(len(ids)) for criterion in listed]
+        return bool(torch.stack([verdict.to(ids.device) for verdict in verdicts]).any(0).all())
+
+    return should_stop
+
+
 class _LastSchedules(threading.local):
     """The schedule that each model drew last, a table for each thread: servers share a model between threads."""
 
@@ -146,6 +176,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         width: int | None = None,
         num_scales: int | None = None,
         guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
         guidance_schedule: str | None = None,
         negative_prompt_ids: torch.LongTensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
@@ -156,10 +187,13 @@ class NextFlowGenerationMixin(_GenerationMixin):
         prefix_scales: int | None = None,
         images_per_prefix: int | None = None,
         on_scale_end: OnScaleEnd | None = None,
+        thinking: bool | None = None,
+        num_frames: int | None = None,
+        max_new_images: int | None = None,
         **kwargs,
     ):
         r"""
-        Generates text (the default) or one image a sequence.
+        Generates text (the default), one image a sequence, or text and images in turn.
 
         Settings that are not given, or None, come from `generation_config`, then from the model's own
         `generation_config.json`; all but tensors, generators and callables can be stored there.
@@ -170,43 +204,61 @@ class NextFlowGenerationMixin(_GenerationMixin):
             generation_config (`GenerationConfig`, *optional*): Stands between the arguments and the model's own.
             generation_mode (`str`, *optional*, defaults to `"text"`):
                 `"text"` is [`~transformers.GenerationMixin.generate`] over text ids. `"image"` draws an image after
-                each prompt. (`"interleaved"`, which switches by itself, is not there yet.)
+                each prompt; with images in the prompts that is an edit. `"interleaved"` lets the model write text and
+                draw an image wherever it writes `<boi>`, all from one cache.
             height, width (`int`, *optional*):
-                Size of the image in pixels, one that a [`ScaleSchedule`] ends at.
+                Size of the images in pixels, one that a [`ScaleSchedule`] ends at. By default an edit has the size of
+                the prompt's last image.
             num_scales (`int`, *optional*):
-                Forces the number of scales; of `height` and `width` only the aspect then counts. Without all three: a
-                square image of `config.num_scales` scales.
+                Forces the number of scales; of `height` and `width` only the aspect then counts. Without all three, and
+                without an image in the prompts: a square image of `config.num_scales` scales.
             guidance_scale (`float`, *optional*):
                 Classifier-free guidance: `unconditional + guidance_scale * (conditional - unconditional)`. 1 runs the
-                conditional branch alone, and so does None if no default is stored. Text mode never uses it.
+                conditional branch alone, and so does None if no default is stored. Text is never guided.
+            image_guidance_scale (`float`, *optional*):
+                Guides by the prompt's images apart from the text (InstructPix2Pix): `neither + image_guidance_scale *
+                (images - neither) + guidance_scale * (all - images)`; a third branch. Needs images in every prompt.
             guidance_schedule (`str`, *optional*, defaults to `"constant"`):
-                `"constant"`, or `"linear"`: from 1 at the first scale to `guidance_scale` at the last.
+                `"constant"`, or `"linear"`: from 1 at the first scale to the full strength at the last.
             negative_prompt_ids (`torch.LongTensor` of shape `(B, M)` or `(1, M)`, *optional*):
                 Text of the unconditional branch, padded on the left. By default it has none: the prompt's images, if
-                any, and `<boi>`.
+                any, and `<boi>`. Image mode without `thinking` and `num_frames` only.
             negative_prompt_attention_mask (`torch.Tensor` of the same shape, *optional*): 0 where it is padding.
             image_temperature, image_top_k, image_top_p (a number, or a list of one a scale, *optional*):
                 What the codes are drawn from. `image_top_k=0` and `image_top_p=1.0`, the defaults, cut nothing off.
-            generator (`torch.Generator` or a list of one an image, *optional*):
-                Randomness of the images: the same seed gives the same image in any batch. A single one serves image 0
-                and seeds the others'. Without it a fresh seed is taken; the global random state is never touched.
+            generator (`torch.Generator` or a list of one a row, *optional*):
+                Randomness of the images, and of text that is sampled in their modes: the same seed gives the same image
+                in any batch. A single one serves row 0 and seeds the others'. Without it a fresh seed is taken; the
+                global random state is never touched.
             prefix_scales, images_per_prefix (`int`, *optional*):
-                Of the `num_return_sequences` images of a prompt, each `images_per_prefix` in a row share their first
-                `prefix_scales` scales, which are drawn and cached once (by the generator of the first of them).
+                Image mode: of the `num_return_sequences` images of a prompt, each `images_per_prefix` in a row share
+                their first `prefix_scales` scales, which are drawn and cached once (by the generator of the first).
             on_scale_end (`Callable`, *optional*):
                 Called as `on_scale_end(step, schedule, codes)` after each scale, `step` from 0 to S - 1, `codes`
-                `(B * n, codes so far)` int64 (one row a prefix as long as images share it). What it raises ends the
-                generation.
+                `(rows that draw, codes so far)` int64 (one row a prefix as long as images share it). What it raises
+                ends the generation.
+            thinking (`bool`, *optional*):
+                Image mode: the model first writes what it thinks (at most `max_new_tokens`, 128 by default), then
+                draws; the output's `thought_ids` hold the text.
+            num_frames (`int`, *optional*):
+                Image mode: so many images one after the other, each conditioned on those before: a story, a video.
+            max_new_images (`int`, *optional*, defaults to 4):
+                Interleaved mode: images a row; a row that wants one more ends there.
             kwargs:
                 Image mode takes `attention_mask` `(B, L)`, `image_grid_shw` `(num_images, 3)` (for images in the
                 prompts), `do_sample` (*defaults to `True`* for images), `num_return_sequences` (images a prompt),
                 `past_key_values` (an empty cache), `cache_implementation` (`"dynamic"` or `"static"`), `pad_token_id`,
+                `stopping_criteria` (asked after each scale; when all rows say so the images end with that scale),
                 `return_dict_in_generate` and `streamer` (which gets nothing but its `end()`); it ignores lengths and
-                stopping. Text mode takes `image_grid_shw` and all that transformers takes.
+                other stopping. Interleaved mode and `thinking` take those but for the cache, and what shapes text:
+                `max_new_tokens` (text tokens a row, 256 by default), `do_sample` (text is greedy by default, images
+                sampled), `temperature`, `top_k`, `top_p`, `repetition_penalty`, `logits_processor`, `eos_token_id`;
+                a `streamer` gets the text's tokens. Text mode takes `image_grid_shw` and all that transformers takes.
 
         Returns:
             Image mode: [`NextFlowGenerateOutput`] if `return_dict_in_generate`, else its `sequences`, after exactly S
-            forward calls. Text mode: what transformers returns.
+            forward calls (more with `thinking` and `num_frames`). Interleaved mode: the same, padded on the right.
+            Text mode: what transformers returns.
 
         Raises:
             `ValueError`: for arguments that don't fit the mode, the model or each other.
@@ -215,6 +267,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
             "height": height,
             "width": width,
             "num_scales": num_scales,
+            "image_guidance_scale": image_guidance_scale,
             "guidance_schedule": guidance_schedule,
             "negative_prompt_ids": negative_prompt_ids,
             "negative_prompt_attention_mask": negative_prompt_attention_mask,
@@ -225,17 +278,22 @@ class NextFlowGenerationMixin(_GenerationMixin):
             "prefix_scales": prefix_scales,
             "images_per_prefix": images_per_prefix,
             "on_scale_end": on_scale_end,
+            "thinking": thinking or None,
+            "num_frames": num_frames,
+            "max_new_images": max_new_images,
         }
         mode = self._setting("generation_mode", generation_mode, generation_config, default="text")
-        if mode == "image":
-            return self._generate_image(
-                inputs, generation_config, guidance_scale=guidance_scale, **image_arguments, **kwargs
-            )
-        if mode == "interleaved":
-            raise ValueError(
-                '`generation_mode="interleaved"` is not available yet. Generate an image with "image" and go on with '
-                '"text" from its `sequences`, `image_grid_shw` and `past_key_values`.'
-            )
+        if mode in ("image", "interleaved"):
+            arguments = {**image_arguments, **kwargs, "guidance_scale": guidance_scale}
+            thinking, num_frames = (arguments.pop(name) for name in ("thinking", "num_frames"))
+            if mode == "interleaved" or thinking or num_frames is not None:
+                return self._generate_interleaved(inputs, generation_config, mode, thinking, num_frames, **arguments)
+            if arguments.pop("max_new_images") is not None:
+                raise ValueError(
+                    "Image mode draws one image a row, so it does not take `max_new_images`. Use `num_frames`, "
+                    '`num_return_sequences` or `generation_mode="interleaved"`.'
+                )
+            return self._generate_image(inputs, generation_config, **arguments)
         if mode != "text":
             raise ValueError(f'`generation_mode` must be one of {", ".join(GENERATION_MODES)}, but got "{mode}".')
         if unused := [name for name, value in image_arguments.items() if value is not None]:
@@ -245,19 +303,118 @@ class NextFlowGenerationMixin(_GenerationMixin):
             )
         return self._generate_text(inputs, generation_config, **kwargs)
 
+    @torch.no_grad()
+    def stream(self, inputs: torch.Tensor | None = None, **kwargs) -> Iterator[GenerationEvent]:
+        """Interleaved generation (or image mode with `thinking` or `num_frames`), event by event as it happens.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(B, L)`, *optional*): As for [`~NextFlowGenerationMixin.generate`].
+            kwargs: What `generate` takes in these modes; `generation_mode` is `"interleaved"` by default.
+
+        Yields:
+            [`GenerationEvent`]: every token, every scale and every image, of all rows.
+        """
+        mode, thinking, num_frames = (kwargs.pop(name, None) for name in ("generation_mode", "thinking", "num_frames"))
+        mode = mode or "interleaved"
+        if mode != "interleaved" and not (mode == "image" and (thinking or num_frames is not None)):
+            raise ValueError(
+                'Only `generation_mode="interleaved"`, and "image" with `thinking` or `num_frames`, can be streamed. '
+                "For the scales of one image pass `on_scale_end` to `generate`."
+            )
+        decoding, settings = self._start_interleaved(
+            inputs, kwargs.pop("generation_config", None), mode, thinking, num_frames, kwargs
+        )
+        yield from decoding.run(settings)
+
     def _setting(self, name: str, value: Any, generation_config: GenerationConfig | None, default: Any = None) -> Any:
         """The value of a setting: the argument, or `generation_config`'s, or the model's own, or the default."""
         stored = (getattr(config, name, None) for config in (generation_config, self.generation_config))
         return next((v for v in (value, *stored) if v is not None), default)
+
+    def _read_plan(
+        self,
+        settings: dict[str, Any],
+        generation_config: GenerationConfig | None,
+        prompts: Prompts,
+        grids: torch.Tensor | None,
+    ) -> tuple[ScaleSchedule, list[ScaleSampling], int]:
+        """The schedule, how its codes are drawn, and the number of branches; takes what it reads out of `settings`."""
+
+        def setting(name, default=None):
+            return self._setting(name, settings.pop(name, None), generation_config, default)
+
+        size = {name: settings.pop(name, None) for name in ("height", "width", "num_scales")}
+        counts = count_images(prompts[0].masked_fill(prompts[1] == 0, 0), self.config.text_vocab_size)
+        if grids is not None and all(counts) and all(value is None for value in size.values()):
+            schedule = self._schedule_of_sources(grids, counts)
+        else:
+            schedule = self._image_schedule(size, generation_config)
+        image_guidance_scale = setting("image_guidance_scale") if all(counts) else settings.pop("image_guidance_scale")
+        if image_guidance_scale is not None and not all(counts):
+            raise ValueError(
+                "`image_guidance_scale` guides by the images of the prompts, but "
+                f"{counts.count(0)} of {len(counts)} prompts have none. Leave it out, or use `guidance_scale`."
+            )
+        plan = sampling_plan(
+            schedule.num_scales,
+            self.config.visual_codebook_size,
+            guidance_scale=setting("guidance_scale"),
+            guidance_schedule=setting("guidance_schedule", "constant"),
+            image_guidance_scale=image_guidance_scale,
+            temperature=setting("image_temperature", 1.0),
+            top_k=setting("image_top_k"),
+            top_p=setting("image_top_p", 1.0),
+            do_sample=setting("do_sample", True),
+        )
+        if any(sampling.image_guidance_scale != 1 for sampling in plan):
+            return schedule, plan, 3
+        return schedule, plan, 2 if any(sampling.guidance_scale != 1 for sampling in plan) else 1
+
+    def _schedule_of_sources(self, grids: torch.Tensor, counts: list[int]) -> ScaleSchedule:
+        """An edit keeps the size of the image that it edits: the last one of its prompt."""
+        last = {tuple(rows[-1]) for rows in _split(grids.tolist(), counts)}
+        if len(last) > 1:
+            sizes = sorted({(s.height, s.width) for s in map(ScaleSchedule.from_grid_shw, last)})
+            raise ValueError(
+                f"The last images of the prompts have the sizes {sizes} (height, width), but the images of a batch are "
+                "drawn at one size. Pass `height` and `width`, or one prompt at a time."
+            )
+        return ScaleSchedule.from_grid_shw(last.pop())
+
+    def _read_image_prompts(
+        self, inputs: torch.Tensor | None, arguments: dict[str, Any], pad_token_id: int
+    ) -> tuple[Prompts, torch.Tensor | None]:
+        """Prompts and grids, on one device; takes what it reads out of `arguments`."""
+        input_ids, attention_mask, grids = (
+            arguments.pop(name, None) for name in ("input_ids", "attention_mask", "image_grid_shw")
+        )
+        if inputs is not None and input_ids is not None:
+            raise ValueError("Pass the prompts as `inputs` or as `input_ids`, not both.")
+        # Everything stays on the prompts' device: with offloading, `self.device` says little about where layers run.
+        ids = inputs if inputs is not None else input_ids
+        if ids is None:
+            ids = torch.empty(1, 0, dtype=torch.long, device=self.device)
+        prompts = read_prompts(ids, attention_mask, pad_token_id)
+        if grids is None and (prompts[0] >= self.config.text_vocab_size).any():
+            raise ValueError(
+                f"The prompts hold image codes (ids from {self.config.text_vocab_size} on), but `image_grid_shw` is "
+                "missing: pass one row (number of scales, bucket height, bucket width) for each image."
+            )
+        return prompts, None if grids is None else grids.to(prompts[0].device)
+
+    def _refuse(self, settings: dict[str, Any], mode: str) -> None:
+        if unknown := {name for name, value in settings.items() if value is not None}:
+            hints = [f"`image_{name}` for `{name}`" for name in ("temperature", "top_k", "top_p") if name in unknown]
+            raise ValueError(
+                f"{mode} does not take {', '.join(f'`{name}`' for name in sorted(unknown))}."
+                + (f" Use {', '.join(hints)}." if hints else "")
+            )
 
     def _generate_image(
         self,
         inputs: torch.Tensor | None,
         generation_config: GenerationConfig | None,
         *,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_grid_shw: torch.Tensor | None = None,
         negative_prompt_ids: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -265,31 +422,21 @@ class NextFlowGenerationMixin(_GenerationMixin):
         prefix_scales: int | None = None,
         images_per_prefix: int | None = None,
         on_scale_end: OnScaleEnd | None = None,
+        stopping_criteria: Any = None,
         streamer: Any = None,
         **settings,
     ) -> NextFlowGenerateOutput | torch.Tensor:
         def setting(name, default=None):
             return self._setting(name, settings.pop(name, None), generation_config, default)
 
-        size = {name: settings.pop(name, None) for name in ("height", "width", "num_scales")}
-        schedule = self._image_schedule(size, generation_config)
-        plan = sampling_plan(
-            schedule.num_scales,
-            self.config.visual_codebook_size,
-            guidance_scale=setting("guidance_scale"),
-            guidance_schedule=setting("guidance_schedule", "constant"),
-            temperature=setting("image_temperature", 1.0),
-            top_k=setting("image_top_k"),
-            top_p=setting("image_top_p", 1.0),
-            do_sample=setting("do_sample", True),
-        )
-        guided = any(sampling.guidance_scale != 1 for sampling in plan)
+        pad_token_id = setting("pad_token_id", self.config.eoi_token_id)  # masked: any id would do
+        prompts, prompt_grids = self._read_image_prompts(inputs, settings, pad_token_id)
+        schedule, plan, num_branches = self._read_plan(settings, generation_config, prompts, prompt_grids)
         num_images = setting("num_return_sequences", 1)
         if num_images < 1:
             raise ValueError(f"`num_return_sequences` must be at least 1, but got {num_images}.")
         sharing = _check_sharing(prefix_scales, images_per_prefix, schedule.num_scales, num_images)
         return_dict = setting("return_dict_in_generate", False)
-        pad_token_id = setting("pad_token_id", self.config.eoi_token_id)  # masked: any id would do
         cache_implementation = setting("cache_implementation", "dynamic")
         if setting("num_beams", 1) > 1:
             raise ValueError(
@@ -297,30 +444,19 @@ class NextFlowGenerationMixin(_GenerationMixin):
             )
         if not setting("use_cache", True):
             raise ValueError("Image mode decodes with a cache: `use_cache` must not be False.")
-        if unknown := {name for name, value in settings.items() if value is not None} - IGNORED_IN_IMAGE_MODE:
-            hints = [f"`image_{name}` for `{name}`" for name in ("temperature", "top_k", "top_p") if name in unknown]
-            raise ValueError(
-                f"Image mode does not take {', '.join(f'`{name}`' for name in sorted(unknown))}."
-                + (f" Use {', '.join(hints)}." if hints else "")
-            )
+        self._refuse({k: v for k, v in settings.items() if k not in IGNORED_IN_IMAGE_MODE}, "Image mode")
 
-        if inputs is not None and input_ids is not None:
-            raise ValueError("Pass the prompts as `inputs` or as `input_ids`, not both.")
-        # Everything stays on the prompts' device: with offloading, `self.device` says little about where layers run.
         boi_token_id, text_vocab_size = self.config.boi_token_id, self.config.text_vocab_size
-        ids = inputs if inputs is not None else input_ids
-        if ids is None:
-            ids = torch.empty(1, 0, dtype=torch.long, device=self.device)
-        prompt = read_prompts(ids, attention_mask, pad_token_id)
-        prompt_ids, mask = end_with_boi(*prompt, boi_token_id, pad_token_id)
-        prompt_grids = None if image_grid_shw is None else image_grid_shw.to(prompt_ids.device)
+        prompt_ids, mask = end_with_boi(*prompts, boi_token_id, pad_token_id)
         ids, grids = prompt_ids, prompt_grids
-        if guided:
+        if num_branches > 1:
             negative_ids = ids.new_empty(1, 0) if negative_prompt_ids is None else negative_prompt_ids.to(ids.device)
             negative = read_prompts(negative_ids, negative_prompt_attention_mask, pad_token_id)
             negative = end_with_boi(*negative, boi_token_id, pad_token_id)
-            unconditional = unconditional_prompts((ids, mask), negative, text_vocab_size, pad_token_id)
-            ids, mask = stack_rows((ids, mask), unconditional, pad_token_id)
+            conditional = ids, mask
+            for with_images in (True, False)[: num_branches - 1]:
+                branch = unconditional_prompts(conditional, negative, text_vocab_size, pad_token_id, with_images)
+                ids, mask = stack_rows((ids, mask), branch, pad_token_id)
             grids = None if grids is None else torch.cat([grids, grids])
         elif negative_prompt_ids is not None:
             logger.warning_once("`negative_prompt_ids` has no effect without a `guidance_scale`.")
@@ -328,13 +464,28 @@ class NextFlowGenerationMixin(_GenerationMixin):
 
         cache = self._image_cache(past_key_values, cache_implementation, ids.shape[1] + schedule.num_tokens - 1)
         generators = make_generators(generator, len(prompt_ids) * num_images, ids.device)
-        codes = self._draw_codes(ids, mask, grids, cache, schedule, plan, generators, guided, sharing, on_scale_end)
+        should_stop = _stop_check(stopping_criteria)
+        state = DecodingState(self, len(ids), cache, ids.device)
+        logits = state.run(ids, None if mask.all() else mask, grids, visual_logits=True)
+        # The prompts were run once; from here on every image (or shared prefix) has its row in each branch.
+        rows = torch.arange(len(ids), device=ids.device).repeat_interleave(num_images // sharing[1])
+        state.select(rows)
+        codes = ids.new_empty(len(generators), 0)
+        for step, codes in draw_scales([state], logits[rows], schedule, plan, generators, *sharing):
+            if on_scale_end is not None:
+                on_scale_end(step, schedule, codes)
+            if should_stop is not None:
+                shown = prompt_ids.repeat_interleave(len(codes) // len(prompt_ids), dim=0)
+                if should_stop(torch.cat([shown, codes + text_vocab_size], dim=1)):
+                    break
+        codes = codes.repeat_interleave(len(generators) // len(codes), dim=0)  # if it stopped while they share
+        prompt_rows = prompt_ids.repeat_interleave(num_images, dim=0)
         if streamer is not None:
             streamer.end()
         _LAST_SCHEDULES.of_model[self] = schedule
 
-        sequences = torch.cat([prompt_ids.repeat_interleave(num_images, dim=0), codes + text_vocab_size], dim=1)
-        if guided and (return_dict or past_key_values is not None):
+        sequences = torch.cat([prompt_rows, codes + text_vocab_size], dim=1)
+        if num_branches > 1 and (return_dict or past_key_values is not None):
             conditional_rows = torch.arange(len(codes), device=codes.device)
             cache.reorder_cache(conditional_rows)  # type: ignore[arg-type]
         if not return_dict:
@@ -352,91 +503,185 @@ class NextFlowGenerationMixin(_GenerationMixin):
             past_key_values=cache if ids.shape[1] == prompt_ids.shape[1] else None,
         )
 
-    def _draw_codes(
+    # Text and images in turn
+
+    def _generate_interleaved(
         self,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
+        inputs: torch.Tensor | None,
+        generation_config: GenerationConfig | None,
+        mode: str,
+        thinking: bool | None,
+        num_frames: int | None,
+        *,
+        on_scale_end: OnScaleEnd | None = None,
+        streamer: Any = None,
+        return_dict_in_generate: bool | None = None,
+        **arguments,
+    ) -> NextFlowGenerateOutput | torch.Tensor:
+        decoding, settings = self._start_interleaved(inputs, generation_config, mode, thinking, num_frames, arguments)
+        num_rows = len(decoding.rows)
+        if streamer is not None and num_rows > 1:
+            raise ValueError(f"A `streamer` takes the text of one row, but there are {num_rows}. Use `stream`.")
+        thoughts: list[list[torch.Tensor]] = [[] for _ in range(num_rows)]
+        codes: list[list[torch.Tensor]] = [[] for _ in range(num_rows)]
+        scale: list[torch.Tensor] = []
+        for event in decoding.run(settings):
+            if event.kind == "token":
+                thoughts[event.row].append(event.ids)
+                if streamer is not None:
+                    streamer.put(event.ids)
+            elif event.kind == "image":
+                codes[event.row].append(event.ids)
+            elif on_scale_end is not None:
+                scale.append(event.ids)
+                if len(scale) == len(decoding.rows):
+                    on_scale_end(event.step, event.schedule, torch.stack(scale))
+                    scale = []
+        if streamer is not None:
+            streamer.end()
+        _LAST_SCHEDULES.of_model[self] = settings.schedule
+
+        sequences = decoding.sequences()
+        pad = {"batch_first": True, "padding_value": decoding.pad_token_id}
+        # Image mode ends with the image in every row, as without thoughts; text may end anywhere.
+        side = "left" if mode == "image" else "right"
+        padded = nn.utils.rnn.pad_sequence(sequences, padding_side=side, **pad)
+        if not self._setting("return_dict_in_generate", return_dict_in_generate, generation_config, False):
+            return padded
+        lengths = torch.tensor([len(row) for row in sequences], device=padded.device)
+        mask = (torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]).long()
+        grids = [grid for row in decoding.grids for grid in row]
+        image_codes = None
+        if mode == "image":
+            image_codes = torch.stack([torch.stack(row) for row in codes])
+            image_codes = image_codes if num_frames is not None else image_codes[:, 0]
+        return NextFlowGenerateOutput(
+            sequences=padded,
+            image_grid_shw=torch.tensor(grids, dtype=torch.long, device=padded.device).view(-1, 3),
+            image_codes=image_codes,
+            attention_mask=mask.flip(-1) if side == "left" else mask,
+            thought_ids=nn.utils.rnn.pad_sequence(
+                [torch.cat([padded[0, :0], *row]) for row in thoughts], **pad
+            ) if thinking else None,
+            past_key_values=decoding.state.cache if num_rows == 1 else None,
+        )  # fmt: skip
+
+    def _start_interleaved(
+        self,
+        inputs: torch.Tensor | None,
+        generation_config: GenerationConfig | None,
+        mode: str,
+        thinking: bool | None,
+        num_frames: int | None,
+        arguments: dict[str, Any],
+    ) -> tuple[InterleavedDecoding, InterleavedSettings]:
+        """A decoding that has run the prompts, and how it goes on."""
+        pad_token_id = self._setting(
+            "pad_token_id", arguments.pop("pad_token_id", None), generation_config, self.config.eoi_token_id
+        )
+        prompts, grids = self._read_image_prompts(inputs, arguments, pad_token_id)
+        num_copies = arguments.pop("num_return_sequences", None) or 1
+        if not prompts[0].shape[1]:
+            raise ValueError("There is no prompt: pass `input_ids` of at least one token.")
+        rows: list[Any] = [[] for _ in prompts[0]]
+        if grids is not None:
+            rows = [
+                [tuple(grid) for grid in of_row.tolist()]
+                for of_row in split_grids(prompts[0] * prompts[1], grids, self.config.text_vocab_size)
+            ]
+        settings = self.interleaved_settings(
+            generation_config, mode, thinking, num_frames, prompts, grids, len(rows) * num_copies, arguments
+        )
+        decoding = InterleavedDecoding(self, len(rows), pad_token_id, prompts[0].device)
+        decoding.extend(*prompts, rows)
+        decoding.repeat(num_copies)
+        return decoding, settings
+
+    def interleaved_settings(
+        self,
+        generation_config: GenerationConfig | None,
+        mode: str,
+        thinking: bool | None,
+        num_frames: int | None,
+        prompts: Prompts,
         grids: torch.Tensor | None,
-        cache: Cache,
-        schedule: ScaleSchedule,
-        plan: list[ScaleSampling],
-        generators: list[torch.Generator],
-        guided: bool,
-        sharing: tuple[int, int],
-        on_scale_end: OnScaleEnd | None,
-    ) -> torch.Tensor:
-        """One pass over the prompts, whose `<boi>` predicts scale 0, and one a scale after it: codes `(B * n, N)`.
-
-        With guidance the second half of the rows are the unconditional branch. Up to the scale `sharing[0]` there is
-        one row for `sharing[1]` images.
-        """
-        position_ids = self._token_position_ids(ids, grids, mask)
-        # Without padding no mask is made at all, and scale steps run on fused attention kernels.
-        step_mask = None if mask.all() else mask
-        logits = self(
-            input_ids=ids,
-            image_grid_shw=grids,
-            attention_mask=step_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            visual_logits=True,
-        ).logits
-
-        def repeat(rows: torch.Tensor, times: int) -> torch.Tensor:
-            return rows.repeat_interleave(times, dim=0)
-
-        # The prompts were run once; from here on every image (or shared prefix) has its row.
-        prefix_scales, images_per_prefix = sharing
-        sources = generators[::images_per_prefix]
-        times = len(sources) * (2 if guided else 1) // len(ids)
-        boi_positions = repeat(position_ids[0, :, -1], times)
-        if times != 1:
-            cache.reorder_cache(repeat(torch.arange(len(ids), device=ids.device), times))  # type: ignore[arg-type]
-            logits = repeat(logits, times)
-            step_mask = None if step_mask is None else repeat(step_mask, times)
-
-        lengths = [0 if sampling.top_k == 1 else n for sampling, n in zip(plan, schedule.scale_lengths, strict=True)]
-        shared = prefix_scales if images_per_prefix != 1 else len(plan)
-        seeds = draw_seeds(sources, lengths[:shared], ids.device)
-        step_grids = torch.tensor([schedule.grid_shw])  # on the CPU, where it is read
-        codes = ids.new_empty(len(sources), 0)
-        for step, sampling in enumerate(plan):
-            if step == shared:
-                rows = torch.arange(len(boi_positions), device=ids.device)
-                cache.reorder_cache(repeat(rows, images_per_prefix))  # type: ignore[arg-type]
-                boi_positions, codes = repeat(boi_positions, images_per_prefix), repeat(codes, images_per_prefix)
-                step_mask = None if step_mask is None else repeat(step_mask, images_per_prefix)
-                seeds += draw_seeds(generators, lengths[shared:], ids.device)
-            sampler = partial(
-                draw_codes,
-                sampling=sampling,
-                seeds=seeds[step] if lengths[step] else None,
-                num_codes=self.config.visual_codebook_size,
-                guided=guided,
+        num_rows: int,
+        arguments: dict[str, Any],
+    ) -> InterleavedSettings:
+        """Reads the arguments of an interleaved generation; see [`~NextFlowGenerationMixin.generate`]."""
+        sample_text = bool(arguments.get("do_sample"))
+        schedule, plan, num_branches = self._read_plan(arguments, generation_config, prompts, grids)
+        generators = make_generators(arguments.pop("generator", None), num_rows, prompts[0].device)
+        should_stop = _stop_check(arguments.pop("stopping_criteria", None))
+        plain = ("negative_prompt_ids", "negative_prompt_attention_mask", "past_key_values", "prefix_scales")
+        for name in (*plain, "images_per_prefix"):
+            if arguments.pop(name, None) is not None:
+                raise ValueError(f"`{name}` is for image mode without `thinking` and `num_frames`; leave it out here.")
+        opening, limit = "free", arguments.pop("max_new_images", None)
+        text_limit = arguments.pop("max_new_tokens", None)
+        if mode == "image":
+            if limit is not None:
+                raise ValueError("Image mode does not take `max_new_images`; use `num_frames`.")
+            opening, limit = ("must", 1) if num_frames is None else ("now", num_frames)
+            if thinking and num_frames is not None:
+                raise ValueError("`thinking` comes before one image: pass it or `num_frames`, not both.")
+            if limit < 1:
+                raise ValueError(f"`num_frames` must be at least 1, but got {limit}.")
+        asked = limit is not None
+        limit = 4 if limit is None else limit
+        if text_limit is None:
+            free = self.config.max_position_embeddings - prompts[0].shape[1] - limit * (schedule.num_tokens + 1)
+            text_limit = max(0, min(128 if mode == "image" else 256, free))
+        if limit < 0 or text_limit < 0:
+            raise ValueError(
+                f"`max_new_images` and `max_new_tokens` must not be negative, but got {limit} and {text_limit}."
             )
-            if step == 0:
-                drawn = sampler(lambda logits: logits, logits.float())
-            else:
-                first = 0 if self.config.visual_feature_mode == "accumulated" else schedule.offsets[step - 1]
-                inputs = codes[:, first:] + self.config.text_vocab_size
-                if step_mask is not None:
-                    step_mask = F.pad(step_mask, (0, schedule.scale_lengths[step]), value=1)
-                drawn = self(
-                    input_ids=inputs.repeat(2, 1) if guided else inputs,
-                    image_grid_shw=step_grids.expand(len(boi_positions), -1),
-                    attention_mask=step_mask,
-                    position_ids=scale_position_ids(boi_positions, schedule, step, self.config.rope_spatial_range),
-                    past_key_values=cache,
-                    use_cache=True,
-                    scale_index=step,
-                    code_sampler=sampler,
-                ).image_codes
-            codes = torch.cat([codes, drawn.to(codes.device)], dim=1)
-            if on_scale_end is not None:
-                on_scale_end(step, schedule, codes)
-        return codes
+        limit = self._images_that_fit(prompts[0].shape[1], schedule, limit, text_limit * (opening != "now"), asked)
+        eos_token_id = self._setting(
+            "eos_token_id", arguments.pop("eos_token_id", None), generation_config, self.config.eos_token_id
+        )
+        eos = eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]
+        text = {name: arguments.pop(name, None) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+        processors = arguments.pop("logits_processor", None) or []
+        if int(self._setting("num_beams", arguments.pop("num_beams", None), generation_config, 1)) > 1:
+            raise ValueError("Images can't be searched with beams: leave `num_beams` at 1.")
+        allowed = TextOnlyLogitsProcessor(self.config, with_images=limit > 0 and opening != "now")
+        text_config = GenerationConfig(
+            do_sample=sample_text, **{name: value for name, value in text.items() if value is not None}
+        )
+        text_processors = self._get_logits_processor(
+            text_config, logits_processor=LogitsProcessorList([*processors, allowed]), device=str(prompts[0].device)
+        )
+        self._refuse({k: v for k, v in arguments.items() if k not in IGNORED_IN_IMAGE_MODE}, "Interleaved generation")
+        return InterleavedSettings(
+            schedule=schedule,
+            plan=plan,
+            generators=generators,
+            guided=num_branches > 1,
+            images_guided=num_branches > 2,
+            eos_token_ids=tuple(int(token) for token in eos if token is not None),
+            max_new_tokens=text_limit,
+            max_new_images=limit,
+            opening=opening,
+            text_after_images=mode != "image",
+            processors=text_processors,
+            sample_text=sample_text,
+            should_stop=should_stop,
+        )
+
+    def _images_that_fit(
+        self, num_prompt: int, schedule: ScaleSchedule, wanted: int, num_text: int, asked: bool
+    ) -> int:
+        """How many images may follow; a number that was asked for must fit."""
+        free = self.config.max_position_embeddings - num_prompt - num_text
+        fitting = max(free, 0) // (schedule.num_tokens + 1)
+        if free < 0 or (asked and wanted > fitting):
+            raise ValueError(
+                f"The context holds {self.config.max_position_embeddings} tokens. Beside a prompt of {num_prompt} and "
+                f"{num_text} tokens of text, {fitting} images of {schedule.height} x {schedule.width} pixels fit "
+                f"({schedule.num_tokens + 1} tokens each), but {wanted} were asked for. Ask for fewer or smaller ones."
+            )
+        return min(wanted, fitting)
 
     def _image_schedule(
         self, given: dict[str, int | None], generation_config: GenerationConfig | None

@@ -58,7 +58,9 @@ def end_with_boi(ids: torch.Tensor, mask: torch.Tensor, boi_token_id: int, pad_t
     return move_right(torch.cat([ids, boi], dim=1), torch.cat([mask.bool(), ~ends_with_boi], dim=1), pad_token_id)
 
 
-def unconditional_prompts(prompts: Prompts, negative: Prompts, text_vocab_size: int, pad_token_id: int) -> Prompts:
+def unconditional_prompts(
+    prompts: Prompts, negative: Prompts, text_vocab_size: int, pad_token_id: int, with_images: bool = True
+) -> Prompts:
     """What guidance leads away from: the images of the prompts, then the negative prompts with their `<boi>`.
 
     Args:
@@ -66,6 +68,7 @@ def unconditional_prompts(prompts: Prompts, negative: Prompts, text_vocab_size: 
         negative (ids and mask, `(B, M)` or `(1, M)` both): Text that ends with `<boi>`, or `<boi>` alone.
         text_vocab_size (`int`): The first visual id.
         pad_token_id (`int`): What to pad with.
+        with_images (`bool`, *optional*, defaults to `True`): False leaves the images out, too.
 
     Raises:
         `ValueError`: if there are neither one nor B negative prompts, or if they hold images.
@@ -76,6 +79,8 @@ def unconditional_prompts(prompts: Prompts, negative: Prompts, text_vocab_size: 
     if (negative_ids >= text_vocab_size).any():
         raise ValueError("`negative_prompt_ids` must be text: the prompt's own images are kept anyway.")
     negative_ids, negative_mask = (rows.expand(len(ids), -1) for rows in negative)
+    if not with_images:
+        return negative_ids, negative_mask
     is_code = ids >= text_vocab_size
     # An image is its codes and the <boi> before them; the last <boi>, of the image to be drawn, opens none yet.
     opens_image = F.pad(is_code[:, 1:], (0, 1))

@@ -24,12 +24,14 @@ class ScaleSampling(NamedTuple):
         temperature (`float`): Divides the logits, before anything is cut off.
         top_k (`int`): Only the `top_k` likeliest codes may be drawn; 1 is greedy, 0 allows all.
         top_p (`float`): Only the likeliest codes that together reach this probability may be drawn; 1 allows all.
+        image_guidance_scale (`float`): Of the prompt's images, where they are guided apart; see [`guide`].
     """
 
     guidance_scale: float = 1.0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    image_guidance_scale: float = 1.0
 
 
 def sampling_plan(
@@ -37,6 +39,7 @@ def sampling_plan(
     codebook_size: int,
     guidance_scale: float | None = None,
     guidance_schedule: str = "constant",
+    image_guidance_scale: float | None = None,
     temperature: float | Sequence[float] = 1.0,
     top_k: int | Sequence[int] | None = None,
     top_p: float | Sequence[float] = 1.0,
@@ -51,6 +54,7 @@ def sampling_plan(
         guidance_schedule (`str`, *optional*, defaults to `"constant"`):
             `"constant"` guides every scale alike. `"linear"` grows from 1 (no guidance) at the first scale to
             `guidance_scale` at the last: VAR's ramp, whose `cfg` is `guidance_scale - 1`.
+        image_guidance_scale (`float`, *optional*): Strength of the prompt's images apart from the text's.
         temperature, top_k, top_p (a number, or a sequence of one a scale): See [`ScaleSampling`].
         do_sample (`bool`, *optional*, defaults to `True`): False takes the likeliest code everywhere.
 
@@ -63,11 +67,10 @@ def sampling_plan(
     if guidance_schedule not in GUIDANCE_SCHEDULES:
         legal = " or ".join(f'"{name}"' for name in GUIDANCE_SCHEDULES)
         raise ValueError(f'`guidance_schedule` must be {legal}, but got "{guidance_schedule}".')
-    strength = 1.0 if guidance_scale is None else guidance_scale
-    if not 0 <= strength < math.inf:
-        raise ValueError(
-            f"`guidance_scale` must be at least 0 and finite (1 turns guidance off), but got {guidance_scale}."
-        )
+    strengths = {"guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale}
+    for name, value in strengths.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"`{name}` must be at least 0 and finite (1 turns guidance off), but got {value}.")
     temperatures = _one_a_scale("image_temperature", temperature, num_scales)
     top_ks = _one_a_scale("image_top_k", 0 if top_k is None else top_k, num_scales)
     top_ps = _one_a_scale("image_top_p", top_p, num_scales)
@@ -87,8 +90,12 @@ def sampling_plan(
     ramp = [
         s / (num_scales - 1) if guidance_schedule == "linear" and num_scales > 1 else 1.0 for s in range(num_scales)
     ]
-    guidance_scales = [1.0 + (strength - 1.0) * share for share in ramp]
-    return [ScaleSampling(*values) for values in zip(guidance_scales, temperatures, top_ks, top_ps, strict=True)]
+    text_scales, image_scales = (
+        [1.0 + ((1.0 if strength is None else strength) - 1.0) * share for share in ramp]
+        for strength in strengths.values()
+    )
+    settings = zip(text_scales, temperatures, top_ks, top_ps, image_scales, strict=True)
+    return [ScaleSampling(*values) for values in settings]
 
 
 def _one_a_scale(name: str, value: Any, num_scales: int) -> list[Any]:
@@ -104,9 +111,20 @@ def _one_a_scale(name: str, value: Any, num_scales: int) -> list[Any]:
     return values
 
 
-def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-    """Classifier-free guidance, `unconditional + guidance_scale * (conditional - unconditional)`, in float32."""
-    return torch.lerp(unconditional.float(), conditional.float(), guidance_scale)
+def guide(branches: Sequence[torch.Tensor], sampling: ScaleSampling) -> torch.Tensor:
+    """Classifier-free guidance of logits, or of the hidden states that an affine head makes them of, in float32.
+
+    Two branches, with the text and without it: `without + guidance_scale * (with - without)`. Three branches, with
+    text and images, with the images alone, with neither (InstructPix2Pix, arXiv 2211.09800): `neither +
+    image_guidance_scale * (images - neither) + guidance_scale * (all - images)`. Either way the weights sum to 1.
+    """
+    everything, *others = (branch.float() for branch in branches)
+    if not others:
+        return everything
+    guided = torch.lerp(others[0], everything, sampling.guidance_scale)
+    if len(others) == 1:
+        return guided
+    return guided + (sampling.image_guidance_scale - 1) * (others[0] - others[1])
 
 
 def find_candidates(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,7 +264,7 @@ def draw_codes(
     sampling: ScaleSampling,
     seeds: torch.Tensor | None,
     num_codes: int,
-    guided: bool = False,
+    num_branches: int = 1,
 ) -> torch.Tensor:
     """Draw the codes of a scale from its last hidden states, a slice of positions at a time: all logits never exist.
 
@@ -255,30 +273,26 @@ def draw_codes(
 
     Args:
         head (`Callable`): Hidden states `(m, H)` to logits `(m, K)`; affine.
-        hidden_states (`torch.Tensor` of shape `(B, n, H)`, or `(2 * B, n, H)` if `guided`):
-            What the head reads; the second half of the rows is what guidance leads away from.
+        hidden_states (`torch.Tensor` of shape `(num_branches * B, n, H)`):
+            What the head reads; the branches of [`guide`] one below the other.
         sampling (`ScaleSampling`): See [`sample_codes`].
         seeds (`torch.IntTensor` of shape `(B, n, 2)`, *optional*): From [`draw_seeds`]; None is greedy.
         num_codes (`int`): K.
-        guided (`bool`, *optional*, defaults to `False`): Whether there are two branches.
+        num_branches (`int`, *optional*, defaults to 1): How many there are, up to 3.
 
     Returns:
         `torch.LongTensor` of shape `(B, n)`.
     """
-    positions = hidden_states.shape[:2]
-    branches = [hidden_states]
-    if guided:
-        positions = torch.Size((positions[0] // 2, positions[1]))
-        branches = list(hidden_states.chunk(2)) if sampling.guidance_scale != 1 else [hidden_states[: positions[0]]]
+    branches = hidden_states.chunk(num_branches)
+    if sampling.guidance_scale == sampling.image_guidance_scale == 1:
+        branches = branches[:1]
+    positions = branches[0].shape[:2]
     rows = max(1, _MAX_LOGITS // num_codes)
     drawn = []
     for start in range(0, positions.numel(), rows):
         part = slice(start, start + rows)
-        states = [branch.flatten(0, 1)[part] for branch in branches]
-        guided_states = states[0]
-        if len(states) == 2:
-            guided_states = guide(states[0], states[1], sampling.guidance_scale).to(hidden_states.dtype)
-        drawn.append(sample_codes(head(guided_states), sampling, None if seeds is None else seeds.flatten(0, 1)[part]))
+        guided = guide([branch.flatten(0, 1)[part] for branch in branches], sampling).to(hidden_states.dtype)
+        drawn.append(sample_codes(head(guided), sampling, None if seeds is None else seeds.flatten(0, 1)[part]))
     return torch.cat(drawn).view(positions)
 
 

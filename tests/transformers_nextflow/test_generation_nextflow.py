@@ -636,7 +636,6 @@ def test_what_pipelines_add_is_ignored(model):
         ({"guidance_scale": 2, "negative_prompt_ids": PROMPTS[0]}, r"must have shape \(batch, length\)"),
         ({"guidance_scale": 2, "negative_prompt_ids": torch.tensor([[TEXT]])}, "`negative_prompt_ids` must be text"),
         ({"generation_mode": "video"}, 'one of text, image, interleaved, but got "video"'),
-        ({"generation_mode": "interleaved"}, "not available yet"),
         (
             {"generation_mode": "text", "height": 80, "image_top_k": 2},
             "Text mode does not take `height`, `image_top_k`",

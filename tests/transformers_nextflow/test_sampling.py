@@ -62,7 +62,7 @@ def test_linear_guidance_is_vars_ramp(cfg):
     golden = load_file(GOLDEN / "cfg_gumbel.safetensors")
     plan = sampling_plan(4, 32, guidance_scale=1 + cfg, guidance_schedule="linear")
     for step, sampling in enumerate(plan):
-        logits = guide(golden["cond"], golden["uncond"], sampling.guidance_scale)
+        logits = guide([golden["cond"], golden["uncond"]], sampling)
         torch.testing.assert_close(logits, golden[f"cfg{cfg}.scale{step}.logits"], atol=1e-5, rtol=0)
 
 
@@ -226,15 +226,23 @@ def test_guided_drawing_in_slices_is_drawing_both_branches_at_once(monkeypatch, 
     hidden_states = torch.randn(4, 25, 12, generator=seeded(0))
     sampling, seeds = ScaleSampling(guidance_scale=3.0, **settings), seeds_of(1, 50)
     conditional, unconditional = head(hidden_states).chunk(2)
-    at_once = sample_codes(guide(conditional, unconditional, 3.0).flatten(0, 1), sampling, seeds)
+    at_once = sample_codes(guide([conditional, unconditional], sampling).flatten(0, 1), sampling, seeds)
     monkeypatch.setattr(sampling_module, "_MAX_LOGITS", 7 * 16)
     sizes = []
     head.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
-    drawn = draw_codes(head, hidden_states, sampling, seeds.view(2, 25, 2), num_codes=16, guided=True)
+    drawn = draw_codes(head, hidden_states, sampling, seeds.view(2, 25, 2), num_codes=16, num_branches=2)
     assert torch.equal(drawn.flatten(), at_once)
     assert max(sizes) == 7
     unguided = draw_codes(head, hidden_states[:2], sampling, seeds.view(2, 25, 2), num_codes=16)
     assert torch.equal(unguided.flatten(), sample_codes(conditional.flatten(0, 1), sampling, seeds))
+
+
+def test_text_and_images_guided_apart():
+    everything, images, neither = torch.randn(3, 5, 16, generator=seeded(0))
+    guided = guide([everything, images, neither], ScaleSampling(guidance_scale=3.0, image_guidance_scale=1.5))
+    torch.testing.assert_close(guided, neither + 1.5 * (images - neither) + 3.0 * (everything - images))
+    as_two = guide([everything, images, neither], ScaleSampling(guidance_scale=3.0))
+    assert torch.equal(as_two, guide([everything, images], ScaleSampling(guidance_scale=3.0)))
 
 
 # --- Generators ---

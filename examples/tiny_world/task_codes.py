@@ -1,0 +1,149 @@
+"""Conversations of the tasks with their pictures as codes, made once; batches of them for training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from transformers_nextflow import NextFlowConfig, NextFlowProcessor
+from transformers_nextflow.trainer import drop_condition, expand_sample
+
+from .tasks import TASKS
+from .train_image_tokenizer import to_pixels
+from .train_language_model import SCHEDULE, Batch
+
+CHUNK = 1000
+# How many samples of each task; what a sample costs differs, see `TaskBatches.draw`.
+MIXTURE = {"look": 0.30, "editing": 0.28, "turns": 0.14, "thought": 0.14, "story": 0.09, "example": 0.05}
+USE_CORRECTED, DROP_TEXT, USE_PLAIN = 0.6, 0.1, 0.4
+PLAIN_TASKS = ("edit", "thought")  # prompts that also come without chat marks, as `"<image>make the star red"`
+MAX_SLOTS = 4096  # of a batch
+
+
+def extract_task_codes(
+    processor: NextFlowProcessor, folder: Path, num_samples: int, seed: int, shard: tuple[int, int] = (0, 1)
+) -> None:
+    """Encodes the pictures of `num_samples` conversations into `folder`, a chunk a file; chunks that exist are kept.
+
+    `shard=(i, n)` does every n-th chunk only, for n processes side by side.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(shard[0], -(-num_samples // CHUNK), shard[1]):
+        path = folder / f"{number:05d}.npz"
+        if path.exists():
+            continue
+        rng = np.random.default_rng((seed, number))
+        generator = torch.Generator().manual_seed(seed * 100_003 + number)
+        conversations, pictures = [], []
+        for task in rng.choice(list(MIXTURE), min(CHUNK, num_samples - number * CHUNK), p=list(MIXTURE.values())):
+            sample = TASKS[str(task)](rng, "train")
+            for message in sample.messages:
+                pictures += [part.pop("image") for part in message["content"] if part["type"] == "image"]
+            conversations.append(json.dumps([sample.task, sample.messages]))
+        arrays: dict[str, list[np.ndarray]] = {"clean": [], "corrected": [], "targets": []}
+        for start in range(0, len(pictures), 50):
+            pixels = to_pixels(np.stack(pictures[start : start + 50])).contiguous(memory_format=torch.channels_last)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                features = processor.image_tokenizer.encode_features(pixels)
+                clean = processor.image_tokenizer.quantize(features)
+                drawn = processor.image_tokenizer.quantize(features, self_correction=True, generator=generator)
+            for name, codes in zip(arrays, (clean.codes, drawn.codes, drawn.target_codes), strict=True):
+                arrays[name].append(codes.numpy().astype(np.int16))
+        temporary = path.with_suffix(".part.npz")
+        joined = {name: np.concatenate(parts) for name, parts in arrays.items()}
+        np.savez(temporary, conversations=np.array(conversations), **joined)
+        temporary.rename(path)
+        print(f"[task codes] {path.name}", flush=True)
+
+
+class TaskBatches:
+    """Draws batches of one task at a time, so that its rows are of similar length."""
+
+    def __init__(self, folder: Path, processor: NextFlowProcessor, config: NextFlowConfig):
+        self.config = config
+        self.codes: dict[str, list[np.ndarray]] = {"clean": [], "corrected": [], "targets": []}
+        self.members: dict[str, list[dict[str, Any]]] = {}
+        num_images = 0
+        for path in sorted(folder.glob("[0-9]*.npz")):
+            chunk = np.load(path)
+            for name, parts in self.codes.items():
+                parts.append(chunk[name])
+            for text in chunk["conversations"]:
+                task, messages = json.loads(str(text))
+                entry = {"chat": _tokenize(messages, processor, True), "first": num_images}
+                if task.split(":")[0] in PLAIN_TASKS:
+                    entry["plain"] = _tokenize(messages, processor, False)
+                num_images += entry["chat"]["token_ids"].count(config.image_token_id)
+                self.members.setdefault(task.split(":")[0], []).append(entry)
+        if not num_images:
+            raise ValueError(f"{folder} holds no codes; run `extract_task_codes` first.")
+        self.joined = {name: np.concatenate(parts).astype(np.int64) for name, parts in self.codes.items()}
+        counts = np.array([len(entries) for entries in self.members.values()], float)
+        self.shares = counts / counts.sum()
+
+    def draw(self, rng: np.random.Generator, num_scales: int) -> Batch:
+        """One batch with the first `num_scales` scales of every image and at most `MAX_SLOTS` slots."""
+        entries = self.members[str(rng.choice(list(self.members), p=self.shares))]
+        rows: list[dict[str, Any]] = []
+        longest = 0
+        while True:
+            row = self._row(rng, entries[int(rng.integers(len(entries)))], num_scales)
+            longest = max(longest, len(row["input_ids"]))
+            if rows and longest * (len(rows) + 1) > MAX_SLOTS:
+                break
+            rows.append(row)
+        length = max(len(row["input_ids"]) for row in rows)
+        pad = self.config.pad_token_id
+
+        def stack(name: str, filler: int) -> torch.Tensor:
+            return torch.tensor([row[name] + [filler] * (length - len(row[name])) for row in rows])
+
+        sizes = torch.tensor([len(row["input_ids"]) for row in rows])
+        grids = [grid for row in rows for grid in row["image_grid_shw"]]
+        mask = (torch.arange(length) < sizes[:, None]).long()
+        return Batch(stack("input_ids", pad), mask, stack("labels", -100), torch.tensor(grids))
+
+    def _row(self, rng: np.random.Generator, entry: dict[str, Any], num_scales: int) -> dict[str, Any]:
+        text = entry["plain"] if "plain" in entry and rng.random() < USE_PLAIN else entry["chat"]
+        marks = zip(text["token_ids"], text["completion_mask"], strict=True)
+        answers = [answer for token, answer in marks if token == self.config.image_token_id]
+        images = range(entry["first"], entry["first"] + len(answers))
+        # What a prompt shows was encoded as it is; an answer is drawn with mistakes in it.
+        corrected = [bool(answer) and rng.random() < USE_CORRECTED for answer in answers]
+        seen, wanted = ("clean", "corrected"), ("clean", "targets")
+        cut = SCHEDULE.prefix(num_scales)
+        sample = {
+            **text,
+            "codes": [
+                self.joined[seen[c]][i, : cut.num_tokens].tolist() for i, c in zip(images, corrected, strict=True)
+            ],
+            "target_codes": [
+                self.joined[wanted[c]][i, : cut.num_tokens].tolist() for i, c in zip(images, corrected, strict=True)
+            ],
+            "image_grid_shw": [cut.grid_shw] * len(answers),
+            "codebook_size": self.config.visual_codebook_size,
+        }
+        if any(answers) and rng.random() < DROP_TEXT:
+            sample = drop_condition(sample, self.config.image_token_id)
+        # The grid says how many scales the image would have: a prefix of them must not look like a smaller image.
+        return {**expand_sample(sample, self.config), "image_grid_shw": [SCHEDULE.grid_shw] * len(answers)}
+
+
+def _tokenize(messages: list[dict[str, Any]], processor: NextFlowProcessor, chat: bool) -> dict[str, list[int]]:
+    """`token_ids` and `completion_mask` of a conversation whose pictures are marks."""
+    tokenizer = processor.tokenizer
+    if chat:
+        encoded = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True, chat_template=processor.chat_template
+        )
+        return {"token_ids": list(encoded["input_ids"]), "completion_mask": list(encoded["assistant_masks"])}
+    ids: list[int] = []
+    mask: list[int] = []
+    for message in messages:
+        text = "".join(part.get("text", processor.image_token) for part in message["content"])
+        new = tokenizer.encode(text, add_special_tokens=False)
+        ids += new
+        mask += [int(message["role"] == "assistant")] * len(new)
+    return {"token_ids": ids, "completion_mask": mask}

@@ -1,0 +1,146 @@
+"""Rows that are decoded from one cache: where they stand, and how they go on by text, by pictures or by scales.
+
+Letters: B rows, T slots that the cache holds, q slots of a step, n_s codes of a scale, K codes in the codebook.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from .scale_schedule import ScaleSchedule
+from .token_layout import find_image_groups, get_token_layout, scale_position_ids
+
+
+class DecodingState:
+    """A cache, which of its slots are real, and the position that each row goes on from.
+
+    Rows may run at different paces: a row that takes no part in a step gets a masked slot. As long as every slot is
+    real no mask is made, so steps run on fused attention kernels.
+
+    Args:
+        model ([`NextFlowForCausalLM`]): Every step goes through its `forward`.
+        num_rows (`int`): B.
+        cache (`Cache`, *optional*): An empty cache; a `DynamicCache` by default.
+        device (`torch.device`, *optional*): Of the ids; the model's by default.
+    """
+
+    def __init__(self, model: Any, num_rows: int, cache: Cache | None = None, device: torch.device | None = None):
+        self.model = model
+        self.cache = DynamicCache(config=model.config) if cache is None else cache
+        device = model.device if device is None else device
+        self.mask = torch.ones(num_rows, 0, dtype=torch.long, device=device)
+        self.position = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self._all_real = True
+
+    @property
+    def num_slots(self) -> int:
+        """T."""
+        return self.mask.shape[1]
+
+    def run(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        image_grid_shw: torch.Tensor | None = None,
+        visual_logits: bool = False,
+    ) -> torch.Tensor:
+        """Appends token-view ids, whole images among them, and returns the logits of the last slot.
+
+        Args:
+            ids (`torch.LongTensor` of shape `(B, q)`): An image's last code goes on as `<eoi>` if a step starts there.
+            mask (`torch.Tensor` of shape `(B, q)`, *optional*): 0 where a row has no token.
+            image_grid_shw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*): Of the images in `ids`.
+            visual_logits (`bool`, *optional*, defaults to `False`): Logits of the visual ids alone.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, vocab_size)`, or `(B, K)`.
+        """
+        config, groups = self.model.config, []
+        if image_grid_shw is not None:
+            groups = find_image_groups(
+                ids, image_grid_shw, mask, config.text_vocab_size, config.boi_token_id, config.num_scales
+            )
+        position_ids = get_token_layout(
+            ids, groups, mask, config.rope_spatial_range, self.position[:, None]
+        ).position_ids
+        real = torch.ones_like(ids) if mask is None else mask.long()
+        self._all_real = self._all_real and (mask is None or bool(mask.all()))
+        self.mask = torch.cat([self.mask, real], dim=1)
+        logits = self.model(
+            input_ids=ids,
+            image_grid_shw=image_grid_shw,
+            attention_mask=None if self._all_real else self.mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            visual_logits=visual_logits,
+        ).logits
+        furthest = torch.where(real.bool(), position_ids[0].long() + 1, 0).amax(-1)
+        self.position = torch.maximum(self.position, furthest)
+        return logits[:, -1]
+
+    def run_scale(
+        self, ids: torch.Tensor, schedule: ScaleSchedule, scale_index: int, code_sampler: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
+        """Appends the slots of one scale of an image that every row has open, and draws from what they predict.
+
+        Args:
+            ids (`torch.LongTensor` of shape `(B, n)`): Ids that the scale's features are made of, see
+                [`NextFlowModel.forward`].
+            schedule (`ScaleSchedule`): The image's.
+            scale_index (`int`): The scale, at least 1; after scale 0 the position is that of the slot after `<boi>`.
+            code_sampler (`Callable`): See [`NextFlowForCausalLM.forward`].
+
+        Returns:
+            What the sampler returned.
+        """
+        self.mask = F.pad(self.mask, (0, schedule.scale_lengths[scale_index]), value=1)
+        spatial_range = float(self.model.config.rope_spatial_range)
+        position_ids = scale_position_ids(self.position - scale_index, schedule, scale_index, spatial_range)
+        self.position = self.position + 1
+        return self.model(
+            input_ids=ids,
+            image_grid_shw=torch.tensor([schedule.grid_shw]).expand(len(ids), -1),  # on the CPU, where it is read
+            attention_mask=None if self._all_real else self.mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            scale_index=scale_index,
+            code_sampler=code_sampler,
+        ).image_codes
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keeps the given rows, in the given order; a row may come more than once."""
+        if len(rows) == len(self.mask) and torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+            return
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]
+        self.mask, self.position = self.mask[rows], self.position[rows]
+        self._all_real = self._all_real or bool(self.mask.all())
+
+    def crop(self, num_slots: int, position: torch.Tensor) -> None:
+        """Forgets all slots but the first `num_slots`; `position` `(B,)` is what it was then."""
+        if not 0 <= num_slots <= self.num_slots:
+            raise ValueError(f"A cache of {self.num_slots} slots can't be cropped to {num_slots}.")
+        if num_slots < self.num_slots:
+            self.cache.crop(num_slots - self.num_slots if num_slots else -self.num_slots)
+        self.mask, self.position = self.mask[:, :num_slots], position.clone()
+        self._all_real = bool(self.mask.all())
+
+    def fork(self) -> "DecodingState":
+        """A state that goes on from here by itself; both keep what they share until then."""
+        twin = copy.copy(self)
+        if all(type(layer) is DynamicLayer for layer in self.cache.layers):
+            # These layers never write into their tensors, so the beginning is held once.
+            twin.cache = copy.copy(self.cache)
+            twin.cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        else:
+            twin.cache = copy.deepcopy(self.cache)
+        return twin
+
+
+__all__ = ["DecodingState"]
