@@ -236,6 +236,22 @@ def get_token_layout(
     return TokenLayout(position_ids, block_ids, scale_index)
 
 
+def scale_of_tokens(image_groups: list[ImageGroup], shape: torch.Size, device: torch.device) -> torch.Tensor:
+    """The 0-based scale `(B, L)` that each *token* is a code of, -1 for text.
+
+    (Not the scale whose features its slot carries: that one is [`TokenLayout`]'s.)
+
+    Args:
+        image_groups (`list[ImageGroup]`): From [`find_image_groups`].
+        shape (`torch.Size`): `(B, L)`.
+        device (`torch.device`): Of the result.
+    """
+    scales = torch.full((shape.numel(),), -1, device=device)
+    for group in image_groups:
+        scales[group.slots] = code_coordinates(group.schedule)[0][: group.slots.shape[1]].to(device)
+    return scales.view(shape)
+
+
 def scale_loss_weights(
     image_groups: list[ImageGroup], shape: torch.Size, device: torch.device, alpha: float
 ) -> torch.Tensor:

@@ -6,7 +6,13 @@ Every name is loaded when it is first used; nothing below imports this package.
 import importlib
 
 _MODULES: dict[str, tuple[str, ...]] = {
-    "coded_dataset": ("drop_condition", "encode_messages", "expand_sample"),
+    "coded_dataset": (
+        "drop_condition",
+        "encode_messages",
+        "expand_sample",
+        "hash_image_tokenizer",
+        "invert_task",
+    ),
     "data_collator": ("NextFlowDataCollator",),
     "packing": ("PackSampler", "make_packs", "rank_imbalance", "sample_costs", "sequence_flops"),
     "sft_config": ("NextFlowSFTConfig",),

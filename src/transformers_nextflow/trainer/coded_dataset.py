@@ -8,22 +8,47 @@ all. A row of a data set holds plain lists:
 - `codes`, `target_codes`: for each picture the codes that are seen and those that are to be predicted (they differ
   under self-correction);
 - `image_grid_shw`: for each picture number of scales, bucket height and bucket width;
-- `codebook_size`: of the image tokenizer that made the codes.
+- `codebook_size`: of the image tokenizer that made the codes;
+
+and, where there is a use for them,
+
+- `image_tokenizer_hash`: of the codebooks (see `hash_image_tokenizer`); codes of another tokenizer are refused by it;
+- `inverse_token_ids`, `inverse_completion_mask`: of a sample that draws from a text, the other way round: the picture is
+  the prompt and the text the answer; empty for all other samples;
+- `id`: any name, told when something is wrong with the sample.
 
 Letters: L slots of the token view, N codes of an image.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from ..configuration_nextflow import NextFlowConfig
+from ..modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
 
 CodedSample = dict[str, Any]
 COLUMNS = ("token_ids", "completion_mask", "codes", "target_codes", "image_grid_shw", "codebook_size")
+
+_hashes: WeakKeyDictionary[NextFlowImageTokenizer, tuple[tuple[int, int], str]] = WeakKeyDictionary()
+
+
+def hash_image_tokenizer(image_tokenizer: NextFlowImageTokenizer) -> str:
+    """SHA-256, its first 16 digits, of both codebooks in fp32: tells whether two data sets speak of the same codes."""
+    tables = [image_tokenizer.quantizer.semantic_codebook.weight, image_tokenizer.quantizer.pixel_codebook.weight]
+    versions = (tables[0]._version, tables[1]._version)
+    known = _hashes.get(image_tokenizer)
+    if known is None or known[0] != versions:
+        digest = hashlib.sha256()
+        for table in tables:
+            digest.update(table.detach().float().cpu().numpy().tobytes())
+        known = _hashes[image_tokenizer] = (versions, digest.hexdigest()[:16])
+    return known[1]
 
 
 def encode_messages(
@@ -31,6 +56,7 @@ def encode_messages(
     processor: NextFlowProcessor,
     self_correction: bool = False,
     generator: torch.Generator | None = None,
+    caption_prompt: str = "",
     **images_kwargs,
 ) -> CodedSample:
     """Makes a coded sample of a conversation in transformers' chat format.
@@ -42,6 +68,8 @@ def encode_messages(
         processor ([`NextFlowProcessor`]): With its image tokenizer.
         self_correction (`bool`, *optional*, defaults to `False`): Draw some of the codes that are seen.
         generator (`torch.Generator`, *optional*): Source of those draws.
+        caption_prompt (`str`, *optional*, defaults to `""`):
+            What stands after the picture in the prompt of an inverted sample (see [`invert_task`]).
         images_kwargs: Options of the image processor (`num_scales`, ...).
 
     Returns:
@@ -58,21 +86,53 @@ def encode_messages(
                 if part.get("image") is None:
                     raise ValueError('A part {"type": "image"} needs its picture under "image".')
                 pictures.append(part["image"])
-    encoded = processor.tokenizer.apply_chat_template(
-        list(messages), return_dict=True, return_assistant_tokens_mask=True, chat_template=processor.chat_template
-    )
-    if not any(encoded["assistant_masks"]):
+    token_ids, completion_mask = _tokenize(messages, processor)
+    if not any(completion_mask):
         raise ValueError("The conversation has nothing to learn: no message of an assistant.")
+    inverse = _inverted(messages, caption_prompt)
+    inverse_token_ids, inverse_completion_mask = _tokenize(inverse, processor) if inverse else ([], [])
     codes, targets, grids = processor._encode_images(pictures, self_correction, generator, images_kwargs)
     offset = processor.visual_token_offset or 0
     return {
-        "token_ids": list(encoded["input_ids"]),
-        "completion_mask": list(encoded["assistant_masks"]),
+        "token_ids": token_ids,
+        "completion_mask": completion_mask,
         "codes": [[code - offset for code in image] for image in codes],
         "target_codes": [[code - offset for code in image] for image in targets],
         "image_grid_shw": grids,
         "codebook_size": processor.image_tokenizer.config.codebook_size if processor.image_tokenizer else 0,
+        "image_tokenizer_hash": hash_image_tokenizer(processor.image_tokenizer) if processor.image_tokenizer else "",
+        "inverse_token_ids": inverse_token_ids,
+        "inverse_completion_mask": inverse_completion_mask,
     }
+
+
+def _tokenize(messages: Sequence[dict[str, Any]], processor: NextFlowProcessor) -> tuple[list[int], list[int]]:
+    """Ids of a conversation with a mark a picture, and where an assistant speaks."""
+    encoded = processor.tokenizer.apply_chat_template(
+        list(messages), return_dict=True, return_assistant_tokens_mask=True, chat_template=processor.chat_template
+    )
+    return list(encoded["input_ids"]), list(encoded["assistant_masks"])
+
+
+def _inverted(messages: Sequence[dict[str, Any]], caption_prompt: str) -> list[dict[str, Any]] | None:
+    """A picture drawn from a text as a picture described; None for any other conversation."""
+    parts = [
+        [{"type": "text", "text": content}] if isinstance(content := message["content"], str) else content
+        for message in messages
+    ]
+    if [message["role"] for message in messages] != ["user", "assistant"] or len(parts[1]) != 1:
+        return None
+    if parts[1][0]["type"] != "image" or any(part["type"] != "text" for part in parts[0]):
+        return None
+    prompt = [{"type": "text", "text": caption_prompt}] if caption_prompt else []
+    return [{"role": "user", "content": [*parts[1], *prompt]}, {"role": "assistant", "content": parts[0]}]
+
+
+def invert_task(sample: CodedSample) -> CodedSample:
+    """A sample that draws from a text as one that describes (task inversion); any other sample as it is."""
+    if not sample.get("inverse_token_ids"):
+        return sample
+    return {**sample, **{name: sample[f"inverse_{name}"] for name in ("token_ids", "completion_mask")}}
 
 
 def drop_condition(sample: CodedSample, image_token_id: int) -> CodedSample:
@@ -110,6 +170,12 @@ def expand_sample(
             f"The codes come from a codebook of {sample['codebook_size']} codes, but the model's has "
             f"{config.visual_codebook_size}. Extract the codes with the model's own image tokenizer."
         )
+    ours, theirs = getattr(config, "image_tokenizer_hash", None), sample.get("image_tokenizer_hash")
+    if images and ours and theirs and ours != theirs:
+        raise ValueError(
+            f"The codes come from the image tokenizer {theirs}, but the model was trained on codes of {ours}: the same "
+            "number means another picture. Extract the codes with the model's own image tokenizer."
+        )
     num_marks = list(sample["token_ids"]).count(config.image_token_id)
     if num_marks != len(images):
         raise ValueError(f"The sample has {num_marks} image marks, but codes of {len(images)} images.")
@@ -135,4 +201,12 @@ def expand_sample(
     return {"input_ids": input_ids, "labels": labels, "image_grid_shw": [list(grid) for *_, grid in images]}
 
 
-__all__ = ["COLUMNS", "CodedSample", "drop_condition", "encode_messages", "expand_sample"]
+__all__ = [
+    "COLUMNS",
+    "CodedSample",
+    "drop_condition",
+    "encode_messages",
+    "expand_sample",
+    "hash_image_tokenizer",
+    "invert_task",
+]

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..configuration_nextflow import NextFlowConfig
-from .coded_dataset import CodedSample, drop_condition, expand_sample
+from .coded_dataset import CodedSample, drop_condition, expand_sample, invert_task
 
 
 @dataclass
@@ -24,6 +25,10 @@ class NextFlowDataCollator:
         max_length (`int`, *optional*): Longest sample; by default the model's context.
         packing (`bool`, *optional*, defaults to `False`):
             One row for all samples, one after the other, which don't see each other, instead of a padded row each.
+        task_inversion (`float`, *optional*, defaults to 0.0):
+            Probability that a sample which draws from a text is turned into one that describes its picture.
+        return_ids (`bool`, *optional*, defaults to `False`):
+            Add `sample_ids`, the samples' column `id`: for trainers that tell which samples went wrong.
     """
 
     config: NextFlowConfig
@@ -31,17 +36,20 @@ class NextFlowDataCollator:
     condition_dropout: float = 0.1
     max_length: int | None = None
     packing: bool = False
+    task_inversion: float = 0.0
+    return_ids: bool = False
 
     def __post_init__(self):
-        if not 0 <= self.condition_dropout <= 1:
-            raise ValueError(f"`condition_dropout` must be between 0 and 1, but got {self.condition_dropout}.")
+        for name in ("condition_dropout", "task_inversion"):
+            if not 0 <= (probability := getattr(self, name)) <= 1:
+                raise ValueError(f"`{name}` must be between 0 and 1, but got {probability}.")
 
     def _draws(self, sample: CodedSample) -> bool:
         """Whether an answer has an image; questions are never dropped from answers in words."""
         marks = zip(sample["token_ids"], sample["completion_mask"], strict=True)
         return any(answer and token == self.config.image_token_id for token, answer in marks)
 
-    def __call__(self, samples: Sequence[CodedSample]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[CodedSample]) -> dict[str, Any]:
         """
         Returns:
             `dict` with `input_ids`, `attention_mask` and `labels`, int64 `(B, L)`, padded on the right, and with
@@ -53,6 +61,8 @@ class NextFlowDataCollator:
         """
         rows = []
         for sample in samples:
+            if self.task_inversion and torch.rand(()) < self.task_inversion:
+                sample = invert_task(sample)
             if self._draws(sample) and torch.rand(()) < self.condition_dropout:
                 sample = drop_condition(sample, self.config.image_token_id)
             rows.append(expand_sample(sample, self.config, self.completion_only))
@@ -65,11 +75,13 @@ class NextFlowDataCollator:
             )
 
         grids = [grid for row in rows for grid in row["image_grid_shw"]]
-        images = {"image_grid_shw": torch.tensor(grids)} if grids else {}
+        extras: dict[str, Any] = {"image_grid_shw": torch.tensor(grids)} if grids else {}
+        if self.return_ids:
+            extras["sample_ids"] = [str(sample.get("id", "(no id)")) for sample in samples]
         if self.packing:
             packed = {name: [token for row in rows for token in row[name]] for name in ("input_ids", "labels")}
             seq_idx = torch.arange(len(rows)).repeat_interleave(lengths)
-            return {**{name: torch.tensor([ids]) for name, ids in packed.items()}, "seq_idx": seq_idx[None], **images}
+            return {**{name: torch.tensor([ids]) for name, ids in packed.items()}, "seq_idx": seq_idx[None], **extras}
 
         def pad(name: str, value: int) -> torch.Tensor:
             sequences = [torch.tensor(row[name], dtype=torch.long) for row in rows]
@@ -80,7 +92,7 @@ class NextFlowDataCollator:
             "input_ids": pad("input_ids", pad_token_id),
             "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
             "labels": pad("labels", -100),
-            **images,
+            **extras,
         }
 
 

@@ -4,14 +4,32 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from .packing import PACKING_STRATEGIES
+
+STAGES = ("full", "alignment")
+
 
 @dataclass
 class NextFlowSFTConfig(SFTConfig):
     r"""
-    [`~trl.SFTConfig`] for [`NextFlowSFTTrainer`]. What concerns the preparation of text (`max_length` apart, `packing`,
-    `dataset_text_field`, ...) has no effect: coded samples are ready.
+    [`~trl.SFTConfig`] for [`NextFlowSFTTrainer`]. What concerns the preparation of text (`dataset_text_field`, ...) has
+    no effect: coded samples are ready.
 
     Args:
+        stage (`str`, *optional*, defaults to `"full"`):
+            `"full"` trains every weight (or the adapters of `peft_config`). `"alignment"` is the paper's first stage:
+            it trains what Qwen did not have, that is connector, scale embeddings, the embeddings of `<boi>` and
+            `<eoi>`, and the head's rows of `<boi>` and of the codes.
+        packing (`bool`, *optional*, defaults to `False`):
+            Fill rows with samples that don't see each other, instead of padding them. A batch is one pack;
+            `per_device_train_batch_size` has no effect then.
+        packing_strategy (`str`, *optional*, defaults to `"compute"`):
+            What packs have in common: `"compute"`, the paper's cost in FLOPs, or `"length"`, their number of tokens.
+        max_length (`int`, *optional*):
+            Longest sample, images included; the model's context by default. With packing, what a pack may cost, in
+            tokens of linear work: with `"compute"`, a token that attends to many others counts for more than one.
+        overlong_samples (`str`, *optional*, defaults to `"error"`):
+            What becomes of samples over `max_length`: `"error"`, or `"skip"` (they are counted in a warning).
         scale_reweight_alpha (`float`, *optional*):
             A code of scale s weighs `1 / (h_s * w_s) ** alpha` in the loss, normalised within the image
             (arXiv 2601.02204: 0 at 256-level, 0.9 from 512 on). The model's own (`config.scale_reweight_alpha`) by
@@ -19,22 +37,37 @@ class NextFlowSFTConfig(SFTConfig):
         condition_dropout (`float`, *optional*, defaults to 0.1):
             Probability that a sample whose answer has an image loses the text of its prompt, so that guidance has an
             unconditional branch.
+        task_inversion (`float`, *optional*, defaults to 0.0):
+            Probability that a sample which draws from a text is turned into one that describes its picture.
         completion_only_loss (`bool`, *optional*, defaults to `True`): Learn answers only.
-        max_length (`int`, *optional*): Longest sample, images included; the model's context by default.
     """
 
+    stage: str = field(default="full", metadata={"help": "What is trained.", "choices": list(STAGES)})
+    packing_strategy: str = field(
+        default="compute", metadata={"help": "What packs have in common.", "choices": list(PACKING_STRATEGIES)}
+    )
+    overlong_samples: str = field(
+        default="error", metadata={"help": "What becomes of samples over max_length.", "choices": ["error", "skip"]}
+    )
     scale_reweight_alpha: float | None = field(
         default=None, metadata={"help": "Exponent of the scale weights; the model's own by default."}
     )
     condition_dropout: float = field(
         default=0.1, metadata={"help": "Probability that a sample loses the text of its prompt."}
     )
+    task_inversion: float = field(
+        default=0.0, metadata={"help": "Probability that drawing from a text becomes describing a picture."}
+    )
     completion_only_loss: bool | None = field(default=True, metadata={"help": "Learn answers only."})
-    max_length: int | None = field(default=None, metadata={"help": "Longest sample, images included."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest sample, or cost of a pack."})
 
     def __post_init__(self):
-        if self.packing or self.padding_free:
-            raise ValueError("Coded samples can't be packed yet: leave `packing` and `padding_free` at False.")
+        choices = {"stage": STAGES, "packing_strategy": PACKING_STRATEGIES, "overlong_samples": ("error", "skip")}
+        for name, legal in choices.items():
+            if getattr(self, name) not in legal:
+                raise ValueError(f"`{name}` must be one of {', '.join(legal)}, but got {getattr(self, name)!r}.")
+        if self.padding_free:
+            raise ValueError("`padding_free` is TRL's for text: use `packing` for coded samples.")
         if self.scale_reweight_alpha is not None and self.scale_reweight_alpha < 0:
             raise ValueError(f"`scale_reweight_alpha` must be at least 0, but got {self.scale_reweight_alpha}.")
         self.remove_unused_columns = False  # the collator reads them all

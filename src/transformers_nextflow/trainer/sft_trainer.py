@@ -1,13 +1,31 @@
 """Supervised fine-tuning on TRL."""
 
+import json
+import logging
+import os
 from typing import Any
 
-from transformers import Trainer
+import datasets
+import torch
+import torch.nn.functional as F
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import SFTTrainer
 
 from ..modeling_nextflow import NextFlowForCausalLM
+from ..token_layout import find_image_groups, scale_of_tokens
+from ..varlen_attention import SDPA_VARLEN
 from .data_collator import NextFlowDataCollator
+from .packing import PackSampler, make_packs, sample_costs
 from .sft_config import NextFlowSFTConfig
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "nextflow_run.json"
+# What PEFT takes where no `target_modules` are named.
+TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("nextflow", ["q_proj", "v_proj"])
 
 
 class NextFlowSFTTrainer(SFTTrainer):
@@ -15,14 +33,19 @@ class NextFlowSFTTrainer(SFTTrainer):
     TRL's [`~trl.SFTTrainer`] on coded samples (see `coded_dataset`) with the model's own loss.
 
     The loss is what makes the difference to the stock trainer, which computes log-probabilities with a fused head of
-    its own and so weighs all codes alike: here the scales of an image are reweighted. (TRL's entropy and token accuracy
-    come from its own head and are not logged.)
+    its own and so weighs all codes alike: here the scales of an image are reweighted. Logged beside it are the
+    unweighted cross-entropies of text (`loss_text`), codes (`loss_image`) and the codes of each scale
+    (`loss_scale_1`, ...). (TRL's entropy and token accuracy come from its own head and are not logged.)
 
     Args:
         model ([`NextFlowForCausalLM`] or `str`): The model, or its folder.
         args ([`NextFlowSFTConfig`], *optional*): Settings.
         kwargs: Everything else that `SFTTrainer` takes: `train_dataset` and `eval_dataset` of coded samples,
             `peft_config`, `callbacks`, ...
+
+    Raises:
+        `ValueError`: while training, if a loss is not finite (with the batch's ids), and where a run is resumed with
+            another number of processes or other packs.
 
     Example:
 
@@ -34,8 +57,16 @@ class NextFlowSFTTrainer(SFTTrainer):
     ```
     """
 
+    args: NextFlowSFTConfig
+
     def __init__(
-        self, model: NextFlowForCausalLM | str, args: NextFlowSFTConfig | None = None, data_collator=None, **kwargs
+        self,
+        model: NextFlowForCausalLM | str,
+        args: NextFlowSFTConfig | None = None,
+        data_collator=None,
+        train_dataset=None,
+        peft_config=None,
+        **kwargs,
     ):
         args = args or NextFlowSFTConfig("nextflow-sft")
         if not isinstance(args, NextFlowSFTConfig):
@@ -47,15 +78,213 @@ class NextFlowSFTTrainer(SFTTrainer):
             args.model_init_kwargs = None
         if args.scale_reweight_alpha is not None:
             network.config.scale_reweight_alpha = args.scale_reweight_alpha
+        if args.packing and network.config._attn_implementation == "sdpa":
+            network.set_attn_implementation(SDPA_VARLEN)
+        if args.stage == "alignment":
+            if peft_config is not None:
+                raise ValueError('`stage="alignment"` trains weights of the model itself: leave `peft_config` out.')
+            train_new_weights_only(network)
+        self._pack_sampler: PackSampler | None = None
+        self._loss_sums: torch.Tensor | None = None
+        train_dataset, self._packing_costs = self._prepare_samples(train_dataset, network.config, args)
         if data_collator is None:
             data_collator = NextFlowDataCollator(
-                network.config, bool(args.completion_only_loss), args.condition_dropout, args.max_length
+                network.config,
+                bool(args.completion_only_loss),
+                args.condition_dropout,
+                args.max_length,
+                args.packing,
+                args.task_inversion,
+                return_ids=True,
             )
-        super().__init__(network, args, data_collator=data_collator, **kwargs)
+        super().__init__(
+            network, args, data_collator=data_collator, train_dataset=train_dataset, peft_config=peft_config, **kwargs
+        )
+        self._model_config = network.config
+        if args.packing:
+            self._pack_sampler = self._make_pack_sampler()
+            self.add_callback(_EpochOfPacks(self._pack_sampler))
+
+    # Data
+
+    def _prepare_samples(self, dataset, config, args: NextFlowSFTConfig):
+        """The samples to train on, each with an id, without what is to be skipped; and their costs, for packing."""
+        self.num_skipped_samples = 0
+        if not isinstance(dataset, datasets.Dataset):
+            if args.packing or args.overlong_samples == "skip":
+                raise ValueError(
+                    f"`packing` and `overlong_samples` need a `datasets.Dataset`, whose samples can be measured, but "
+                    f"`train_dataset` is a {type(dataset).__name__}."
+                )
+            return dataset, None
+        if "image_tokenizer_hash" in dataset.column_names:
+            hashes = {value for value in dataset.unique("image_tokenizer_hash") if value}
+            ours = getattr(config, "image_tokenizer_hash", None)
+            if len(hashes | ({ours} if ours else set())) > 1:
+                raise ValueError(
+                    f"The codes of the data set come from the image tokenizer {', '.join(sorted(hashes))}"
+                    + (f", but the model was trained on codes of {ours}" if ours else "")
+                    + ". The same number means another picture: extract all codes with the model's own image tokenizer."
+                )
+            if hashes:
+                config.image_tokenizer_hash = hashes.pop()  # saved with the model, for the next training
+        if "id" not in dataset.column_names:
+            dataset = dataset.add_column("id", [str(index) for index in range(len(dataset))])
+        if not args.packing and args.overlong_samples == "error":
+            return dataset, None  # the collator tells
+        args.max_length = args.max_length or config.max_position_embeddings
+        hidden_size = config.hidden_size if args.packing and args.packing_strategy == "compute" else None
+        columns = dataset.select_columns(["token_ids", "image_grid_shw"])
+        costs = sample_costs(columns, config.image_token_id, hidden_size)
+        if args.overlong_samples == "skip":
+            fits = (costs <= args.max_length).nonzero()[0]
+            self.num_skipped_samples = len(dataset) - len(fits)
+            if not len(fits):
+                raise ValueError(f"All {len(dataset)} samples are over `max_length` ({args.max_length}): raise it.")
+            if self.num_skipped_samples:
+                logger.warning("%d of %d samples are skipped: too long.", self.num_skipped_samples, len(dataset))
+                dataset, costs = dataset.select(fits), costs[fits]
+        return dataset, costs
+
+    def _make_pack_sampler(self) -> PackSampler:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        num_ranks, budget = self.accelerator.num_processes, self.args.max_length or 0  # set above
+        packs = make_packs(self._packing_costs, budget, num_ranks, seed)
+        return PackSampler(packs, num_ranks, seed)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A loader of packs, or the stock one."""
+        if self._pack_sampler is None:
+            return super().get_train_dataloader()
+        dataset: Any = self.train_dataset
+        loader = DataLoader(
+            dataset,
+            batch_sampler=self._pack_sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+        )
+        return self.accelerator.prepare(loader)
+
+    # Loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's own loss, as `transformers.Trainer` takes it."""
-        return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
+        sample_ids = inputs.pop("sample_ids", None)
+        loss, outputs = Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, True, num_items_in_batch)
+        if model.training:
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"The loss is {float(loss)} at step {self.state.global_step} on the samples {sample_ids}. Look at "
+                    "them, or lower the learning rate; the last checkpoint is from before."
+                )
+            self._count_losses(inputs, outputs["token_losses"])
+        return (loss, outputs) if return_outputs else loss
+
+    def _count_losses(self, inputs: dict[str, torch.Tensor], token_losses: torch.Tensor) -> None:
+        """Adds up cross-entropies and numbers of text (first) and of each scale."""
+        config, ids, grids = self._model_config, inputs["input_ids"], inputs.get("image_grid_shw")
+        kinds = torch.zeros_like(ids)
+        if grids is not None:
+            groups = find_image_groups(
+                ids,
+                grids,
+                inputs.get("attention_mask"),
+                text_vocab_size=config.text_vocab_size,
+                boi_token_id=config.boi_token_id,
+                max_num_scales=config.num_scales,
+            )
+            kinds = scale_of_tokens(groups, ids.shape, ids.device) + 1
+        predicted = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100) != -100
+        kinds = F.pad(kinds[:, 1:], (0, 1))[predicted]
+        sums = token_losses.new_zeros(2, config.num_scales + 1)
+        sums[0].index_add_(0, kinds, token_losses[predicted])
+        sums[1] += torch.bincount(kinds, minlength=sums.shape[1])
+        self._loss_sums = sums if self._loss_sums is None else self._loss_sums + sums
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the cross-entropies of text, codes and each scale since the last time."""
+        if self._loss_sums is not None and "loss" in logs:
+            totals, counts = self.accelerator.reduce(self._loss_sums, reduction="sum").cpu()
+            kinds = {"loss_text": slice(1), "loss_image": slice(1, None)}
+            kinds |= {f"loss_scale_{scale}": slice(scale, scale + 1) for scale in range(1, len(counts))}
+            for name, kind in kinds.items():
+                if counts[kind].sum():
+                    logs[name] = round(float(totals[kind].sum() / counts[kind].sum()), 6)
+            self._loss_sums = None
+        super().log(logs, start_time)
+
+    # Optimizer and checkpoints
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Rows that are frozen by a mask must not decay either."""
+        names = super().get_decay_parameter_names(model)
+        if self.args.stage == "alignment":
+            names = [name for name in names if not name.endswith(("embed_tokens.weight", "lm_head.weight"))]
+        return names
+
+    def _run_facts(self) -> dict[str, Any]:
+        """What must not change when a run is resumed."""
+        facts: dict[str, Any] = {"num_processes": self.accelerator.num_processes}
+        if self._pack_sampler is not None:
+            facts |= {"num_packs": len(self._pack_sampler), "max_length": self.args.max_length}
+        return facts
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            with open(os.path.join(self._get_output_dir(trial=trial), folder, RUN_FILE), "w") as file:
+                json.dump(self._run_facts(), file)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As in transformers; refuses to go on with what would not be the same run."""
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if folder and os.path.exists(path := os.path.join(folder, RUN_FILE)):
+            with open(path) as file:
+                then, now = json.load(file), self._run_facts()
+            changed = [
+                f"`{name}` was {then[name]}, now {now.get(name)}" for name in then if then[name] != now.get(name)
+            ]
+            if changed:
+                raise ValueError(
+                    f"The run in {folder} can't go on: {'; '.join(changed)}. The data would come in another order. "
+                    "Resume it as it was, or start a new run from its weights."
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
 
-__all__ = ["NextFlowSFTTrainer"]
+class _EpochOfPacks(TrainerCallback):
+    """Tells the sampler its epoch, wherever accelerate has wrapped it."""
+
+    def __init__(self, sampler: PackSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+def train_new_weights_only(model: NextFlowForCausalLM) -> None:
+    """Freezes all but what Qwen did not have: connector, scale embeddings, the rows of `<boi>`, `<eoi>` and the codes.
+
+    Rows are frozen by a mask on the gradient, so the optimizer must not decay `embed_tokens` and `lm_head`.
+    """
+    config = model.config
+    model.requires_grad_(False)
+    for module in (model.model.connector, model.model.scale_embedding):
+        module.requires_grad_(True)
+    new_rows = {
+        model.model.embed_tokens.weight: [config.boi_token_id, config.eoi_token_id],
+        model.lm_head.weight: [config.boi_token_id, *range(config.text_vocab_size, config.vocab_size)],
+    }
+    for weight, rows in new_rows.items():
+        weight.requires_grad_(True)
+        mask = torch.zeros(len(weight), 1)
+        mask[rows] = 1
+        weight.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient))
+
+
+__all__ = ["NextFlowSFTTrainer", "train_new_weights_only"]

@@ -1,11 +1,19 @@
 """Coded samples: the processor's own ids, answers alone to be learned, and what is refused."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, NextFlowProcessor
-from transformers_nextflow.trainer import drop_condition, encode_messages, expand_sample
+from transformers_nextflow.trainer import (
+    drop_condition,
+    encode_messages,
+    expand_sample,
+    hash_image_tokenizer,
+    invert_task,
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +77,34 @@ def test_the_loss_is_the_models_own(processor, config, tiny_random_checkpoint):
     torch.testing.assert_close(ours, model(ids, image_grid_shw=grids, labels=ids).loss)
 
 
+def test_an_inverted_sample_describes_what_was_drawn(processor, config):
+    image = [{"type": "image", "image": picture(0)}]
+    drawing = [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": image}]
+    prompt = [*image, {"type": "text", "text": "Describe it."}]
+    describing = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "a cat"}]
+    inverted = invert_task(encode_messages(drawing, processor, caption_prompt="Describe it."))
+    assert expand_sample(inverted, config) == expand_sample(encode_messages(describing, processor), config)
+    for messages in (describing, conversation()):
+        sample = encode_messages(messages, processor)
+        assert invert_task(sample) == sample
+
+
+def test_the_hash_tells_image_tokenizers_apart(processor):
+    ours = hash_image_tokenizer(processor.image_tokenizer)
+    other = copy.deepcopy(processor.image_tokenizer)
+    assert hash_image_tokenizer(other) == ours
+    with torch.no_grad():
+        other.quantizer.pixel_codebook.weight[0, 0] += 1
+    assert hash_image_tokenizer(other) != ours
+
+
 class TestBadInput:
+    def test_codes_of_another_tokenizer_of_the_same_size(self, sample, config):
+        config = copy.deepcopy(config)
+        config.image_tokenizer_hash = "0" * 16
+        with pytest.raises(ValueError, match=f"come from the image tokenizer .*, but .* of {'0' * 16}"):
+            expand_sample(sample, config)
+
     @pytest.fixture
     def sample(self, processor) -> dict:
         return encode_messages(conversation(), processor)

@@ -36,6 +36,16 @@ def test_answers_in_words_keep_their_questions(samples, model):
         assert torch.equal(dropping([sample])["input_ids"], kept([sample])["input_ids"])
 
 
+@pytest.mark.parametrize("probability, least, most", [(0.0, 0, 0), (0.5, 120, 180), (1.0, 300, 300)])
+def test_tasks_are_inverted_as_often_as_asked(samples, model, probability, least, most):
+    torch.manual_seed(0)
+    collate = NextFlowDataCollator(model.config, condition_dropout=0, task_inversion=probability)
+    drawn = [bool((collate([samples[0]])["labels"] >= model.config.text_vocab_size).any()) for _ in range(300)]
+    assert least <= drawn.count(False) <= most
+    for sample in samples[1:]:
+        assert torch.equal(collate([sample])["labels"], NextFlowDataCollator(model.config)([sample])["labels"])
+
+
 def test_bad_input(samples, tiny_random_checkpoint):
     config = NextFlowConfig.from_pretrained(tiny_random_checkpoint)
     with pytest.raises(ValueError, match="must be between 0 and 1, but got 2"):

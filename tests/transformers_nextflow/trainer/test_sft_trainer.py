@@ -25,10 +25,11 @@ SETTINGS = dict(
 def make_trainer(samples, tiny_random_checkpoint, tmp_path):
     def make(**changes) -> NextFlowSFTTrainer:
         kwargs = {name: changes.pop(name) for name in ("peft_config",) if name in changes}
+        rows = changes.pop("samples", samples)
         return NextFlowSFTTrainer(
-            str(tiny_random_checkpoint),
+            changes.pop("model", str(tiny_random_checkpoint)),
             NextFlowSFTConfig(str(tmp_path / "run"), **{**SETTINGS, "save_strategy": "no", **changes}),
-            train_dataset=datasets.Dataset.from_list(samples),
+            train_dataset=datasets.Dataset.from_list(rows),
             processing_class=NextFlowProcessor.from_pretrained(tiny_random_checkpoint).tokenizer,
             **kwargs,
         )
@@ -102,9 +103,145 @@ def test_trl_parser_reads_it_from_yaml(tmp_path):
 
 def test_bad_input(tiny_random_checkpoint, tmp_path):
     common = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    with pytest.raises(ValueError, match="can't be packed yet"):
-        NextFlowSFTConfig(packing=True, **common)
+    with pytest.raises(ValueError, match="use `packing` for coded samples"):
+        NextFlowSFTConfig(padding_free=True, **common)
+    with pytest.raises(ValueError, match="`packing_strategy` must be one of compute, length, but got 'bfd'"):
+        NextFlowSFTConfig(packing_strategy="bfd", **common)
+    with pytest.raises(ValueError, match=r"need a `datasets.Dataset`.* but `train_dataset` is a list"):
+        settings = NextFlowSFTConfig(packing=True, **common)
+        NextFlowSFTTrainer(str(tiny_random_checkpoint), settings, train_dataset=[{}])
     with pytest.raises(ValueError, match="must be at least 0, but got -1"):
         NextFlowSFTConfig(scale_reweight_alpha=-1, **common)
     with pytest.raises(TypeError, match="must be a `NextFlowSFTConfig`, but got SFTConfig"):
         NextFlowSFTTrainer(str(tiny_random_checkpoint), SFTConfig(**common))
+
+
+# --- Packing ---
+
+
+@pytest.mark.parametrize("strategy, max_length", [("compute", 600), ("length", 260)])
+def test_packed_training_sees_every_sample_once_an_epoch_and_resumes(
+    make_trainer, samples, tmp_path, strategy, max_length
+):
+    settings = dict(packing=True, packing_strategy=strategy, max_length=max_length, condition_dropout=0.5)
+    settings |= dict(max_steps=7, save_strategy="steps", save_steps=4)
+    many = [{**sample, "id": f"{number}-{index}"} for number in range(4) for index, sample in enumerate(samples)]
+    unbroken, resumed = (make_trainer(samples=many, **settings) for _ in range(2))
+    packs = [batch["sample_ids"] for batch in unbroken.get_train_dataloader()]
+    assert sorted(name for pack in packs for name in pack) == sorted(sample["id"] for sample in many)
+    assert 2 <= len(packs) <= 5  # so that the run has several epochs, and goes on within one
+    unbroken.train()
+    assert unbroken.model.config._attn_implementation == "sdpa_varlen"
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert losses(resumed) == pytest.approx(losses(unbroken), rel=1e-5)
+    assert NextFlowForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4").config._attn_implementation == "sdpa"
+    other = make_trainer(samples=many, **{**settings, "max_length": 700})
+    with pytest.raises(ValueError, match=f"`max_length` was {max_length}, now 700"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_packed_loss_is_the_padded_one(make_trainer):
+    padded = make_trainer(condition_dropout=0, max_steps=1)
+    packed = make_trainer(condition_dropout=0, max_steps=1, packing=True, max_length=2000)
+    padded.train()
+    packed.train()
+    assert losses(packed) == pytest.approx(losses(padded), rel=1e-5)
+
+
+def test_overlong_samples_stop_or_are_skipped(make_trainer, caplog):
+    with pytest.raises(ValueError, match=r"costs \d+ tokens, more than the budget of a pack \(60\)"):
+        make_trainer(packing=True, max_length=60)
+    for packing in (False, True):
+        trainer = make_trainer(
+            packing=packing, packing_strategy="length", max_length=60, overlong_samples="skip", max_steps=1
+        )
+        assert trainer.num_skipped_samples == 2 and len(trainer.train_dataset) == 1
+        assert "2 of 3 samples are skipped" in caplog.text
+        trainer.train()
+    with pytest.raises(ValueError, match=r"All 3 samples are over `max_length` \(10\)"):
+        make_trainer(max_length=10, overlong_samples="skip")
+
+
+# --- What is logged, what is trained ---
+
+
+def test_losses_are_logged_by_kind(make_trainer, samples, tiny_random_checkpoint):
+    model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint)
+    batch = NextFlowDataCollator(model.config, condition_dropout=0)(samples)
+    trainer = make_trainer(condition_dropout=0, max_steps=1, logging_first_step=True)
+    trainer.train()
+    log = trainer.state.log_history[0]
+
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1]
+    targets, losses_of = batch["labels"][:, 1:], {}
+    plain = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    boundaries = torch.tensor([0, 1, 5, 14, 30, 55])
+    for row, column in (targets != -100).nonzero().tolist():
+        code = targets[row, column] >= model.config.text_vocab_size
+        kinds = ["loss_text"]
+        if code:  # the only image that is learned: its codes are counted from the first one on
+            place = column - int((targets[row] >= model.config.text_vocab_size).nonzero()[0])
+            kinds = ["loss_image", f"loss_scale_{int((boundaries <= place).sum())}"]
+        for kind in kinds:
+            losses_of.setdefault(kind, []).append(float(plain[row, column]))
+    expected = {kind: sum(values) / len(values) for kind, values in losses_of.items()}
+    assert len(expected) == 7
+    assert {kind: log[kind] for kind in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_alignment_trains_what_is_new(make_trainer, tiny_random_checkpoint):
+    before = dict(NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint).named_parameters())
+    trainer = make_trainer(stage="alignment", weight_decay=0.5, condition_dropout=0, completion_only_loss=False)
+    trainer.train()
+    config = trainer.model.config
+    changed = {
+        name: (parameter != before[name]).view(len(parameter), -1).any(-1).nonzero()[:, 0].tolist()
+        for name, parameter in trainer.model.named_parameters()
+        if not torch.equal(parameter, before[name])
+    }
+    assert changed.pop("model.embed_tokens.weight") == sorted([config.boi_token_id, config.eoi_token_id])
+    head = set(changed.pop("lm_head.weight"))
+    assert head == {config.boi_token_id, *range(config.text_vocab_size, config.vocab_size)}
+    assert {name.split(".")[1] for name in changed} == {"connector", "scale_embedding"}
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    with pytest.raises(ValueError, match="leave `peft_config` out"):
+        make_trainer(stage="alignment", peft_config=LoraConfig(task_type="CAUSAL_LM"))
+
+
+def test_gradient_checkpointing_changes_nothing(make_trainer):
+    plain, saving = (make_trainer(condition_dropout=0, max_steps=2, gradient_checkpointing=on) for on in (False, True))
+    plain.train()
+    saving.train()
+    assert losses(saving) == pytest.approx(losses(plain), rel=1e-5)
+
+
+# --- What is refused ---
+
+
+def test_a_loss_that_is_not_finite_names_the_samples(make_trainer, samples):
+    named = [{**sample, "id": f"sample-{index}"} for index, sample in enumerate(samples)]
+    trainer = make_trainer(samples=named, per_device_train_batch_size=1)
+    with torch.no_grad():
+        trainer.model.lm_head.weight[:] = float("nan")
+    with pytest.raises(ValueError, match=r"The loss is nan at step 0 on the samples \['sample-\d'\]"):
+        trainer.train()
+
+
+def test_codes_of_another_image_tokenizer_are_refused(make_trainer, samples, tmp_path):
+    foreign = [{**sample, "image_tokenizer_hash": "0123456789abcdef"} for sample in samples]
+    with pytest.raises(ValueError, match="come from the image tokenizer 0123456789abcdef, "):
+        make_trainer(samples=[*foreign, *samples])
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "trained"))
+    assert trainer.model.config.image_tokenizer_hash == samples[0]["image_tokenizer_hash"]
+    with pytest.raises(ValueError, match=f"but the model was trained on codes of {samples[0]['image_tokenizer_hash']}"):
+        make_trainer(samples=foreign, model=str(tmp_path / "trained"))
+
+
+def test_another_number_of_processes_does_not_resume(make_trainer, tmp_path):
+    make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
+    facts = tmp_path / "run" / "checkpoint-1" / "nextflow_run.json"
+    facts.write_text(facts.read_text().replace('"num_processes": 1', '"num_processes": 4'))
+    with pytest.raises(ValueError, match="`num_processes` was 4, now 1"):
+        make_trainer(max_steps=2).train(resume_from_checkpoint=True)
