@@ -1,4 +1,4 @@
-"""Training: conversations with pictures as codes, their collation and packing, and supervised fine-tuning on TRL.
+"""Training: conversations with pictures as codes, their collation and packing; on TRL supervised fine-tuning and GRPO.
 
 Every name is loaded when it is first used; nothing below imports this package.
 """
@@ -14,6 +14,26 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "invert_task",
     ),
     "data_collator": ("NextFlowDataCollator",),
+    "grpo_config": ("NextFlowGRPOConfig",),
+    "grpo_losses": (
+        "code_log_probs",
+        "group_advantages",
+        "middle_returns",
+        "policy_loss",
+        "propagate_mask",
+        "scale_weights",
+    ),
+    "grpo_trainer": ("NextFlowGRPOTrainer",),
+    "reward_call": ("RewardOutput",),
+    "rewards": (
+        "DetectedObject",
+        "Word",
+        "detector_reward",
+        "image_text_reward",
+        "ocr_reward",
+        "remote_reward",
+        "scored_reward",
+    ),
     "packing": ("PackSampler", "make_packs", "rank_imbalance", "sample_costs", "sequence_flops"),
     "sft_config": ("NextFlowSFTConfig",),
     "sft_trainer": ("NextFlowSFTTrainer",),

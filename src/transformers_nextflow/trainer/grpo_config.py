@@ -1,0 +1,92 @@
+"""Settings of GRPO."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+# What TRL's trainer can do and images have no use for: (name, legal value, why).
+_FIXED = (
+    ("use_vllm", False, "vLLM does not draw next-scale images"),
+    ("use_transformers_continuous_batching", False, "images are drawn in whole batches already"),
+    ("loss_type", "grpo", "the loss is GRPO's with scale weights"),
+    ("importance_sampling_level", "token", "ratios are those of single codes"),
+    ("multi_objective_aggregation", "sum_then_normalize", "rewards are summed with `reward_weights`"),
+    ("use_bias_correction_kl", False, "the KL has no importance weights here"),
+    ("off_policy_mask_threshold", None, "it is for vLLM"),
+    ("delta", None, "ratios are clipped by `epsilon` and `epsilon_high`"),
+    ("top_entropy_quantile", 1.0, "codes are chosen by `num_trained_scales` and masks"),
+    ("entropy_coef", 0.0, "there is no entropy bonus"),
+    ("use_adaptive_entropy", False, "there is no entropy bonus"),
+    ("min_p", None, "use `top_p`"),
+    ("repetition_penalty", 1.0, "codes of an image repeat by nature"),
+    ("mask_truncated_completions", False, "the schedule says when an image ends"),
+)
+
+
+@dataclass
+class NextFlowGRPOConfig(GRPOConfig):
+    r"""
+    [`~trl.GRPOConfig`] for [`NextFlowGRPOTrainer`]. Batches, groups (`num_generations`), `num_iterations`, `beta`,
+    `epsilon`, `reward_weights`, `scale_rewards` and logging are TRL's; what only text needs is refused or has no effect
+    (`max_completion_length`: the schedule says how long an image is).
+
+    Args:
+        num_trained_scales (`int`, *optional*, defaults to 8):
+            Prefix-tuning (arXiv 2601.02204): the loss is taken over the first scales only; finer ones are drawn, but
+            neither scored nor trained. None trains all.
+        scale_reweight_alpha (`float`, *optional*, defaults to 0.7):
+            A code of scale s weighs `1 / (h_s * w_s) ** alpha` in the loss, normalised over the trained scales
+            (the papers: 0.6 to 0.8 is best for GRPO).
+        guidance_scale (`float`, *optional*):
+            Classifier-free guidance of the rollouts, the model's own by default; log-probabilities never have it.
+        top_k (`int`, *optional*), top_p (`float`, *optional*):
+            What rollouts draw from, the model's own by default (the papers: 2 and 0.9).
+        height, width, num_scales (`int`, *optional*): Size of the images, as `generate` takes them.
+        generation_kwargs (`dict`, *optional*): More arguments of `generate`, such as `guidance_schedule`.
+        middle_return_scale (`int`, *optional*):
+            VMR (arXiv 2601.02256): train the first `middle_return_scale` scales on the value of a prefix, and the
+            others (up to `num_trained_scales`) on the reward of images that share one. None: no VMR.
+        num_middle_rollouts (`int`, *optional*, defaults to 2): Images a prefix whose rewards make its value.
+        middle_return_temperature (`float`, *optional*, defaults to 1.0):
+            Eta of the value `eta * log(mean(exp(reward / eta)))`.
+        prefix_updates_per_suffix (`int`, *optional*, defaults to 3): Updates of the prefix before one of the suffix.
+        reward_timeout (`float`, *optional*, defaults to 600.0): Seconds that a reward function may take; None: forever.
+    """
+
+    num_trained_scales: int | None = field(default=8, metadata={"help": "Scales in the loss, from the first on."})
+    scale_reweight_alpha: float = field(default=0.7, metadata={"help": "Exponent of the scale weights."})
+    guidance_scale: float | None = field(default=None, metadata={"help": "Guidance of the rollouts."})
+    # None is the model's own; TRL's defaults would cut nothing off.
+    top_k: int | None = field(default=None, metadata={"help": "Likeliest codes that rollouts draw from."})  # type: ignore[assignment]
+    top_p: float | None = field(default=None, metadata={"help": "Probability that rollouts draw from."})  # type: ignore[assignment]
+    height: int | None = field(default=None, metadata={"help": "Height of the images in pixels."})
+    width: int | None = field(default=None, metadata={"help": "Width of the images in pixels."})
+    num_scales: int | None = field(default=None, metadata={"help": "Number of scales of the images."})
+    middle_return_scale: int | None = field(default=None, metadata={"help": "Scales of VMR's prefix."})
+    num_middle_rollouts: int = field(default=2, metadata={"help": "Images a prefix that make its value."})
+    middle_return_temperature: float = field(default=1.0, metadata={"help": "Eta of the value of a prefix."})
+    prefix_updates_per_suffix: int = field(default=3, metadata={"help": "Prefix updates to one suffix update."})
+    reward_timeout: float | None = field(default=600.0, metadata={"help": "Seconds a reward function may take."})
+    loss_type: str = field(default="grpo", metadata={"help": 'Only "grpo".'})
+    use_bias_correction_kl: bool = field(default=False, metadata={"help": "Only False."})
+
+    def __post_init__(self):
+        for name, legal, reason in _FIXED:
+            if getattr(self, name) != legal:
+                raise ValueError(f"`{name}` must be {legal!r}, but got {getattr(self, name)!r}: {reason}.")
+        if self.scale_reweight_alpha < 0:
+            raise ValueError(f"`scale_reweight_alpha` must be at least 0, but got {self.scale_reweight_alpha}.")
+        if self.temperature <= 0:
+            raise ValueError(f"`temperature` must be positive, but got {self.temperature}.")
+        for name in ("num_trained_scales", "middle_return_scale", "num_middle_rollouts", "prefix_updates_per_suffix"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, but got {value}.")
+        for name in ("middle_return_temperature", "reward_timeout"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` must be positive, but got {value}.")
+        super().__post_init__()
+
+
+__all__ = ["NextFlowGRPOConfig"]

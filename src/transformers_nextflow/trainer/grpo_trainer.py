@@ -1,0 +1,539 @@
+"""GRPO with prefix-tuning on TRL."""
+
+import time
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from peft import PromptLearningConfig
+from PIL import Image
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+from trl.trainer.utils import use_adapter
+
+from ..generation_nextflow import NextFlowGenerateOutput
+from ..modeling_nextflow import NextFlowForCausalLM
+from ..processing_nextflow import NextFlowProcessor
+from ..prompts import split_grids
+from ..scale_schedule import ScaleSchedule
+from .grpo_config import NextFlowGRPOConfig
+from .grpo_losses import (
+    code_log_probs,
+    group_advantages,
+    middle_returns,
+    policy_loss,
+    propagate_mask,
+    scale_weights,
+)
+from .reward_call import make_reward_call
+
+Row = dict[str, Any]
+_GRPOTrainer: Any = GRPOTrainer  # its attributes are declared as unions of what other trainers have, too
+
+
+class Stage(NamedTuple):
+    """What one update trains: `scales`, on samples of which each has `num_images` pictures.
+
+    `prefix_scales` are shared by `images_per_prefix` pictures in a row (0 and 1 without VMR).
+    """
+
+    scales: range
+    prefix_scales: int = 0
+    images_per_prefix: int = 1
+    num_images: int = 1
+
+
+class Rollout(NamedTuple):
+    """The pictures of a batch of R rows, `num_images` a row.
+
+    Args:
+        prompt_ids, prompt_mask (`torch.LongTensor` of shape `(R, L)`): Left-padded, ending with `<boi>`.
+        grids (`list[torch.LongTensor]`): For each row the grids of the images in its prompt and of the drawn one.
+        codes (`torch.LongTensor` of shape `(R * num_images, N)`): In `[0, K)`.
+    """
+
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
+    grids: list[torch.Tensor]
+    codes: torch.Tensor
+
+
+class NextFlowGRPOTrainer(_GRPOTrainer):
+    """
+    TRL's [`~trl.GRPOTrainer`] for pictures: groups of pictures are drawn for a prompt, rewarded, and the codes of their
+    first scales are made likelier or less likely (prefix-tuning, arXiv 2601.02204; VMR and mask propagation, arXiv
+    2601.02256).
+
+    A row of the data set has a `prompt`, text or a conversation. Pictures in it (for editing) stand in the column
+    `images` (one for each `<image>` mark) or in the messages. Reward functions get `images`, the drawn pictures;
+    `prompts`; the prompts' own pictures as `source_images`; and all other columns, as far as they name them. They
+    return one number a picture (None where they can't tell), or a [`RewardOutput`], which adds masks of the pixels that
+    decide.
+
+    Args:
+        model ([`NextFlowForCausalLM`], `PeftModel` or `str`): The model, or its folder.
+        reward_funcs (a function or a list of them): What pictures are worth; summed with `args.reward_weights`.
+        args ([`NextFlowGRPOConfig`], *optional*): Settings.
+        processing_class ([`NextFlowProcessor`], *optional*): With its image tokenizer; by default the model's.
+        kwargs: Everything else that `GRPOTrainer` takes: `train_dataset`, `eval_dataset`, `peft_config`, ...
+
+    Example:
+
+    ```python
+    >>> from transformers_nextflow.trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer
+
+    >>> def redness(images, **kwargs):
+    ...     return [np.asarray(image)[..., 0].mean() / 255 for image in images]
+
+    >>> settings = NextFlowGRPOConfig("runs/grpo", num_trained_scales=4)
+    >>> trainer = NextFlowGRPOTrainer(model, redness, settings, train_dataset=dataset, processing_class=processor)
+    >>> trainer.train()
+    ```
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Callable | list[Callable],
+        args: NextFlowGRPOConfig | None = None,
+        *,
+        processing_class: NextFlowProcessor | None = None,
+        peft_config: Any = None,
+        **kwargs,
+    ):
+        args = args or NextFlowGRPOConfig("nextflow-grpo")
+        if not isinstance(args, NextFlowGRPOConfig):
+            raise TypeError(f"`args` must be a `NextFlowGRPOConfig`, but got {type(args).__name__}.")
+        _refuse_prompt_learning(model, peft_config)
+        for name in ("tools", "rollout_func", "environment_factory"):
+            if kwargs.get(name):
+                raise ValueError(f"`{name}` is for text; NextFlowGRPOTrainer draws pictures itself.")
+        if isinstance(model, str):
+            if processing_class is None:
+                processing_class = NextFlowProcessor.from_pretrained(model)
+            settings: Any = args.model_init_kwargs or {}
+            model = NextFlowForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **settings})
+            args.model_init_kwargs = None
+        elif processing_class is None:
+            processing_class = NextFlowProcessor.from_pretrained(model.config._name_or_path)
+        if not isinstance(processing_class, NextFlowProcessor) or processing_class.image_tokenizer is None:
+            raise ValueError(
+                "Rewards judge pictures: pass `processing_class=NextFlowProcessor.from_pretrained(...)` with an image "
+                "tokenizer."
+            )
+        functions = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        if not functions:
+            raise ValueError("`reward_funcs` is empty: pass at least one reward function.")
+        schedule = model._image_schedule(
+            {name: getattr(args, name) for name in ("height", "width", "num_scales")}, None
+        )
+        self._check_scales(args, schedule)
+        super().__init__(
+            model,
+            [make_reward_call(function, args.reward_timeout) for function in functions],
+            args,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        self.schedule = schedule
+        processing_class.image_tokenizer.to(self.accelerator.device).eval()
+        drawn = args.per_device_train_batch_size * (args.steps_per_generation or 1)
+        if args.middle_return_scale and drawn % self.num_generations:
+            raise ValueError(
+                "With `middle_return_scale` the pictures of a group share a prefix, so a process must draw whole "
+                "groups: `per_device_train_batch_size * steps_per_generation` must be a multiple of "
+                f"{self.num_generations} (`num_generations`), but is {drawn}."
+            )
+        self._rollouts_at = (-1, 0)  # the update, and how many batches were drawn for it
+        self.add_callback(_StepTimes(self))
+
+    @staticmethod
+    def _check_scales(args: NextFlowGRPOConfig, schedule: ScaleSchedule):
+        trained = schedule.num_scales if args.num_trained_scales is None else args.num_trained_scales
+        if trained > schedule.num_scales:
+            raise ValueError(
+                f"`num_trained_scales` is {trained}, but the images have {schedule.num_scales} scales. Choose 1 to "
+                f"{schedule.num_scales}, or None for all."
+            )
+        middle = args.middle_return_scale
+        if middle is not None and not (middle <= trained and middle < schedule.num_scales):
+            raise ValueError(
+                f"`middle_return_scale` is {middle}, but it must be at most `num_trained_scales` ({trained}) and leave "
+                f"scales to draw after it: choose 1 to {min(trained, schedule.num_scales - 1)}."
+            )
+
+    def _stage(self) -> Stage:
+        """What the current update trains. It follows from the number of updates, so resuming goes on with it."""
+        args, schedule = self.args, self.schedule
+        trained = schedule.num_scales if args.num_trained_scales is None else args.num_trained_scales
+        middle = args.middle_return_scale
+        if middle is None or not self.model.training:
+            return Stage(range(trained))
+        period, num_updates = args.steps_per_generation * self.num_iterations, args.gradient_accumulation_steps
+        index = self.state.global_step // max(1, period // num_updates)
+        if middle < trained and index % (args.prefix_updates_per_suffix + 1) == args.prefix_updates_per_suffix:
+            return Stage(range(middle, trained), middle, self.num_generations)
+        return Stage(range(middle), middle, args.num_middle_rollouts, args.num_middle_rollouts)
+
+    # Drawing
+
+    def _read_prompts(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+        """Token-view ids, left-padded, of one row a prompt."""
+        texts, pictures = zip(*(read_prompt(row, self.processing_class) for row in rows), strict=True)
+        batch = self.processing_class(
+            list(texts),
+            list(pictures) if any(pictures) else None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        boi_token_id = self.processing_class.boi_token_id
+        boi = torch.full((len(rows), 1), boi_token_id)
+        return {
+            **batch,
+            "input_ids": torch.cat([batch["input_ids"].long(), boi], dim=1),
+            "attention_mask": torch.cat([batch["attention_mask"].long(), torch.ones_like(boi)], dim=1),
+        }
+
+    def _seeds(self, num_images: int) -> list[int]:
+        """One a picture, by update, batch of that update and place in the whole batch: for any number of processes."""
+        step, calls = self._rollouts_at
+        self._rollouts_at = (self.state.global_step, calls + 1 if step == self.state.global_step else 0)
+        key = [self.args.seed, int(self.model.training), *self._rollouts_at]
+        first = self.accelerator.process_index * num_images
+        sources = (np.random.SeedSequence([*key, first + index]) for index in range(num_images))
+        return [int(source.generate_state(1, np.uint64)[0] >> 1) for source in sources]
+
+    @torch.no_grad()
+    def _roll_out(self, rows: list[Row], stage: Stage) -> Rollout:
+        """Draws pictures; equal prompts in a row are read once and share their prompt's cache."""
+        device = self.accelerator.device
+        runs = [list(run) for _, run in groupby(range(len(rows)), key=_run_keys(rows).__getitem__)]
+        batch = self._read_prompts([rows[run[0]] for run in runs])
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        offset = self.schedule_offset
+        grids_of_prompts: Any = [ids.new_empty(0, 3)] * len(runs)
+        if "image_grid_shw" in batch:
+            grids_of_prompts = split_grids(ids, batch["image_grid_shw"].to(device), offset)
+        k = stage.num_images
+        generators = [torch.Generator(device).manual_seed(seed) for seed in self._seeds(len(rows) * k)]
+        codes = ids.new_empty(len(rows) * k, self.schedule.num_tokens)
+        settings = {
+            "guidance_scale": self.args.guidance_scale,
+            "image_temperature": self.temperature,
+            "image_top_k": self.top_k,
+            "image_top_p": self.top_p,
+            "height": self.args.height,
+            "width": self.args.width,
+            "num_scales": self.args.num_scales,
+            "cache_implementation": self.args.cache_implementation,
+            **(self.args.generation_kwargs or {}),
+        }
+        if stage.images_per_prefix > 1:
+            settings |= {"prefix_scales": stage.prefix_scales, "images_per_prefix": stage.images_per_prefix}
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self.accelerator.autocast(),
+        ):
+            # `generate` wants as many pictures of every prompt: runs of one length go together (mostly all do).
+            for length in sorted({len(run) for run in runs}):
+                chosen = [index for index, run in enumerate(runs) if len(run) == length]
+                places = [row * k + i for index in chosen for row in runs[index] for i in range(k)]
+                grids = torch.cat([grids_of_prompts[index] for index in chosen])
+                output = model.generate(
+                    input_ids=ids[chosen],
+                    attention_mask=mask[chosen],
+                    image_grid_shw=grids if len(grids) else None,
+                    generation_mode="image",
+                    num_return_sequences=length * k,
+                    generator=[generators[place] for place in places],
+                    return_dict_in_generate=True,
+                    **settings,
+                )
+                codes[places] = output.image_codes
+        run_of_row = [index for index, run in enumerate(runs) for _ in run]
+        drawn = ids.new_tensor([self.schedule.grid_shw])
+        grids_of_rows = [torch.cat([grids_of_prompts[index], drawn]) for index in run_of_row]
+        return Rollout(ids[run_of_row], mask[run_of_row], grids_of_rows, codes)
+
+    @property
+    def schedule_offset(self) -> int:
+        """The first visual id."""
+        return self.model.config.text_vocab_size
+
+    @torch.no_grad()
+    def _decode(self, codes: torch.Tensor) -> list[Image.Image]:
+        grids = torch.tensor([self.schedule.grid_shw]).repeat(len(codes), 1)
+        output = NextFlowGenerateOutput(image_codes=codes, image_grid_shw=grids)
+        return self.processing_class.post_process_multimodal_output(output, generation_mode="image")
+
+    # Scoring
+
+    def _reward(self, rows: list[Row], pictures: list[Image.Image], codes: torch.Tensor) -> torch.Tensor:
+        """Rewards `(pictures of all processes, functions)`, NaN for None."""
+        inputs = [
+            {**{name: value for name, value in row.items() if name != "image"}, "images": picture}
+            for row, picture in zip(rows, pictures, strict=True)
+        ]
+        sources = [read_prompt(row, self.processing_class)[1] for row in rows]
+        if any(sources):
+            for row, source in zip(inputs, sources, strict=True):
+                row["source_images"] = source
+        prompts = [row["prompt"] for row in rows]
+        completions: list[Any] = [self.processing_class.image_token] * len(rows)
+        if not isinstance(prompts[0], str):
+            completions = [
+                [{"role": "assistant", "content": [{"type": "image", "image": picture}]}] for picture in pictures
+            ]
+        return self._calculate_rewards(inputs, prompts, completions, (codes + self.schedule_offset).tolist())
+
+    def _masks(self, num_images: int) -> torch.Tensor | None:
+        """Pixels that decide the rewards, `(num_images, H, W)`: the union over the functions that say; None if none."""
+        union: torch.Tensor | None = None
+        for call in self.reward_funcs:
+            if call.masks is None:
+                continue
+            size = self.schedule.height, self.schedule.width
+            masks = torch.stack([_mask_of_size(mask, size) for mask in call.masks])
+            union = masks if union is None else union | masks
+        return union
+
+    def _generate_and_score_completions(self, inputs: list[Row]) -> dict[str, Any]:
+        mode, stage = "train" if self.model.training else "eval", self._stage()
+        group_size = self.num_generations if mode == "train" else self.num_generations_eval
+        start = time.perf_counter()
+        rollout = self._roll_out(inputs, stage)
+        pictures = self._decode(rollout.codes)
+        drawn = time.perf_counter()
+        rows = [row for row in inputs for _ in range(stage.num_images)]
+        rewards_per_function = self._reward(rows, pictures, rollout.codes)
+        self._metrics[mode]["time/rollout"].append(drawn - start)
+        self._metrics[mode]["time/reward"].append(time.perf_counter() - drawn)
+
+        rewards = (rewards_per_function * self.reward_weights.to(rewards_per_function)).nansum(1)
+        rewards = rewards.masked_fill(rewards_per_function.isnan().all(1), torch.nan)
+        values = rewards
+        if stage.num_images > 1:
+            values = middle_returns(rewards.view(-1, stage.num_images), self.args.middle_return_temperature)
+        if group_size > 1:
+            advantages = group_advantages(values, group_size, self.scale_rewards)
+        else:  # an evaluation with one picture a prompt compares nothing
+            advantages = torch.zeros_like(values)
+        self._log_rewards(mode, rewards_per_function, rewards, values, group_size)
+        self._log_pictures(rows, pictures, rewards_per_function, advantages.repeat_interleave(stage.num_images))
+
+        first = self.accelerator.process_index * len(inputs)
+        codes = rollout.codes[:: stage.num_images]
+        begin, end = (self.schedule.offsets[scale] for scale in (stage.scales.start, stage.scales.stop))
+        weights = scale_weights(self.schedule, stage.scales, self.args.scale_reweight_alpha).to(codes.device)
+        weights = weights.expand(len(inputs), -1)
+        masks = self._masks(len(pictures))
+        if masks is not None:
+            masks = masks.view(len(inputs), stage.num_images, *masks.shape[1:]).any(1)
+            weights = weights * propagate_mask(masks, self.schedule, stage.scales).to(weights)
+        given = codes[:, :begin] + self.schedule_offset
+        output = {
+            "prompt_ids": torch.cat([rollout.prompt_ids, given], dim=1),
+            "prompt_mask": torch.cat([rollout.prompt_mask, torch.ones_like(given)], dim=1),
+            "completion_ids": codes[:, begin:end] + self.schedule_offset,
+            "completion_mask": torch.ones_like(codes[:, begin:end]),
+            "advantages": advantages[first : first + len(inputs)],
+            "weights": weights.contiguous(),
+            "image_grids": rollout.grids,
+        }
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            # A batch that is used within one update is scored by its first pass; see `_compute_loss`.
+            if self.args.gradient_accumulation_steps % self.args.steps_per_generation:
+                output["old_log_probs"] = self._log_probs_of_all(self.model, output)
+            if self.beta != 0:
+                output["reference_log_probs"] = self._reference_log_probs(output)
+        return output
+
+    def _reference_log_probs(self, inputs: dict[str, Any]) -> torch.Tensor:
+        if self.ref_model is not None:
+            return self._log_probs_of_all(self.ref_model, inputs)
+        model: Any = self.accelerator.unwrap_model(self.model)
+        with use_adapter(model, "ref" if "ref" in model.peft_config else None):
+            return self._log_probs_of_all(self.model, inputs)
+
+    def _log_probs_of_all(self, model, inputs: dict[str, Any]) -> torch.Tensor:
+        """Log-probabilities of a whole batch, a part of the size of a training batch at a time."""
+        size = self.args.per_device_train_batch_size
+        parts = range(0, len(inputs["prompt_ids"]), size)
+        return torch.cat([self._log_probs(model, _rows(inputs, slice(i, i + size)))[0] for i in parts])
+
+    def _log_probs(self, model, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies of the trained codes, `(B, n)` both: teacher forcing, without guidance."""
+        completion_ids = inputs["completion_ids"]
+        with self.accelerator.autocast():
+            logits = model(
+                input_ids=torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
+                attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+                image_grid_shw=torch.cat(inputs["image_grids"]),
+                logits_to_keep=completion_ids.shape[1] + 1,
+                visual_logits=True,
+                use_cache=False,
+            ).logits[:, :-1]
+        return code_log_probs(logits, completion_ids - self.schedule_offset, self.temperature)
+
+    # Learning
+
+    def _compute_loss(self, model, inputs: dict[str, Any]) -> torch.Tensor:
+        mode = "train" if self.model.training else "eval"
+        log_probs, entropies = self._log_probs(model, inputs)
+        # The buffer keeps this dictionary: later iterations over the same batch find what the first pass saw.
+        old_log_probs = inputs.setdefault("old_log_probs", log_probs.detach())
+        loss, ratios, is_clipped, kl = policy_loss(
+            log_probs,
+            old_log_probs,
+            inputs["advantages"],
+            inputs["weights"],
+            (self.epsilon_low, self.epsilon_high),
+            inputs.get("reference_log_probs"),
+            self.beta,
+        )
+        metrics = {"entropy": entropies, "clip_ratio/region_mean": is_clipped.float(), "ratio/max": ratios}
+        if self.beta != 0:
+            metrics["kl"] = kl
+        for name, values in metrics.items():
+            values = self.accelerator.gather(values.max() if name == "ratio/max" else values.mean())
+            self._metrics[mode][name].append(float(values.max() if name == "ratio/max" else values.mean()))
+        return loss / (self.current_gradient_accumulation_steps if mode == "train" else 1)
+
+    # Logging
+
+    def _log_rewards(self, mode: str, per_function, rewards, values, group_size: int):
+        metrics = self._metrics[mode]
+        for name, column in zip(self.reward_func_names, per_function.unbind(1), strict=True):
+            known = column[~column.isnan()]
+            metrics[f"rewards/{name}/mean"].append(float(known.mean()))
+            metrics[f"rewards/{name}/std"].append(float(known.std(correction=0)))
+            metrics[f"rewards/{name}/unscored"].append(float(len(column) - len(known)))
+        known = rewards[~rewards.isnan()]
+        metrics["reward"].append(float(known.mean()))
+        metrics["reward_std"].append(float(known.std(correction=0)))
+        groups = values.view(-1, group_size).nan_to_num(0)
+        metrics["frac_reward_zero_std"].append(float((groups.amax(1) == groups.amin(1)).float().mean()))
+
+    def _log_pictures(self, rows: list[Row], pictures: list[Image.Image], per_function, advantages):
+        """For TRL's table of completions: texts, rewards, and the pictures as files beside it."""
+        if not self.log_completions:
+            return
+        files = [""] * len(pictures)
+        step, every = self.state.global_step + 1, max(1, int(self.state.logging_steps or 1))
+        if step % every == 0:
+            folder = Path(self.args.output_dir) / "completions" / f"step_{step:05d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            first = self.accelerator.process_index * len(pictures)
+            files = [str(folder / f"{first + index:04d}.png") for index in range(len(pictures))]
+            for file, picture in zip(files, pictures, strict=True):
+                picture.save(file)
+        texts = [read_prompt(row, self.processing_class)[0] for row in rows]
+        self._logs["prompt"].extend(gather_object(texts))
+        self._logs["completion"].extend(gather_object([self.processing_class.image_token] * len(rows)))
+        self._logs["extra"]["image"].extend(gather_object(files))
+        for name, column in zip(self.reward_func_names, per_function.unbind(1), strict=True):
+            self._logs["rewards"][name].extend(column.tolist())
+        self._logs["advantages"].extend(advantages.tolist())
+        if self.log_multimodal:
+            self._logs["images"].extend(gather_object([[picture] for picture in pictures]))
+        # What rewards logged with TRL's `log_extra` and `log_metric`.
+        for name in sorted(set(gather_object(list(self._pending_extra_logs)))):
+            self._logs["extra"][name].extend(gather_object(self._pending_extra_logs.get(name, [None] * len(rows))))
+        self._pending_extra_logs.clear()
+
+
+class _StepTimes(TrainerCallback):
+    """Logs how long an update took beside its rollouts and rewards."""
+
+    def __init__(self, trainer: NextFlowGRPOTrainer):
+        self.trainer, self.start, self.elsewhere = trainer, 0.0, 0.0
+
+    def _spent(self) -> float:
+        metrics = self.trainer._metrics["train"]
+        return sum(metrics["time/rollout"]) + sum(metrics["time/reward"])
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start, self.elsewhere = time.perf_counter(), self._spent()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        update = time.perf_counter() - self.start - (self._spent() - self.elsewhere)
+        self.trainer._metrics["train"]["time/update"].append(update)
+
+
+def read_prompt(row: Row, processor: NextFlowProcessor) -> tuple[str, list[Any]]:
+    """Text with `<image>` marks and pictures of a row: `prompt` (text or messages) and `images` (or `image`)."""
+    pictures = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
+    prompt = row["prompt"]
+    if not isinstance(prompt, str):
+        parts = [part for message in prompt for part in message["content"] if isinstance(part, dict)]
+        remaining = iter(pictures)
+        pictures = [
+            part["image"] if part.get("image") is not None else next(remaining, None)
+            for part in parts
+            if part.get("type") == "image"
+        ] + list(remaining)
+        prompt = processor.tokenizer.apply_chat_template(
+            prompt, chat_template=processor.chat_template, tokenize=False, add_generation_prompt=True
+        )
+    marks = prompt.count(processor.image_token)
+    if marks != len(pictures) or any(picture is None for picture in pictures):
+        number = sum(picture is not None for picture in pictures)
+        raise ValueError(
+            f"The prompt {prompt!r} has {marks} `{processor.image_token}` marks, but its row has {number} pictures. "
+            "Put one picture a mark into the column `images`."
+        )
+    return prompt, list(pictures)
+
+
+def _run_keys(rows: list[Row]) -> list[int]:
+    """The same number for rows next to each other whose prompts and pictures are equal."""
+    keys: list[int] = []
+    previous: list[Any] = []
+    for row in rows:
+        content = [row["prompt"], row.get("images"), row.get("image")]
+        keys.append(keys[-1] + (content != previous) if keys else 0)
+        previous = content
+    return keys
+
+
+def _rows(inputs: dict[str, Any], rows: slice) -> dict[str, Any]:
+    return {name: value[rows] for name, value in inputs.items()}
+
+
+def _mask_of_size(mask: Any, size: tuple[int, int]) -> torch.Tensor:
+    """A mask of any resolution, bool `(H, W)`; ones for None."""
+    if mask is None:
+        return torch.ones(size, dtype=torch.bool)
+    mask = torch.as_tensor(np.asarray(mask)).bool()
+    if mask.ndim != 2:
+        raise ValueError(f"A mask must have shape (height, width), but got shape {tuple(mask.shape)}.")
+    if tuple(mask.shape) == size:
+        return mask
+    # No pixel that is in may be lost.
+    pooled = torch.nn.functional.adaptive_max_pool2d(mask[None, None].float(), size)
+    return pooled[0, 0] > 0
+
+
+def _refuse_prompt_learning(model: Any, peft_config: Any):
+    configs = [peft_config, *getattr(model, "peft_config", {}).values()]
+    if any(isinstance(config, PromptLearningConfig) for config in configs):
+        raise ValueError(
+            "PEFT's prompt learning (prefix tuning, prompt tuning, p-tuning) puts virtual tokens before the prompt, "
+            "which NextFlow's positions have no place for. NextFlow's prefix-tuning trains the coarse scales: it is "
+            "`num_trained_scales`. For few weights use LoRA."
+        )
+
+
+__all__ = ["NextFlowGRPOTrainer", "read_prompt"]
