@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .pipelines import NextFlowTextToImagePipeline
     from .processing_nextflow import NextFlowProcessor
     from .remote_code import add_remote_code
+    from .scale_cache import ScaleCache
     from .scale_schedule import ScaleSchedule, aspect_buckets, nearest_bucket, nearest_sizes
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "NextFlowPreTrainedModel",
     "NextFlowProcessor",
     "NextFlowTextToImagePipeline",
+    "ScaleCache",
     "ScaleSchedule",
     "add_remote_code",
     "aspect_buckets",
@@ -57,6 +59,7 @@ _MODULES = {
     "pipelines": ("NextFlowTextToImagePipeline",),
     "processing_nextflow": ("NextFlowProcessor",),
     "remote_code": ("add_remote_code",),
+    "scale_cache": ("ScaleCache",),
     "scale_schedule": ("ScaleSchedule", "aspect_buckets", "nearest_bucket", "nearest_sizes"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -32,6 +32,7 @@ from .prompts import (
     unconditional_prompts,
 )
 from .sampling import ScaleSampling, make_generators, sampling_plan
+from .scale_cache import ScaleCache
 from .scale_schedule import ScaleSchedule
 from .token_layout import find_image_groups, get_token_layout
 
@@ -247,9 +248,11 @@ class NextFlowGenerationMixin(_GenerationMixin):
             kwargs:
                 Image mode takes `attention_mask` `(B, L)`, `image_grid_shw` `(num_images, 3)` (for images in the
                 prompts), `do_sample` (*defaults to `True`* for images), `num_return_sequences` (images a prompt),
-                `past_key_values` (an empty cache), `cache_implementation` (`"dynamic"` or `"static"`), `pad_token_id`,
+                `past_key_values` (an empty cache), `cache_implementation` (`"preallocated"`, the default,
+                `"quantized"` for 8 bits, `"dynamic"`, `"static"` or an offloaded one), `pad_token_id`,
                 `stopping_criteria` (asked after each scale; when all rows say so the images end with that scale),
-                `return_dict_in_generate` and `streamer` (which gets nothing but its `end()`); it ignores lengths and
+                `return_dict_in_generate`, `return_past_key_values` (False saves memory if nothing goes on from the
+                image) and `streamer` (which gets nothing but its `end()`); it ignores lengths and
                 other stopping. Interleaved mode and `thinking` take those but for the cache, and what shapes text:
                 `max_new_tokens` (text tokens a row, 256 by default), `do_sample` (text is greedy by default, images
                 sampled), `temperature`, `top_k`, `top_p`, `repetition_penalty`, `logits_processor`, `eos_token_id`;
@@ -437,7 +440,9 @@ class NextFlowGenerationMixin(_GenerationMixin):
             raise ValueError(f"`num_return_sequences` must be at least 1, but got {num_images}.")
         sharing = _check_sharing(prefix_scales, images_per_prefix, schedule.num_scales, num_images)
         return_dict = setting("return_dict_in_generate", False)
-        cache_implementation = setting("cache_implementation", "dynamic")
+        return_cache = setting("return_past_key_values", True)
+        keeps_cache = past_key_values is not None or (return_dict and return_cache)
+        cache_implementation = setting("cache_implementation", "preallocated")
         if setting("num_beams", 1) > 1:
             raise ValueError(
                 "Image mode can't search with beams: leave `num_beams` at 1 (`num_return_sequences` draws more)."
@@ -462,7 +467,12 @@ class NextFlowGenerationMixin(_GenerationMixin):
             logger.warning_once("`negative_prompt_ids` has no effect without a `guidance_scale`.")
         self._check_context(ids.shape[1], schedule.num_tokens)
 
-        cache = self._image_cache(past_key_values, cache_implementation, ids.shape[1] + schedule.num_tokens - 1)
+        # The keys of the last scale serve its own step only, if nothing follows the image.
+        num_unstored = 0 if keeps_cache or schedule.num_scales == 1 else schedule.scale_lengths[-1]
+        length = ids.shape[1] + schedule.num_tokens - 1
+        cache = self._image_cache(past_key_values, cache_implementation, length, num_unstored)
+        if isinstance(cache, ScaleCache):
+            cache.set_padding(None if mask.all() else mask)
         generators = make_generators(generator, len(prompt_ids) * num_images, ids.device)
         should_stop = _stop_check(stopping_criteria)
         state = DecodingState(self, len(ids), cache, ids.device)
@@ -485,7 +495,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         _LAST_SCHEDULES.of_model[self] = schedule
 
         sequences = torch.cat([prompt_rows, codes + text_vocab_size], dim=1)
-        if num_branches > 1 and (return_dict or past_key_values is not None):
+        if num_branches > 1 and keeps_cache:
             conditional_rows = torch.arange(len(codes), device=codes.device)
             cache.reorder_cache(conditional_rows)  # type: ignore[arg-type]
         if not return_dict:
@@ -500,7 +510,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
             sequences=sequences,
             image_grid_shw=grids,
             image_codes=codes,
-            past_key_values=cache if ids.shape[1] == prompt_ids.shape[1] else None,
+            past_key_values=cache if keeps_cache and ids.shape[1] == prompt_ids.shape[1] else None,
         )
 
     # Text and images in turn
@@ -709,7 +719,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
             )
         return schedule
 
-    def _image_cache(self, past_key_values: Cache | None, implementation: str, length: int) -> Cache:
+    def _image_cache(self, past_key_values: Cache | None, implementation: str, length: int, num_unstored: int) -> Cache:
         if past_key_values is not None:
             if num_cached := int(past_key_values.get_seq_length()):
                 raise ValueError(
@@ -722,13 +732,16 @@ class NextFlowGenerationMixin(_GenerationMixin):
                     f"{length}. Pass one with `max_cache_len={length}`, or none."
                 )
             return past_key_values
+        if implementation in ("preallocated", "quantized"):
+            storage = "int8" if implementation == "quantized" else None
+            return ScaleCache(self.config, length, storage, num_unstored)
         if implementation in ("static", "offloaded_static"):
             return StaticCache(self.config, max_cache_len=length, offloading=implementation.startswith("offloaded"))
         if implementation in ("dynamic", "offloaded"):
             return DynamicCache(config=self.config, offloading=implementation == "offloaded")
         raise ValueError(
-            f'Image mode has no cache_implementation "{implementation}": use "dynamic", "static", "offloaded" or '
-            '"offloaded_static".'
+            f'Image mode has no cache_implementation "{implementation}": use "preallocated", "quantized", "dynamic", '
+            '"static", "offloaded" or "offloaded_static".'
         )
 
     def _check_context(self, num_prompt_tokens: int, num_new_tokens: int):

@@ -30,10 +30,11 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
 from .head_loss import head_cross_entropy, is_plain_linear
+from .scale_cache import CacheRows, RowGroup, ScaleCache
 from .scale_schedule import ScaleSchedule
 from .token_layout import (
     ImageGroup,
-    code_coordinates,
+    code_coordinates_on,
     find_image_groups,
     get_token_layout,
     index_of_sequence_start,
@@ -180,7 +181,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
 
-        block_ids = text_position_ids = None
+        block_ids = text_position_ids = groups = None
         if seq_idx is not None:
             if attention_mask is not None or past_key_values is not None or scale_index is not None:
                 raise ValueError(
@@ -222,8 +223,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if isinstance(attention_mask, dict):
             mask = attention_mask["full_attention"]
         elif scale_index is not None:
-            mask = self._scale_step_mask(hidden_states, attention_mask, past_key_values, num_past)
             kwargs["is_causal"] = False  # or SDPA would take "no mask" for "causal" and use the first n_s keys only
+            groups = _row_groups(past_key_values, attention_mask, hidden_states)
+            mask = None
+            if groups is None:
+                mask = self._scale_step_mask(hidden_states, attention_mask, past_key_values, num_past)
         elif seq_idx is not None and self.config._attn_implementation == SDPA_VARLEN:
             mask, kwargs["packed_sequences"] = None, find_sequences(seq_idx, block_ids)
         else:
@@ -232,7 +236,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
             )
 
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer in self.layers:
+        if groups is not None:
+            hidden_states = self._run_groups(groups, hidden_states, position_embeddings, past_key_values, **kwargs)
+        for layer in self.layers if groups is None else ():
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
@@ -245,6 +251,27 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
+
+    def _run_groups(
+        self, groups: list[RowGroup], hidden_states: torch.Tensor, position_embeddings, cache: Any, **kwargs
+    ) -> torch.Tensor:
+        """The layers on a few rows at a time: no mask, and less memory than for all. `(B, n, H)` to `(B, n, H)`."""
+        rows = [slice(group.start, group.stop) for group in groups]
+        states = [hidden_states[part] for part in rows]
+        embeddings = [tuple(embedding[part] for embedding in position_embeddings) for part in rows]
+        caches = [CacheRows(cache, group) for group in groups]
+        for layer in self.layers:
+            for i, cache_rows in enumerate(caches):
+                states[i] = layer(
+                    states[i],
+                    attention_mask=None,
+                    position_embeddings=embeddings[i],
+                    past_key_values=cache_rows,
+                    use_cache=True,
+                    **kwargs,
+                )
+        cache.advance(hidden_states.shape[1])
+        return torch.cat(states)
 
     def _find_images(
         self, input_ids: torch.Tensor, image_grid_shw: torch.Tensor | None, attention_mask: torch.Tensor | None
@@ -334,17 +361,17 @@ class NextFlowModel(NextFlowPreTrainedModel):
         vectors = self.visual_codebook(codes).float()
         maps = scale_feature_maps(vectors, schedule, scales, self.config.visual_feature_mode == "accumulated")
         cells = slice(schedule.offsets[scales.start], schedule.offsets[scales.stop])
-        scale_of_code = code_coordinates(schedule)[0][cells].to(codes.device)
+        scale_of_code = code_coordinates_on(schedule, codes.device)[0][cells]
         features = self.connector(maps.to(self.scale_embedding.weight.dtype))
         # These modules may be on several devices, and the ids on another (`device_map="auto"`).
         features = features + self.scale_embedding(scale_of_code).to(features.device)
-        features = features + self._scale_length_embedding(schedule.num_scales).to(features)
+        features = features + self._scale_length_embedding(schedule.num_scales, features.device).to(features)
         return features.to(codes.device)
 
-    def _scale_length_embedding(self, num_scales: int) -> torch.Tensor:
+    def _scale_length_embedding(self, num_scales: int, device: torch.device) -> torch.Tensor:
         """Sinusoidal embedding `(H,)` of an image's number of scales, as wide as a freshly made embedding."""
         half = self.config.hidden_size // 2
-        angles = num_scales * 10000.0 ** (-torch.arange(half, dtype=torch.float32) / half)
+        angles = num_scales * 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=device) / half)
         return math.sqrt(2) * self.config.initializer_range * torch.cat([angles.sin(), angles.cos()])
 
     def _scale_step_mask(self, inputs_embeds, attention_mask, past_key_values, num_past):
@@ -532,6 +559,13 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         if is_plain_linear(head):
             return F.linear(hidden_states, head.weight[first:])
         return head(hidden_states)[..., first:]
+
+
+def _row_groups(cache: Cache | None, attention_mask, hidden_states: torch.Tensor) -> list[RowGroup] | None:
+    """The rows that a scale step takes together, if that is better than all at once and the cache knows its padding."""
+    if isinstance(cache, ScaleCache) and (attention_mask is None or cache.padding is not None):
+        return cache.row_groups(*hidden_states.shape[:2])
+    return None
 
 
 def _mask_of_last(attention_mask, length: int) -> torch.Tensor | None:

@@ -100,7 +100,11 @@ class NextFlowTextToImagePipeline(Pipeline):
             seeds = range(seed, seed + generate_kwargs.get("num_return_sequences", 1))
             generate_kwargs["generator"] = [torch.Generator().manual_seed(s) for _ in range(num_prompts) for s in seeds]
         output = self.model.generate(
-            **model_inputs, **generate_kwargs, generation_mode="image", return_dict_in_generate=True
+            **model_inputs,
+            **generate_kwargs,
+            generation_mode="image",
+            return_dict_in_generate=True,
+            return_past_key_values=False,
         )
         # One row a prompt, as the base class cuts batches.
         return {

@@ -73,6 +73,14 @@ def code_coordinates(schedule: ScaleSchedule) -> tuple[torch.Tensor, torch.Tenso
     return torch.cat(scale_index), torch.cat(coordinates, dim=1).float()
 
 
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def code_coordinates_on(schedule: ScaleSchedule, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`code_coordinates`] on a device, copied there once: in a decoding step a copy would make the host wait."""
+    scale_index, coordinates = code_coordinates(schedule)
+    return scale_index.to(device), coordinates.to(device)
+
+
 def scale_position_ids(
     start: torch.Tensor, schedule: ScaleSchedule, scale_index: int, spatial_range: float
 ) -> torch.Tensor:
@@ -93,7 +101,7 @@ def scale_position_ids(
             f"scales, but got {scale_index}. (Scale 0 is predicted by the slot of `<boi>`.)"
         )
     cells = slice(schedule.offsets[scale_index], schedule.offsets[scale_index + 1])
-    rows, columns = (code_coordinates(schedule)[1][:, cells] * spatial_range).to(start.device)
+    rows, columns = code_coordinates_on(schedule, start.device)[1][:, cells] * spatial_range
     start = start.float()[:, None]
     depth = (start + scale_index).expand(-1, rows.shape[0])
     return torch.stack([depth, rows.expand_as(depth), columns.expand_as(depth)])

@@ -629,7 +629,7 @@ def test_what_pipelines_add_is_ignored(model):
         ({"temperature": 0.5, "top_p": 0.9}, "does not take `temperature`, `top_p`. Use `image_temperature` for"),
         ({"image_topk": 5}, "does not take `image_topk`"),
         ({"logits_processor": [], "stopping_criteria": None}, "does not take `logits_processor`"),
-        ({"cache_implementation": "quantized"}, 'no cache_implementation "quantized"'),
+        ({"cache_implementation": "hybrid"}, 'no cache_implementation "hybrid"'),
         ({"past_key_values": StaticCache(NextFlowConfig(num_hidden_layers=1), max_cache_len=20)}, "take 60"),
         ({"input_ids": PROMPTS}, "as `inputs` or as `input_ids`, not both"),
         ({"guidance_scale": 2, "negative_prompt_ids": PROMPTS[:2]}, "Got 2 negative prompts for 3 prompts"),

@@ -1,0 +1,263 @@
+"""A key-value cache for images, whose length the schedule tells: written once into its final place, read as a view.
+
+Letters: R rows, h key-value heads, L slots, d width of a head.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.configuration_utils import PreTrainedConfig
+
+STORAGES = ("bfloat16", "int8")
+
+# A group of rows goes through a layer at once up to this many slots: larger matrices are not faster, and activations
+# of all rows would be most of the memory.
+_MAX_SLOTS = 4096
+# Below it, splitting rows costs more (weights are read for each group) than the mask that it saves.
+_MIN_SLOTS = 512
+
+
+class RowGroup(NamedTuple):
+    """Rows `start` to `stop` of a batch, whose first `padding` slots are padding."""
+
+    start: int
+    stop: int
+    padding: int
+
+
+class Int8(NamedTuple):
+    """Numbers in 8 bits, symmetric around 0, with one float16 factor for each vector of the last axis."""
+
+    numbers: torch.Tensor
+    factors: torch.Tensor
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> "Int8":
+        factors = (values.abs().amax(-1, keepdim=True).float() / 127).clamp(min=1e-7).half()
+        return cls((values / factors.to(values.dtype)).round_().clamp_(-127, 127).to(torch.int8), factors)
+
+    def read(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.numbers.to(dtype) * self.factors.to(dtype)
+
+
+class Workspace:
+    """Keys and values of one layer at a time, for what is not kept as it is read. All layers share it."""
+
+    def __init__(self):
+        self.buffers: dict[Any, torch.Tensor] = {}
+
+    def get(self, like: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two buffers `(R, h, length, d)` of the device, dtype and other sizes of `like`."""
+        rows, heads, _, width = like.shape
+        needed = 2 * rows * heads * length * width
+        key = (like.device, like.dtype)
+        if key not in self.buffers or self.buffers[key].numel() < needed:
+            self.buffers.pop(key, None)
+            self.buffers[key] = like.new_empty(needed)
+        keys, values = self.buffers[key][:needed].view(2, rows, heads, length, width)
+        return keys, values
+
+
+class ScaleCacheLayer(CacheLayerMixin):
+    """Keys and values of one layer, `(R, h, capacity, d)` each, filled up to `length`.
+
+    Beyond `capacity` it grows by copying, as a dynamic cache does, so that text may follow.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, capacity: int, storage: str | None, num_unstored: int, workspace: Workspace):
+        super().__init__()
+        self.capacity = capacity
+        self.storage = storage
+        self.num_unstored = num_unstored
+        self.workspace = workspace
+        self.length = 0
+
+    def __repr__(self):
+        return f"{type(self).__name__}({self.length} of {self.capacity})"
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor):
+        self.device, self.dtype = key_states.device, key_states.dtype
+        self._allocate(len(key_states), key_states.shape[1], key_states.shape[-1])
+        self.is_initialized = True
+
+    def _allocate(self, rows: int, heads: int, width: int):
+        shape = (rows, heads, max(self.capacity - self.num_unstored, self.length), width)
+        dtype = self.dtype if self.storage is None else getattr(torch, self.storage)
+        self._buffers = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(2)]
+        self._factors: list[torch.Tensor | None] = [None, None]
+        if self.storage == "int8":
+            self._factors = [torch.empty(*shape[:-1], 1, dtype=torch.half, device=self.device) for _ in range(2)]
+
+    @property
+    def as_read(self) -> bool:
+        """Whether what is stored is what attention reads."""
+        return self.storage is None or self.storage == str(self.dtype).removeprefix("torch.")
+
+    def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds keys and values `(R, h, n, d)`; returns all `(R, h, length, d)`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows = RowGroup(0, len(key_states), 0)
+        result = self.update_rows(rows, key_states, value_states)
+        self.advance(key_states.shape[-2])
+        return result
+
+    def update_rows(self, group: RowGroup, *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds keys and values of some rows; returns theirs, without padding. [`advance`] comes after the last rows."""
+        length, new = self.length, states[0].shape[-2]
+        stored = length + new <= self.capacity - self.num_unstored
+        if not stored and not self.num_unstored:
+            self._grow(length + new)
+            stored = True
+        rows = slice(group.start, group.stop)
+        if stored:
+            for buffer, factors, state in zip(self._buffers, self._factors, states, strict=True):
+                self._write(buffer, factors, rows, slice(length, length + new), state)
+            if self.as_read:
+                keys, values = (buffer[rows, :, group.padding : length + new] for buffer in self._buffers)
+                return keys, values
+        spaces = self.workspace.get(states[0], length + new - group.padding)
+        past = length - group.padding
+        for space, buffer, factors, state in zip(spaces, self._buffers, self._factors, states, strict=True):
+            old = buffer[rows, :, group.padding : length]
+            if factors is None:
+                space[:, :, :past] = old
+            else:
+                space[:, :, :past] = Int8(old, factors[rows, :, group.padding : length]).read(space.dtype)
+            space[:, :, past:] = state
+        return spaces
+
+    def _write(self, buffer, factors, rows: slice, slots: slice, state: torch.Tensor):
+        if factors is not None:
+            numbers, scale = Int8.of(state)
+            factors[rows, :, slots] = scale
+            state = numbers
+        buffer[rows, :, slots] = state
+
+    def advance(self, number: int):
+        """Counts slots that all rows have."""
+        self.length = min(self.length + number, self.capacity - self.num_unstored)
+
+    def _grow(self, length: int):
+        self.capacity = length
+        old, factors = self._buffers, self._factors
+        self._allocate(len(old[0]), old[0].shape[1], old[0].shape[-1])
+        self._copy(old, factors, slice(None))
+
+    def _copy(self, buffers, factors, rows):
+        """Fills fresh buffers from rows of others."""
+        for ours, theirs in zip((*self._buffers, *self._factors), (*buffers, *factors), strict=True):
+            if ours is not None:
+                ours[:, :, : self.length] = theirs[rows, :, : self.length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self):
+        self.length = 0
+
+    def crop(self, tokens_to_remove: int):
+        """Forgets the last `-tokens_to_remove` slots."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"`crop` takes minus the number of slots to remove, but got {tokens_to_remove}.")
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor):
+        """Takes rows `beam_idx` `(R',)`; there may be more or fewer than before."""
+        if not self.is_initialized:
+            return
+        old, factors = self._buffers, self._factors
+        beam_idx = beam_idx.to(self.device)
+        self._allocate(len(beam_idx), old[0].shape[1], old[0].shape[-1])
+        self._copy(old, factors, beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor):
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int):
+        if self.is_initialized:
+            self.reorder_cache(torch.arange(len(self._buffers[0])).repeat_interleave(repeats))
+
+
+class ScaleCache(Cache):
+    """Keys and values of prompts and images in buffers of their final size: no copies as it grows, no mask to read it.
+
+    Image mode makes one by itself. Make one for `past_key_values=` to store the numbers smaller than they are computed.
+
+    Args:
+        config (`NextFlowConfig`): The model's.
+        capacity (`int`): Slots a row, prompt and image; more make it grow.
+        storage (`str`, *optional*):
+            `"bfloat16"` or `"int8"` (with a factor for each key and each value); by default the model's dtype.
+        num_unstored (`int`, *optional*, defaults to 0):
+            How many slots at the end are attended to when they come and then forgotten, as nothing reads them again.
+
+    Raises:
+        `ValueError`: for another storage.
+    """
+
+    def __init__(self, config: PreTrainedConfig, capacity: int, storage: str | None = None, num_unstored: int = 0):
+        if storage is not None and storage not in STORAGES:
+            raise ValueError(f'`storage` must be None, "bfloat16" or "int8", but got {storage!r}.')
+        workspace = Workspace()
+        super().__init__(
+            layers=[
+                ScaleCacheLayer(capacity, storage, num_unstored, workspace) for _ in range(config.num_hidden_layers)
+            ]
+        )
+        self.layers: list[Any]
+        self.padding: tuple[int, ...] | None = None
+
+    def set_padding(self, attention_mask: torch.Tensor | None):
+        """Tells how many slots each row is padded by on the left: then scale steps need no mask.
+
+        Args:
+            attention_mask (`torch.Tensor` of shape `(R, L)`, *optional*): Of the prompts; None if nothing is padded.
+        """
+        self.padding = None if attention_mask is None else tuple((attention_mask == 0).sum(-1).tolist())
+
+    def row_groups(self, num_rows: int, num_slots: int) -> list[RowGroup] | None:
+        """Rows that a scale step takes together: equal padding, and not too many slots. None if all at once is best."""
+        padding = self.padding or (0,) * num_rows
+        if num_rows * num_slots <= _MIN_SLOTS:
+            return None
+        most = max(1, _MAX_SLOTS // num_slots)
+        groups: list[RowGroup] = []
+        for row, number in enumerate(padding):
+            if groups and groups[-1].padding == number and row - groups[-1].start < most:
+                groups[-1] = groups[-1]._replace(stop=row + 1)
+            else:
+                groups.append(RowGroup(row, row + 1, number))
+        return None if len(groups) == 1 and not groups[0].padding else groups
+
+    def advance(self, number: int):
+        """Counts slots that all rows of all layers have."""
+        for layer in self.layers:
+            layer.advance(number)
+
+    def reorder_cache(self, beam_idx: torch.Tensor):
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        if self.padding is not None:
+            self.padding = tuple(self.padding[row] for row in beam_idx.tolist())
+
+
+class CacheRows:
+    """What a layer sees of a [`ScaleCache`] while it runs one group of rows."""
+
+    def __init__(self, cache: ScaleCache, group: RowGroup):
+        self.layers: list[Any] = cache.layers
+        self.group = group
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds keys and values of the rows; returns theirs."""
+        return self.layers[layer_idx].update_rows(self.group, key_states, value_states)
