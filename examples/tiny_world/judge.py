@@ -7,6 +7,7 @@ caption is checked as well, which GenEval does not.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -61,8 +62,8 @@ def find_background(image: np.ndarray) -> np.ndarray:
     return np.median(image[frame], axis=0).astype(np.float32)
 
 
-def detect(image: np.ndarray) -> list[Detection]:
-    """Finds the objects of a picture, uint8 `(H, W, 3)`."""
+def detect(image: np.ndarray, shapes: Sequence[str] = SHAPES) -> list[Detection]:
+    """Finds the objects of a picture, uint8 `(H, W, 3)`, each as the shape that fits best."""
     pixels = ndimage.gaussian_filter(image.astype(np.float32), (0.7, 0.7, 0))
     paper = find_background(image)
     ink = np.linalg.norm(pixels - paper, axis=-1) > MIN_CONTRAST
@@ -76,7 +77,7 @@ def detect(image: np.ndarray) -> list[Detection]:
         direction = colour - paper
         coverage = (pixels - paper) @ direction / (direction @ direction)
         mask = (owner == index) & (coverage >= 0.5) | (cores == index)
-        found.append(_describe(mask, colour))
+        found.append(_describe(mask, colour, shapes))
     return found
 
 
@@ -116,10 +117,10 @@ def _find_cores(pixels: np.ndarray, ink: np.ndarray) -> tuple[np.ndarray, list[n
     return cores, colours
 
 
-def _describe(mask: np.ndarray, colour: np.ndarray) -> Detection:
+def _describe(mask: np.ndarray, colour: np.ndarray, shapes: Sequence[str]) -> Detection:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-    fits = {shape: _fit(mask, shape) for shape in SHAPES}
+    fits = {shape: _fit(mask, shape) for shape in shapes}
     shape = max(fits, key=lambda name: fits[name][0])
     iou, size = fits[shape]
     distances = np.linalg.norm(_PALETTE - colour, axis=1)

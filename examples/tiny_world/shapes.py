@@ -197,7 +197,7 @@ def shape_mask(shape: str, size: int, supersampling: int = 4) -> np.ndarray:
 
 
 def _outline(shape: str) -> list[tuple[float, float]]:
-    """Corners of a shape in a box of [-1, 1], y down."""
+    """Corners of a shape in a box of [-1, 1], y down. (The arrow is no shape of the tiny world: something to learn.)"""
     turns = [2 * math.pi * k / 60 for k in range(60)]
     if shape in ("circle", "ring"):
         return [(0.95 * math.cos(t), 0.95 * math.sin(t)) for t in turns]
@@ -211,6 +211,7 @@ def _outline(shape: str) -> list[tuple[float, float]]:
         points = [(1.08 if k % 2 == 0 else 0.46, math.pi * (k / 5 - 0.5)) for k in range(10)]
         return [(r * math.cos(t), r * math.sin(t) + 0.08) for r, t in points]
     return {
+        "arrow": [(0, -1), (0.9, 0.05), (0.36, 0.05), (0.36, 1), (-0.36, 1), (-0.36, 0.05), (-0.9, 0.05)],
         "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
         "triangle": [(0, -0.95), (1.05, 0.85), (-1.05, 0.85)],
         "diamond": [(0, -1.08), (0.78, 0), (0, 1.08), (-0.78, 0)],

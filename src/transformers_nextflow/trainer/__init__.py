@@ -7,11 +7,13 @@ import importlib
 
 _MODULES: dict[str, tuple[str, ...]] = {
     "coded_dataset": (
+        "coded_features",
         "drop_condition",
         "encode_messages",
         "expand_sample",
         "hash_image_tokenizer",
         "invert_task",
+        "load_coded_dataset",
     ),
     "data_collator": ("NextFlowDataCollator",),
     "grpo_config": ("NextFlowGRPOConfig",),
@@ -24,6 +26,9 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "scale_weights",
     ),
     "grpo_trainer": ("NextFlowGRPOTrainer",),
+    "image_tokenizer_config": ("NextFlowImageTokenizerTrainingConfig",),
+    "image_tokenizer_trainer": ("NextFlowImageTokenizerTrainer",),
+    "packing": ("PackSampler", "make_packs", "rank_imbalance", "sample_costs", "sequence_flops"),
     "reward_call": ("RewardOutput",),
     "rewards": (
         "DetectedObject",
@@ -34,7 +39,6 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "remote_reward",
         "scored_reward",
     ),
-    "packing": ("PackSampler", "make_packs", "rank_imbalance", "sample_costs", "sequence_flops"),
     "sft_config": ("NextFlowSFTConfig",),
     "sft_trainer": ("NextFlowSFTTrainer",),
 }

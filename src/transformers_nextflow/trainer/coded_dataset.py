@@ -22,6 +22,7 @@ Letters: L slots of the token view, N codes of an image.
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -49,6 +50,32 @@ def hash_image_tokenizer(image_tokenizer: NextFlowImageTokenizer) -> str:
             digest.update(table.detach().float().cpu().numpy().tobytes())
         known = _hashes[image_tokenizer] = (versions, digest.hexdigest()[:16])
     return known[1]
+
+
+def coded_features():
+    """The columns of a coded data set, as `datasets.Features`."""
+    from datasets import Features, List, Value
+
+    names = ("token_ids", "inverse_token_ids", "completion_mask", "inverse_completion_mask")
+    return Features(
+        {name: List(Value("int32" if name.endswith("ids") else "int8")) for name in names}
+        | {name: List(List(Value("int32"))) for name in ("codes", "target_codes", "image_grid_shw")}
+        | {"codebook_size": Value("int32"), "image_tokenizer_hash": Value("string"), "id": Value("string")}
+    )
+
+
+def load_coded_dataset(folder: str | Path):
+    """All shards (`*.arrow`) of a folder as one `datasets.Dataset`, in order, mapped from disk and not copied.
+
+    Raises:
+        `ValueError`: if there are none.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    shards = sorted(Path(folder).glob("*.arrow"))
+    if not shards:
+        raise ValueError(f"{folder} has no shards (*.arrow) of coded samples; `examples/extract_codes.py` makes them.")
+    return concatenate_datasets([Dataset.from_file(str(shard)) for shard in shards])
 
 
 def encode_messages(
@@ -204,9 +231,11 @@ def expand_sample(
 __all__ = [
     "COLUMNS",
     "CodedSample",
+    "coded_features",
     "drop_condition",
     "encode_messages",
     "expand_sample",
     "hash_image_tokenizer",
     "invert_task",
+    "load_coded_dataset",
 ]

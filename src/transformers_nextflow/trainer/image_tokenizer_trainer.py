@@ -1,0 +1,242 @@
+"""Training of the image tokenizer in the paper's three stages (arXiv 2601.02204, section 3)."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from ..modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
+from .image_tokenizer_config import NextFlowImageTokenizerTrainingConfig
+
+USAGE_DECAY = 0.97  # a step; a code is dead when its running count falls below one half
+
+
+def draw_kept_scales(num_scales: int, dropout: float, generator: torch.Generator | None = None) -> list[int]:
+    """Scales to quantize on: all, or with probability `dropout` the first, the last and each other one by a coin."""
+    if torch.rand((), generator=generator) >= dropout:
+        return list(range(num_scales))
+    coins = torch.rand(num_scales, generator=generator) < 0.5
+    coins[[0, -1]] = True
+    return coins.nonzero()[:, 0].tolist()
+
+
+@torch.no_grad()
+def revive_dead_codes(
+    model: NextFlowImageTokenizer, counts: torch.Tensor, generator: torch.Generator | None = None
+) -> int:
+    """Moves codes that were not used lately next to codes that are used much.
+
+    Args:
+        model ([`NextFlowImageTokenizer`]): Its codebooks are changed in place.
+        counts (`torch.FloatTensor` of shape `(K,)`): How often each code was used lately.
+        generator (`torch.Generator`, *optional*): Source of the draws.
+
+    Returns:
+        `int`: how many codes moved.
+    """
+    dead = (counts == 0).nonzero()[:, 0]
+    if len(dead) == 0 or counts.sum() == 0:
+        return 0
+    source = torch.multinomial(counts.float().sqrt(), len(dead), replacement=True, generator=generator)
+    for table in (model.quantizer.semantic_codebook, model.quantizer.pixel_codebook):
+        rows = F.normalize(table.weight[source], dim=-1)
+        noise = torch.randn(rows.shape, generator=generator, device=counts.device).to(rows)
+        table.weight[dead] = rows + 0.15 * noise / rows.shape[-1] ** 0.5
+    return len(dead)
+
+
+def trainable_parameters(model: NextFlowImageTokenizer, stage: str) -> list[nn.Parameter]:
+    """Freezes what a stage does not train, and returns the rest."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(
+            name.startswith(("pixel_decoder", "post_pixel_proj"))
+            if stage == "decoder"
+            else stage == "joint" or not name.startswith("semantic_")
+        )
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def psnr(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of each image `(B, 3, H, W)` in [-1, 1]: `(B,)`."""
+    error = (prediction.float().clamp(-1, 1) - target).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(4 / error.clamp_min(1e-10))
+
+
+class NextFlowImageTokenizerTrainer(Trainer):
+    """
+    transformers' [`~transformers.Trainer`] for [`NextFlowImageTokenizer`]: scale dropout, revival of dead codes,
+    semantic distillation, and optional perceptual and adversarial terms. PSNR, the share of codes in use and every term
+    of the loss are logged.
+
+    Args:
+        model ([`NextFlowImageTokenizer`]): Weights that the stage does not train are frozen here.
+        args ([`NextFlowImageTokenizerTrainingConfig`], *optional*): Settings.
+        teacher (callable, *optional*):
+            From images `(B, 3, H, W)` in [-1, 1] to features `(B, C, h, w)` on the last scale's grid, C being
+            `config.semantic_feature_dim`: any frozen encoder. Needed for the stage `"joint"`.
+        perceptual_loss (callable, *optional*): From two batches of images to a loss, a scalar (LPIPS, ...).
+        discriminator (`nn.Module`, *optional*):
+            From images to scores of any shape, high for real ones. It is trained beside the tokenizer with the hinge
+            loss, by an optimizer of its own at the run's learning rate.
+        kwargs: Everything else that `Trainer` takes. A sample of `train_dataset` is a dict with `pixel_values`
+            `(3, H, W)` in [-1, 1]; images of a batch have one size.
+
+    Example:
+
+    ```python
+    >>> from transformers_nextflow.trainer import NextFlowImageTokenizerTrainer, NextFlowImageTokenizerTrainingConfig
+
+    >>> settings = NextFlowImageTokenizerTrainingConfig("runs/tokenizer", stage="pixel")
+    >>> trainer = NextFlowImageTokenizerTrainer(image_tokenizer, settings, train_dataset=dataset)
+    >>> trainer.train()
+    ```
+    """
+
+    args: NextFlowImageTokenizerTrainingConfig
+
+    def __init__(
+        self,
+        model: NextFlowImageTokenizer,
+        args: NextFlowImageTokenizerTrainingConfig | None = None,
+        *,
+        teacher: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        perceptual_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        discriminator: nn.Module | None = None,
+        **kwargs,
+    ):
+        args = args or NextFlowImageTokenizerTrainingConfig("nextflow-image-tokenizer")
+        if not isinstance(args, NextFlowImageTokenizerTrainingConfig):
+            raise TypeError(f"`args` must be a `NextFlowImageTokenizerTrainingConfig`, but got {type(args).__name__}.")
+        if args.stage == "joint" and teacher is None:
+            raise ValueError(
+                'The stage "joint" needs a `teacher`, whose features the semantic codes learn. Pass one, or train the '
+                'stage "pixel".'
+            )
+        trainable_parameters(model, args.stage)
+        super().__init__(model, args, **kwargs)
+        self.teacher, self.perceptual_loss = teacher, perceptual_loss
+        self.discriminator: Any = None
+        self._discriminator_optimizer: Any = None
+        if discriminator is not None:
+            self.discriminator = discriminator.to(args.device)
+            self._discriminator_optimizer = torch.optim.Adam(
+                discriminator.parameters(), lr=args.learning_rate, betas=(0.5, 0.9)
+            )
+        self._counts = torch.zeros(model.config.codebook_size, device=args.device)
+        self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._shown: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.add_callback(_Codebook(self))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Reconstruction and, by stage, quantization, distillation and the optional terms."""
+        args, pixels = self.args, inputs["pixel_values"]
+        tokenizer: Any = self.accelerator.unwrap_model(model)
+        if args.stage == "decoder":
+            with torch.no_grad():
+                encoded = tokenizer.encode(pixels)
+            prediction, codes, output = tokenizer.decode_latents(encoded.quantized, clamp=False), encoded.codes, None
+        else:
+            num_scales = tokenizer._check_images(pixels, None).num_scales
+            kept = draw_kept_scales(num_scales, args.scale_dropout if model.training else 0)
+            output = model(pixels, kept_scales=kept, semantic=args.stage == "joint")
+            prediction, codes = output.pixel_values, output.codes
+        prediction = prediction.float()
+        parts = {
+            "reconstruction": args.l1_weight * F.l1_loss(prediction, pixels)
+            + args.l2_weight * F.mse_loss(prediction, pixels)
+        }
+        if output is not None:
+            parts["codebook"] = output.codebook_loss + output.commitment_loss
+            parts["residual"] = args.residual_weight * output.residual.square().mean()
+        if self.teacher is not None and args.stage == "joint":
+            parts["semantic"] = args.semantic_weight * self._distance_to_teacher(pixels, output.semantic_features)
+        if self.perceptual_loss is not None:
+            parts["perceptual"] = args.perceptual_weight * self.perceptual_loss(prediction, pixels)
+        if self.discriminator is not None and model.training:
+            parts["discriminator"] = self._train_discriminator(pixels, prediction.detach())
+            self.discriminator.requires_grad_(False)  # its own loss is the one above
+            parts["adversarial"] = args.adversarial_weight * -self.discriminator(prediction).mean()
+            self.discriminator.requires_grad_(True)
+        loss: torch.Tensor = sum(
+            (value for name, value in parts.items() if name != "discriminator"), start=pixels.new_zeros(())
+        )
+        if model.training:
+            parts["psnr"] = psnr(prediction.detach(), pixels).mean()
+            for name, value in parts.items():
+                self._parts[name].append(value.detach())
+            self._counts = USAGE_DECAY * self._counts + torch.bincount(codes.flatten(), minlength=len(self._counts))
+            self._counts[self._counts < 0.5] = 0
+            self._shown = (pixels.detach(), prediction.detach())
+        outputs = {"loss": loss, "pixel_values": prediction, "codes": codes}
+        return (loss, outputs) if return_outputs else loss
+
+    def _distance_to_teacher(self, pixels: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+        number = self.args.teacher_batch_size or len(pixels)
+        with torch.no_grad():
+            features = self.teacher(pixels[:number])  # type: ignore[misc]  # checked at the start
+        target, predicted = features.flatten(2).transpose(1, 2), predicted[:number].float()
+        if target.shape != predicted.shape:
+            raise ValueError(
+                f"The teacher's features are {tuple(features.shape)}, but the tokenizer predicts {predicted.shape[-1]} "
+                f"channels on {predicted.shape[1]} cells. Resize the images that the teacher sees, or its features."
+            )
+        return 1 - F.cosine_similarity(predicted, target.to(predicted), dim=-1).mean()
+
+    def _train_discriminator(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        loss = F.relu(1 - self.discriminator(real)).mean() + F.relu(1 + self.discriminator(fake)).mean()
+        self.accelerator.backward(loss)
+        self._discriminator_optimizer.step()
+        self._discriminator_optimizer.zero_grad()
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the terms of the loss, PSNR and the share of codes in use since the last time."""
+        if self._parts and "loss" in logs:
+            for name, values in self._parts.items():
+                logs[name] = round(float(self.accelerator.reduce(torch.stack(values).mean(), "mean")), 5)
+            logs["codes_in_use"] = round(float((self._counts > 0).float().mean()), 4)
+            self._parts.clear()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and self._shown is not None and self.args.num_logged_images:
+            folder = Path(self.args.output_dir, "reconstructions")
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = torch.cat(
+                [torch.cat(list(batch[: self.args.num_logged_images]), dim=-1) for batch in self._shown], 1
+            )
+            pixels = ((rows.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+            Image.fromarray(pixels).save(folder / f"{self.state.global_step:06d}.png")
+
+
+class _Codebook(TrainerCallback):
+    """Revives dead codes between steps, the same ones on every rank."""
+
+    def __init__(self, trainer: NextFlowImageTokenizerTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        due = state.global_step % args.revive_steps == 0 and state.global_step < args.revive_until * state.max_steps
+        if args.stage == "decoder" or not due:
+            return
+        counts = trainer.accelerator.reduce(trainer._counts, "sum")
+        generator = torch.Generator(counts.device).manual_seed(args.seed + state.global_step)
+        moved = revive_dead_codes(trainer.accelerator.unwrap_model(trainer.model), counts, generator)
+        trainer._parts["revived"].append(torch.tensor(float(moved)))
+
+
+__all__ = [
+    "NextFlowImageTokenizerTrainer",
+    "draw_kept_scales",
+    "psnr",
+    "revive_dead_codes",
+    "trainable_parameters",
+]

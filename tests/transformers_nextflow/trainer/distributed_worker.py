@@ -1,0 +1,111 @@
+"""What both processes of test_distributed.py do: `torchrun --nproc_per_node 2 distributed_worker.py FOLDER`."""
+
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from transformers_nextflow import NextFlowForCausalLM
+from transformers_nextflow.trainer import NextFlowDataCollator, NextFlowSFTConfig, NextFlowSFTTrainer
+
+
+def train_on_two_ranks(folder: Path, samples: list[dict], packing: bool) -> list[float]:
+    """DDP: each rank takes one sample (or pack) a step."""
+    settings = NextFlowSFTConfig(
+        str(folder / f"ddp-{packing}"),
+        per_device_train_batch_size=1,
+        max_steps=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        condition_dropout=0,
+        packing=packing,
+        packing_strategy="length",
+        max_length=400,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+    )
+    dataset = datasets.Dataset.from_list(samples)
+    trainer = NextFlowSFTTrainer(str(folder / "model"), settings, train_dataset=dataset)
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def shard_fully(folder: Path, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """FSDP2: the same loss and gradients as whole, layer by layer, also when activations are computed twice."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole, sharded = (NextFlowForCausalLM.from_pretrained(folder / "model").train() for _ in range(2))
+    sharded.gradient_checkpointing_enable()
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    losses = []
+    for model in (whole, sharded):
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+    difference = max(
+        float((ours.grad.full_tensor() - theirs.grad).abs().max())
+        for ours, theirs in zip(sharded.parameters(), whole.parameters(), strict=True)
+        if theirs.grad is not None
+    )
+    return {"whole": losses[0], "sharded": losses[1], "difference": difference}
+
+
+def split_tensors(folder: Path, batch: dict[str, torch.Tensor]) -> dict[str, object]:
+    """TP=2: forward, backward and generation as on one process."""
+    from transformers import DistributedConfig
+
+    whole = NextFlowForCausalLM.from_pretrained(folder / "model").train()
+    split = NextFlowForCausalLM.from_pretrained(
+        folder / "model", distributed_config=DistributedConfig(tp_size=2)
+    ).train()
+    losses, norms, codes = [], [], []
+    for model in (whole, split):
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        norms.append(float(model.model.connector[0].weight.grad.norm()))
+        prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+        options = {
+            "generation_mode": "image",
+            "image_top_k": 1,
+            "guidance_scale": None,
+            "return_dict_in_generate": True,
+        }
+        codes.append(model.eval().generate(**prompt, **options).sequences.tolist())
+    return {"losses": losses, "norms": norms, "same_codes": codes[0] == codes[1]}
+
+
+def main():
+    folder = Path(sys.argv[1])
+    samples = json.loads((folder / "samples.json").read_text())
+    results: dict[str, object] = {
+        f"ddp-{packing}": train_on_two_ranks(folder, samples, packing) for packing in (False, True)
+    }
+    config = NextFlowForCausalLM.from_pretrained(folder / "model").config
+    batch = NextFlowDataCollator(config, condition_dropout=0)(samples)
+    results["fsdp"] = shard_fully(folder, batch)
+    try:
+        results["tp"] = split_tensors(folder, batch)
+    except Exception as error:
+        results["tp"] = repr(error)
+        import traceback
+
+        traceback.print_exc()
+    if dist.get_rank() == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Two processes give what one gives: DDP padded and packed, FSDP2, tensor parallelism; on the CPU, with gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+
+from transformers_nextflow import NextFlowForCausalLM
+from transformers_nextflow.trainer import NextFlowSFTConfig, NextFlowSFTTrainer
+
+SRC = Path(__file__).parents[3] / "src"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, samples, tiny_random_checkpoint) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint).save_pretrained(folder / "model")
+    samples = [{**samples[index % 2], "id": str(index)} for index in range(4)]
+    (folder / "samples.json").write_text(json.dumps(samples))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder) -> dict:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+    worker = [str(Path(__file__).with_name("distributed_worker.py")), str(folder)]
+    done = subprocess.run([*command, *worker], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_two_ranks_are_one(results, folder, packing):
+    samples = json.loads((folder / "samples.json").read_text())
+    settings = NextFlowSFTConfig(
+        str(folder / "one"),
+        per_device_train_batch_size=2,
+        max_steps=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        condition_dropout=0,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+    )
+    if packing:  # two packs of two samples are one step
+        settings.per_device_train_batch_size = 4
+    dataset = datasets.Dataset.from_list(samples)
+    trainer = NextFlowSFTTrainer(str(folder / "model"), settings, train_dataset=dataset)
+    trainer.train()
+    expected = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert results[f"ddp-{packing}"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_fully_sharded_is_whole(results):
+    fsdp = results["fsdp"]
+    assert fsdp["sharded"] == pytest.approx(fsdp["whole"], rel=1e-5) and fsdp["difference"] < 1e-5
+
+
+@pytest.mark.slow
+def test_split_tensors_are_whole(results):
+    tp = results["tp"]
+    assert tp["losses"][1] == pytest.approx(tp["losses"][0], rel=1e-5)
+    assert tp["norms"][1] == pytest.approx(tp["norms"][0], rel=1e-4)
+    assert tp["same_codes"]

@@ -1,0 +1,149 @@
+"""The image tokenizer's trainer: what each stage trains, scale dropout, revival, the optional terms, resuming."""
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from transformers_nextflow import NextFlowImageTokenizer
+from transformers_nextflow.trainer import NextFlowImageTokenizerTrainer, NextFlowImageTokenizerTrainingConfig
+from transformers_nextflow.trainer.image_tokenizer_trainer import draw_kept_scales, psnr, revive_dead_codes
+
+SIDE = 80
+
+
+@pytest.fixture
+def images() -> list[dict]:
+    """Smooth pictures, which can be learned."""
+    coarse = torch.rand(8, 3, 3, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return [{"pixel_values": image} for image in nn.functional.interpolate(coarse, (SIDE, SIDE), mode="bilinear")]
+
+
+def teacher(pixels: torch.Tensor) -> torch.Tensor:
+    """Mean colours of the cells, repeated to the width that the tokenizer predicts."""
+    cells = nn.functional.avg_pool2d(pixels, 16)
+    return cells.repeat(1, -(-TEACHER_WIDTH // 3), 1, 1)[:, :TEACHER_WIDTH]
+
+
+TEACHER_WIDTH = 0
+
+
+@pytest.fixture
+def make_trainer(images, tiny_random_checkpoint, tmp_path):
+    def make(stage: str, model: NextFlowImageTokenizer | None = None, **changes) -> NextFlowImageTokenizerTrainer:
+        global TEACHER_WIDTH
+        kwargs = {name: changes.pop(name) for name in ("perceptual_loss", "discriminator") if name in changes}
+        model = model or NextFlowImageTokenizer.from_pretrained(tiny_random_checkpoint, subfolder="image_tokenizer")
+        TEACHER_WIDTH = model.config.semantic_feature_dim
+        settings = dict(max_steps=12, learning_rate=3e-3, logging_steps=1, save_strategy="no", report_to=[])
+        settings |= dict(per_device_train_batch_size=4, use_cpu=True, revive_steps=4, lr_scheduler_type="constant")
+        return NextFlowImageTokenizerTrainer(
+            model,
+            NextFlowImageTokenizerTrainingConfig(str(tmp_path / "run"), stage=stage, **{**settings, **changes}),
+            teacher=teacher,
+            train_dataset=images,
+            **kwargs,
+        )
+
+    return make
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize("stage", ["pixel", "joint", "decoder"])
+def test_a_stage_trains_its_part_and_learns(make_trainer, stage):
+    trainer = make_trainer(stage, max_steps=20)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    pixel_decoder = {name for name in before if name.startswith(("pixel_decoder", "post_pixel_proj"))}
+    semantic = {name for name in before if name.startswith("semantic_")}
+    assert pixel_decoder & changed
+    if stage == "decoder":
+        assert changed <= pixel_decoder
+    else:
+        assert bool(semantic & changed) == (stage == "joint")
+    assert sum(logged(trainer, "reconstruction")[-3:]) < sum(logged(trainer, "reconstruction")[:3])
+    assert logged(trainer, "psnr")[-1] > logged(trainer, "psnr")[0]
+    assert 0 < logged(trainer, "codes_in_use")[-1] <= 1
+    assert bool(logged(trainer, "semantic")) == (stage == "joint")
+
+
+def test_the_larger_decoder_is_a_stage_of_its_own(make_trainer):
+    first = make_trainer("pixel", max_steps=2)
+    first.train()
+    first.model.enlarge_pixel_decoder()
+    make_trainer("decoder", first.model, max_steps=2).train()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
+def test_scales_are_dropped_as_often_as_asked_and_never_the_ends(dropout):
+    generator = torch.Generator().manual_seed(0)
+    draws = [draw_kept_scales(8, dropout, generator) for _ in range(400)]
+    assert all(kept[0] == 0 and kept[-1] == 7 and kept == sorted(set(kept)) for kept in draws)
+    whole = sum(len(kept) == 8 for kept in draws) / 400
+    assert whole == pytest.approx(1 - dropout * (1 - 1 / 64), abs=0.08)
+    assert draw_kept_scales(1, 1.0) == [0]
+
+
+def test_dead_codes_come_back_beside_busy_ones(tiny_random_checkpoint):
+    model = NextFlowImageTokenizer.from_pretrained(tiny_random_checkpoint, subfolder="image_tokenizer")
+    tables = [model.quantizer.semantic_codebook.weight, model.quantizer.pixel_codebook.weight]
+    before = [table.clone() for table in tables]
+    counts = torch.zeros(model.config.codebook_size)
+    counts[[3, 5]] = 10
+    moved = revive_dead_codes(model, counts, torch.Generator().manual_seed(0))
+    assert moved == model.config.codebook_size - 2
+    for table, old in zip(tables, before, strict=True):
+        assert torch.equal(table[[3, 5]], old[[3, 5]])
+        similar = nn.functional.normalize(table, dim=-1) @ nn.functional.normalize(old[[3, 5]], dim=-1).T
+        assert (similar.amax(1) > 0.9).all()
+    assert revive_dead_codes(model, torch.ones_like(counts)) == 0
+
+
+def test_optional_terms(make_trainer):
+    torch.manual_seed(0)
+    critic = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.LeakyReLU(), nn.Conv2d(8, 1, 1))
+    before = critic[0].weight.clone()
+    trainer = make_trainer(
+        "pixel", discriminator=critic, perceptual_loss=lambda a, b: (a - b).abs().mean(), perceptual_weight=0.5
+    )
+    trainer.train()
+    assert not torch.equal(critic[0].weight, before) and all(p.grad is None for p in critic.parameters())
+    assert {"perceptual", "adversarial", "discriminator"} <= set(trainer.state.log_history[0])
+    terms = ("reconstruction", "codebook", "residual", "perceptual", "adversarial")
+    entry = trainer.state.log_history[0]
+    assert entry["loss"] == pytest.approx(sum(entry[name] for name in terms), abs=1e-3)
+
+
+def test_pictures_are_written_and_a_resumed_run_goes_on(make_trainer, tmp_path):
+    settings = dict(save_strategy="steps", save_steps=3, max_steps=6, revive_until=0)
+    whole, resumed = make_trainer("pixel", **settings), make_trainer("pixel", **settings)
+    whole.train()
+    with Image.open(tmp_path / "run" / "reconstructions" / "000003.png") as picture:
+        assert picture.size == (4 * SIDE, 2 * SIDE)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert logged(resumed, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-4)
+
+
+def test_psnr_is_the_textbooks():
+    target = torch.zeros(2, 3, 4, 4)
+    prediction = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 3.0)])
+    assert psnr(prediction, target).tolist() == pytest.approx([20.0, 6.0206], abs=1e-3)  # 10 log10(2^2 / error^2)
+
+
+def test_bad_input(tiny_random_checkpoint, tmp_path, make_trainer):
+    model = NextFlowImageTokenizer.from_pretrained(tiny_random_checkpoint, subfolder="image_tokenizer")
+    common = dict(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match='The stage "joint" needs a `teacher`'):
+        NextFlowImageTokenizerTrainer(model, NextFlowImageTokenizerTrainingConfig(**common))
+    with pytest.raises(ValueError, match="must be one of pixel, joint, decoder, but got 'all'"):
+        NextFlowImageTokenizerTrainingConfig(stage="all", **common)
+    with pytest.raises(ValueError, match="`scale_dropout` must be between 0 and 1, but got 2"):
+        NextFlowImageTokenizerTrainingConfig(scale_dropout=2, **common)
+    trainer = make_trainer("joint")
+    trainer.teacher = lambda pixels: pixels
+    with pytest.raises(ValueError, match="The teacher's features are"):
+        trainer.train()
