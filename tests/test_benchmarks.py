@@ -18,3 +18,15 @@ def test_fused_loss():
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
     assert [row[0].strip() for row in rows] == ["naive", "chunked", "fused"]
     assert len({row[-1] for row in rows}) == 1, "all ways give one loss"
+
+
+@pytest.mark.slow
+def test_packing():
+    options = ["--samples", "64", "--timed", "4", "--batch-size", "2", "--hidden-size", "64", "--layers", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "packing.py"), *options, "--drop-scales", "10", "--ranks", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].strip() for row in rows] == ["padded", "length", "compute"]
+    imbalance = [float(row[4]) for row in rows]
+    assert imbalance[2] < imbalance[1] < imbalance[0]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from transformers_nextflow import NextFlowForCausalLM
+from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor
 from transformers_nextflow.trainer import NextFlowDataCollator, NextFlowSFTConfig, NextFlowSFTTrainer
 
 
@@ -33,7 +33,8 @@ def train_on_two_ranks(folder: Path, samples: list[dict], packing: bool) -> list
         bf16=False,
     )
     dataset = datasets.Dataset.from_list(samples)
-    trainer = NextFlowSFTTrainer(str(folder / "model"), settings, train_dataset=dataset)
+    tokenizer = NextFlowProcessor.from_pretrained(folder / "model").tokenizer
+    trainer = NextFlowSFTTrainer(str(folder / "model"), settings, train_dataset=dataset, processing_class=tokenizer)
     assert trainer.accelerator.num_processes == 2
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -64,9 +65,9 @@ def split_tensors(folder: Path, batch: dict[str, torch.Tensor]) -> dict[str, obj
     """TP=2: forward, backward and generation as on one process."""
     from transformers import DistributedConfig
 
-    whole = NextFlowForCausalLM.from_pretrained(folder / "model").train()
+    whole = NextFlowForCausalLM.from_pretrained(folder / "split").train()
     split = NextFlowForCausalLM.from_pretrained(
-        folder / "model", distributed_config=DistributedConfig(tp_size=2)
+        folder / "split", distributed_config=DistributedConfig(tp_size=2)
     ).train()
     losses, norms, codes = [], [], []
     for model in (whole, split):
@@ -94,13 +95,7 @@ def main():
     config = NextFlowForCausalLM.from_pretrained(folder / "model").config
     batch = NextFlowDataCollator(config, condition_dropout=0)(samples)
     results["fsdp"] = shard_fully(folder, batch)
-    try:
-        results["tp"] = split_tensors(folder, batch)
-    except Exception as error:
-        results["tp"] = repr(error)
-        import traceback
-
-        traceback.print_exc()
+    results["tp"] = split_tensors(folder, batch)
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
     dist.barrier()

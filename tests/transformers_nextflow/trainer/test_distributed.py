@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from transformers_nextflow import NextFlowForCausalLM
+from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, NextFlowProcessor
 from transformers_nextflow.trainer import NextFlowSFTConfig, NextFlowSFTTrainer
 
 SRC = Path(__file__).parents[3] / "src"
@@ -18,7 +18,9 @@ SRC = Path(__file__).parents[3] / "src"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, samples, tiny_random_checkpoint) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
-    NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint).save_pretrained(folder / "model")
+    (folder / "model").symlink_to(tiny_random_checkpoint)
+    config = NextFlowConfig.from_pretrained(tiny_random_checkpoint, num_key_value_heads=2)  # one a process
+    NextFlowForCausalLM(config).save_pretrained(folder / "split")
     samples = [{**samples[index % 2], "id": str(index)} for index in range(4)]
     (folder / "samples.json").write_text(json.dumps(samples))
     return folder
@@ -54,7 +56,8 @@ def test_two_ranks_are_one(results, folder, packing):
     if packing:  # two packs of two samples are one step
         settings.per_device_train_batch_size = 4
     dataset = datasets.Dataset.from_list(samples)
-    trainer = NextFlowSFTTrainer(str(folder / "model"), settings, train_dataset=dataset)
+    tokenizer = NextFlowProcessor.from_pretrained(folder / "model").tokenizer
+    trainer = NextFlowSFTTrainer(str(folder / "model"), settings, train_dataset=dataset, processing_class=tokenizer)
     trainer.train()
     expected = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert results[f"ddp-{packing}"] == pytest.approx(expected, rel=1e-4)
