@@ -18,7 +18,7 @@ CHUNK = 1000
 # How many samples of each task; what a sample costs differs, see `TaskBatches.draw`.
 MIXTURE = {"look": 0.30, "editing": 0.28, "turns": 0.14, "thought": 0.14, "story": 0.09, "example": 0.05}
 USE_CORRECTED, DROP_TEXT, USE_PLAIN = 0.6, 0.1, 0.4
-PLAIN_TASKS = ("edit", "thought")  # prompts that also come without chat marks, as `"<image>make the star red"`
+PLAIN_TASKS = ("edit",)  # prompts that also come without chat marks, as `"<image>make the star red"`
 MAX_SLOTS = 4096  # of a batch
 
 

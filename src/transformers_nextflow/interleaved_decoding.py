@@ -245,7 +245,7 @@ class InterleavedDecoding:
         while active.any():
             if self.logits is None:
                 self.logits = self._run_columns(1, active=active)
-            tokens = self._next_tokens(self.logits, settings)
+            tokens = self._next_tokens(self.logits, settings, active)
             opens, ended = tokens == self.config.boi_token_id, torch.isin(tokens, end)
             if must:
                 opens = opens | ended | (self.num_tokens >= settings.max_new_tokens)
@@ -296,12 +296,18 @@ class InterleavedDecoding:
         for i, row in enumerate(numbers):
             yield GenerationEvent("image", row, codes[i], schedule, None)
 
-    def _next_tokens(self, logits: torch.Tensor, settings: InterleavedSettings) -> torch.Tensor:
+    def _next_tokens(
+        self, logits: torch.Tensor, settings: InterleavedSettings, active: torch.Tensor
+    ) -> torch.Tensor:
         scores = settings.processors(self.ids, logits.float())  # type: ignore[arg-type]
         if not settings.sample_text:
             return scores.argmax(-1)
-        generators = [settings.generators[row] for row in self.rows.tolist()]
-        return sample_codes(scores, ScaleSampling(), draw_seeds(generators, [1], scores.device)[0][:, 0])
+        # Rows that wait leave their generators alone, as if there were no others.
+        writing = active.nonzero().flatten()
+        sources = [settings.generators[row] for row in self.rows[writing].tolist()]
+        seeds = torch.zeros(len(scores), 2, dtype=torch.int, device=scores.device)
+        seeds[writing] = draw_seeds(sources, [1], scores.device)[0][:, 0]
+        return sample_codes(scores, ScaleSampling(), seeds)
 
     # The parts of a step
 
