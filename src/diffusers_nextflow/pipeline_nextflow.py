@@ -22,7 +22,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import BatchEncoding, ImageProcessingMixin, PreTrainedTokenizerBase
 
-from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizer, ScaleSchedule
+from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizer, NextFlowProcessor, ScaleSchedule
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -36,14 +36,20 @@ class NextFlowPipelineOutput(BaseOutput):
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
             B images, the images of one prompt side by side: PIL images, an array `(B, H, W, 3)` in [0, 1], a tensor
             `(B, 3, H, W)` in [0, 1], or latents `(B, D, h, w)`, as `output_type` says.
+        frames (`list[list[PIL.Image.Image]]`, *optional*):
+            With `num_frames` and `output_type="pil"`: the frames of each story; `images` holds them all in a row.
+            `diffusers.utils.export_to_gif(output.frames[0], "story.gif")` saves one.
+        thoughts (`list[str]`, *optional*): With `thinking`: what was written before each image.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    frames: list[list[PIL.Image.Image]] | None = None
+    thoughts: list[str] | None = None
 
 
 class NextFlowPipeline(DiffusionPipeline):
     r"""
-    Text to image by next-scale prediction (NextFlow, arXiv 2601.02204).
+    Images from text and images by next-scale prediction (NextFlow, arXiv 2601.02204): drawing, editing, stories.
 
     There is no denoising: an autoregressive model draws an image scale by scale, from 1x1 up, and an image tokenizer
     decodes the codes. So a *step* is a scale, and *latents* are the sum of the upsampled code vectors so far.
@@ -159,12 +165,15 @@ class NextFlowPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt: str | list[str],
-        image: PIL.Image.Image | list[PIL.Image.Image] | None = None,
+        image: Any = None,
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_scales: int | None = None,
         guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
+        thinking: bool = False,
+        num_frames: int | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         image_temperature: float | list[float] | None = None,
@@ -181,8 +190,11 @@ class NextFlowPipeline(DiffusionPipeline):
         Args:
             prompt (`str` or `list[str]`):
                 What to draw.
-            image (*optional*):
-                Room for editing. Not supported yet.
+            image (a picture or a list of pictures, *optional*):
+                What the prompt is about: an edit of it, or a new scene with what it shows. One prompt takes one picture
+                or several; for a list of prompts give a list of one picture, or of one list, a prompt. A picture is
+                whatever the image processor takes. The result has the size of the (last) picture, unless `height` and
+                `width` say otherwise.
             negative_prompt (`str` or `list[str]`, *optional*):
                 What guidance leads away from; by default from no prompt at all. One for all prompts, or one a prompt.
             height, width (`int`, *optional*):
@@ -191,6 +203,13 @@ class NextFlowPipeline(DiffusionPipeline):
                 Forces the number of scales; then only the aspect ratio of `height` and `width` counts.
             guidance_scale (`float`, *optional*):
                 Strength of classifier-free guidance; 1 turns it off.
+            image_guidance_scale (`float`, *optional*):
+                Strength of the guidance by `image` apart from the prompt's; a third branch. By default the pictures are
+                in both branches and only the text is guided.
+            thinking (`bool`, *optional*, defaults to `False`):
+                The model writes a thought before it draws; the output's `thoughts` hold it. Prompts become chat turns.
+            num_frames (`int`, *optional*):
+                So many images in sequence for each prompt, a story; see the output's `frames`.
             num_images_per_prompt (`int`, *optional*, defaults to 1):
                 Images a prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
@@ -220,8 +239,11 @@ class NextFlowPipeline(DiffusionPipeline):
             raise ValueError(
                 f"Got {len(negative_prompts)} negative prompts for {len(prompts)} prompts; give one, or one each."
             )
-        if image is not None:
-            raise ValueError("`image` is not supported yet: this pipeline draws from a prompt alone.")
+        pictures = self._pictures(image, prompts)
+        if thinking and num_frames is not None:
+            raise ValueError("Pass `thinking` or `num_frames`, not both.")
+        if negative_prompts is not None and (thinking or num_frames is not None):
+            raise ValueError("`negative_prompt` can't be combined with `thinking` or `num_frames`.")
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` must be at least 1, but got {num_images_per_prompt}.")
         if output_type not in OUTPUT_TYPES:
@@ -233,9 +255,10 @@ class NextFlowPipeline(DiffusionPipeline):
             )
 
         self._interrupt = False
-        inputs = self._tokenize(prompts)
+        inputs = self._encode(prompts, pictures, chat=thinking)
         negative_inputs = None if negative_prompts is None else self._tokenize(negative_prompts)
         drawn: tuple[torch.Tensor, ScaleSchedule]
+        output = None
 
         def on_scale_end(step: int, schedule: ScaleSchedule, codes: torch.Tensor) -> None:
             nonlocal drawn
@@ -252,13 +275,17 @@ class NextFlowPipeline(DiffusionPipeline):
                 raise _Interrupted
 
         with self.progress_bar(total=self._schedule.num_scales) as progress_bar, suppress(_Interrupted):
-            self.model.generate(
+            output = self.model.generate(
                 **inputs,
                 generation_mode="image",
+                return_dict_in_generate=True,
                 height=height,
                 width=width,
                 num_scales=num_scales,
                 guidance_scale=guidance_scale,
+                image_guidance_scale=image_guidance_scale,
+                thinking=thinking,
+                num_frames=num_frames,
                 negative_prompt_ids=None if negative_inputs is None else negative_inputs.input_ids,
                 negative_prompt_attention_mask=None if negative_inputs is None else negative_inputs.attention_mask,
                 num_return_sequences=num_images_per_prompt,
@@ -269,9 +296,17 @@ class NextFlowPipeline(DiffusionPipeline):
                 on_scale_end=on_scale_end,
             )
 
-        images = self.decode_latents(self._codes_to_latents(*drawn), output_type)
+        codes, schedule = drawn
+        frames = thoughts = None
+        if output is not None:  # it was not interrupted
+            codes = output.image_codes.flatten(0, -2)
+            if output.thought_ids is not None:
+                thoughts = [text.strip() for text in self.tokenizer.batch_decode(output.thought_ids, True)]
+        images = self.decode_latents(self._codes_to_latents(codes, schedule), output_type)
+        if num_frames is not None and output_type == "pil":
+            frames = [images[start : start + num_frames] for start in range(0, len(images), num_frames)]
         self.maybe_free_model_hooks()
-        return NextFlowPipelineOutput(images=images) if return_dict else (images,)
+        return NextFlowPipelineOutput(images, frames, thoughts) if return_dict else (images,)
 
     @torch.no_grad()
     def decode_latents(
@@ -289,12 +324,50 @@ class NextFlowPipeline(DiffusionPipeline):
 
     def _tokenize(self, prompts: list[str]) -> BatchEncoding:
         """Raw prompts, padded on the left; `generate` puts `<boi>` behind them."""
+        self._check_marks(prompts)
         inputs = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        return inputs.to(self._execution_device)
+
+    def _check_marks(self, prompts: list[str]) -> None:
         config = self.model.config
         marks = [config.boi_token_id, config.eoi_token_id, config.image_token_id]
-        if torch.isin(inputs.input_ids, torch.tensor(marks)).any():
-            names = ", ".join(self.tokenizer.convert_ids_to_tokens(marks))
-            raise ValueError(f"A prompt is plain text: it must not hold any of {names}, which mark images.")
+        for ids in self.tokenizer(prompts)["input_ids"]:
+            if set(ids) & set(marks):
+                names = ", ".join(self.tokenizer.convert_ids_to_tokens(marks))
+                raise ValueError(f"A prompt is plain text: it must not hold any of {names}, which mark images.")
+
+    def _pictures(self, image: Any, prompts: list[str]) -> list[list[Any]]:
+        """The pictures of each prompt."""
+        if image is None:
+            return [[] for _ in prompts]
+        if not isinstance(image, list | tuple):
+            image = [image] if len(prompts) == 1 else [[image]] * len(prompts)
+        if len(prompts) == 1 and not (len(image) == 1 and isinstance(image[0], list | tuple)):
+            image = [list(image)]
+        if len(image) != len(prompts):
+            raise ValueError(
+                f"Got {len(image)} entries of `image` for {len(prompts)} prompts. Give one picture, or one list of "
+                "pictures, a prompt."
+            )
+        return [list(entry) if isinstance(entry, list | tuple) else [entry] for entry in image]
+
+    def _encode(self, prompts: list[str], pictures: list[list[Any]], chat: bool) -> Any:
+        """Prompts with their pictures before the text, padded on the left."""
+        if not chat and not any(pictures):
+            return self._tokenize(prompts)
+        self._check_marks(prompts)
+        processor = NextFlowProcessor(
+            self.image_processor, self.tokenizer, self.image_tokenizer, self.model.config.text_vocab_size
+        )
+        texts = [
+            processor.image_token * len(of_prompt) + prompt for prompt, of_prompt in zip(prompts, pictures, strict=True)
+        ]
+        if chat:
+            turns = [[{"role": "user", "content": text}] for text in texts]
+            texts = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        _onload(self.image_tokenizer)
+        flat = [picture for of_prompt in pictures for picture in of_prompt]
+        inputs = processor(text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt")
         return inputs.to(self._execution_device)
 
 

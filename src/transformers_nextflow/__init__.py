@@ -16,17 +16,20 @@ if TYPE_CHECKING:
     from .generation_nextflow import NextFlowGenerateOutput, NextFlowGenerationMixin
     from .image_processing_nextflow import NextFlowImageProcessor
     from .image_processing_pil_nextflow import NextFlowImageProcessorPil
+    from .interleaved_decoding import GenerationEvent
     from .modeling_nextflow import NextFlowForCausalLM, NextFlowModel, NextFlowPreTrainedModel
     from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer, NextFlowImageTokenizerOutput
     from .pipelines import NextFlowTextToImagePipeline
-    from .processing_nextflow import NextFlowProcessor
+    from .processing_nextflow import NextFlowProcessor, StreamChunk
     from .remote_code import add_remote_code
     from .scale_cache import ScaleCache
     from .scale_schedule import ScaleSchedule, aspect_buckets, nearest_bucket, nearest_sizes
+    from .session import NextFlowSession, SessionMemory
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GenerationEvent",
     "NextFlowConfig",
     "NextFlowForCausalLM",
     "NextFlowGenerateOutput",
@@ -39,9 +42,12 @@ __all__ = [
     "NextFlowModel",
     "NextFlowPreTrainedModel",
     "NextFlowProcessor",
+    "NextFlowSession",
     "NextFlowTextToImagePipeline",
     "ScaleCache",
     "ScaleSchedule",
+    "SessionMemory",
+    "StreamChunk",
     "add_remote_code",
     "aspect_buckets",
     "nearest_bucket",
@@ -57,10 +63,12 @@ _MODULES = {
     "modeling_nextflow": ("NextFlowForCausalLM", "NextFlowModel", "NextFlowPreTrainedModel"),
     "modeling_nextflow_image_tokenizer": ("NextFlowImageTokenizer", "NextFlowImageTokenizerOutput"),
     "pipelines": ("NextFlowTextToImagePipeline",),
-    "processing_nextflow": ("NextFlowProcessor",),
+    "interleaved_decoding": ("GenerationEvent",),
+    "processing_nextflow": ("NextFlowProcessor", "StreamChunk"),
     "remote_code": ("add_remote_code",),
     "scale_cache": ("ScaleCache",),
     "scale_schedule": ("ScaleSchedule", "aspect_buckets", "nearest_bucket", "nearest_sizes"),
+    "session": ("NextFlowSession", "SessionMemory"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

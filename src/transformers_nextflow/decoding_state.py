@@ -131,6 +131,19 @@ class DecodingState:
         self.mask, self.position = self.mask[:, :num_slots], position.clone()
         self._all_real = bool(self.mask.all())
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the cached keys and values; a fork shares what it has in common."""
+        tensors = (tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values))
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def to(self, device: torch.device | str) -> "DecodingState":
+        """Moves keys and values; the model's own device is where they must be for the next step."""
+        for layer in self.cache.layers:
+            if layer.keys is not None:
+                layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+        return self
+
     def fork(self) -> "DecodingState":
         """A state that goes on from here by itself; both keep what they share until then."""
         twin = copy.copy(self)

@@ -260,7 +260,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
 
         Returns:
             Image mode: [`NextFlowGenerateOutput`] if `return_dict_in_generate`, else its `sequences`, after exactly S
-            forward calls (more with `thinking` and `num_frames`). Interleaved mode: the same, padded on the right.
+            forward calls (more with `thinking` and `num_frames`). Interleaved mode: the same; what is new stands behind
+            column L, padded on the right.
             Text mode: what transformers returns.
 
         Raises:
@@ -324,7 +325,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
                 'Only `generation_mode="interleaved"`, and "image" with `thinking` or `num_frames`, can be streamed. '
                 "For the scales of one image pass `on_scale_end` to `generate`."
             )
-        decoding, settings = self._start_interleaved(
+        decoding, settings, _ = self._start_interleaved(
             inputs, kwargs.pop("generation_config", None), mode, thinking, num_frames, kwargs
         )
         yield from decoding.run(settings)
@@ -352,8 +353,11 @@ class NextFlowGenerationMixin(_GenerationMixin):
             schedule = self._schedule_of_sources(grids, counts)
         else:
             schedule = self._image_schedule(size, generation_config)
-        image_guidance_scale = setting("image_guidance_scale") if all(counts) else settings.pop("image_guidance_scale")
-        if image_guidance_scale is not None and not all(counts):
+        # A stored one is for edits alone; one that is given must make sense.
+        image_guidance_scale = settings.pop("image_guidance_scale", None)
+        if all(counts):
+            image_guidance_scale = self._setting("image_guidance_scale", image_guidance_scale, generation_config)
+        elif image_guidance_scale is not None:
             raise ValueError(
                 "`image_guidance_scale` guides by the images of the prompts, but "
                 f"{counts.count(0)} of {len(counts)} prompts have none. Leave it out, or use `guidance_scale`."
@@ -528,7 +532,9 @@ class NextFlowGenerationMixin(_GenerationMixin):
         return_dict_in_generate: bool | None = None,
         **arguments,
     ) -> NextFlowGenerateOutput | torch.Tensor:
-        decoding, settings = self._start_interleaved(inputs, generation_config, mode, thinking, num_frames, arguments)
+        decoding, settings, prompts = self._start_interleaved(
+            inputs, generation_config, mode, thinking, num_frames, arguments
+        )
         num_rows = len(decoding.rows)
         if streamer is not None and num_rows > 1:
             raise ValueError(f"A `streamer` takes the text of one row, but there are {num_rows}. Use `stream`.")
@@ -553,13 +559,17 @@ class NextFlowGenerationMixin(_GenerationMixin):
 
         sequences = decoding.sequences()
         pad = {"batch_first": True, "padding_value": decoding.pad_token_id}
-        # Image mode ends with the image in every row, as without thoughts; text may end anywhere.
-        side = "left" if mode == "image" else "right"
-        padded = nn.utils.rnn.pad_sequence(sequences, padding_side=side, **pad)
+        if mode == "image":  # it ends with the image in every row, as without thoughts
+            padded = nn.utils.rnn.pad_sequence(sequences, padding_side="left", **pad)
+            mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in sequences], True, 0, "left")
+        else:  # the prompts as they were, and behind them what is new
+            copies = num_rows // len(prompts[0])
+            ids, mask = (rows.repeat_interleave(copies, dim=0) for rows in prompts)
+            new = [row[int(length) :] for row, length in zip(sequences, mask.sum(-1), strict=True)]
+            padded = torch.cat([ids, nn.utils.rnn.pad_sequence(new, **pad)], dim=1)
+            mask = torch.cat([mask, nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in new], True, 0)], dim=1)
         if not self._setting("return_dict_in_generate", return_dict_in_generate, generation_config, False):
             return padded
-        lengths = torch.tensor([len(row) for row in sequences], device=padded.device)
-        mask = (torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]).long()
         grids = [grid for row in decoding.grids for grid in row]
         image_codes = None
         if mode == "image":
@@ -569,7 +579,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
             sequences=padded,
             image_grid_shw=torch.tensor(grids, dtype=torch.long, device=padded.device).view(-1, 3),
             image_codes=image_codes,
-            attention_mask=mask.flip(-1) if side == "left" else mask,
+            attention_mask=mask,
             thought_ids=nn.utils.rnn.pad_sequence(
                 [torch.cat([padded[0, :0], *row]) for row in thoughts], **pad
             ) if thinking else None,
@@ -584,8 +594,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
         thinking: bool | None,
         num_frames: int | None,
         arguments: dict[str, Any],
-    ) -> tuple[InterleavedDecoding, InterleavedSettings]:
-        """A decoding that has run the prompts, and how it goes on."""
+    ) -> tuple[InterleavedDecoding, InterleavedSettings, Prompts]:
+        """A decoding that has run the prompts, how it goes on, and the prompts."""
         pad_token_id = self._setting(
             "pad_token_id", arguments.pop("pad_token_id", None), generation_config, self.config.eoi_token_id
         )
@@ -605,7 +615,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         decoding = InterleavedDecoding(self, len(rows), pad_token_id, prompts[0].device)
         decoding.extend(*prompts, rows)
         decoding.repeat(num_copies)
-        return decoding, settings
+        return decoding, settings, prompts
 
     def interleaved_settings(
         self,

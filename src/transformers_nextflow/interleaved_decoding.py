@@ -296,9 +296,7 @@ class InterleavedDecoding:
         for i, row in enumerate(numbers):
             yield GenerationEvent("image", row, codes[i], schedule, None)
 
-    def _next_tokens(
-        self, logits: torch.Tensor, settings: InterleavedSettings, active: torch.Tensor
-    ) -> torch.Tensor:
+    def _next_tokens(self, logits: torch.Tensor, settings: InterleavedSettings, active: torch.Tensor) -> torch.Tensor:
         scores = settings.processors(self.ids, logits.float())  # type: ignore[arg-type]
         if not settings.sample_text:
             return scores.argmax(-1)
@@ -382,6 +380,25 @@ class InterleavedDecoding:
         self.state.select(indices)
         if self._images is not None:
             self._images.select(indices)
+
+    def mark(self) -> dict[str, Any]:
+        """What [`~InterleavedDecoding.rewind`] needs to come back to this point."""
+        states = [state and (state.num_slots, state.position) for state in (self.state, self._images)]
+        names = ("rows", "waiting", "logits", "_last_is_unrun", "_num_run_images")
+        kept = {name: getattr(self, name) for name in names}
+        return {"states": states, "length": self.ids.shape[1], "grids": [len(row) for row in self.grids], "kept": kept}
+
+    def rewind(self, mark: dict[str, Any]) -> None:
+        """Forgets what came after a mark, in ids and caches; no row may have ended since."""
+        (slots, position), images = mark["states"]
+        self.state.crop(slots, position)
+        if images is None:
+            self._images = None
+        elif self._images is not None:
+            self._images.crop(*images)
+        self.ids, self.real = self.ids[:, : mark["length"]], self.real[:, : mark["length"]]
+        self.grids = [row[:count] for row, count in zip(self.grids, mark["grids"], strict=True)]
+        vars(self).update(mark["kept"])
 
     def fork(self) -> "InterleavedDecoding":
         """A decoding that goes on from here by itself."""

@@ -5,9 +5,10 @@ Token view: an image stands in a sequence as `<boi>` and its codes, each as the 
 
 import copy
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -15,15 +16,19 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file, logging
+from transformers.video_utils import load_video
 
 from .image_processing_pil_nextflow import to_pil
+from .interleaved_decoding import GenerationEvent
 from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
+from .prompts import count_images
 from .remote_code import write_shim
 from .scale_schedule import ScaleSchedule
 
 logger = logging.get_logger(__name__)
 
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
+VIDEO_MARK = "<video>"
 PADDING_ARGUMENTS = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
@@ -39,10 +44,12 @@ CHAT_TEMPLATE = """\
                 {{- part -}}
             {%- elif part.type == 'image' or part.type == 'image_url' -%}
                 {{- '<image>' -}}
+            {%- elif part.type == 'video' -%}
+                {{- '<video>' -}}
             {%- elif part.type == 'text' -%}
                 {{- part.text -}}
             {%- else -%}
-                {{- raise_exception('A message may hold parts of type "text" and "image", not "' ~ part.type ~ '".') -}}
+                {{- raise_exception('A part of a message is a "text", an "image" or a "video", not "' ~ part.type ~ '".') -}}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
@@ -62,6 +69,22 @@ CHAT_TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+
+
+class StreamChunk(NamedTuple):
+    """A piece of a stream.
+
+    Args:
+        kind (`str`): `"text"`, `"preview"` or `"image"`.
+        value (`str` or `PIL.Image.Image`): The piece.
+        row (`int`): Which row of the batch.
+        step (`int`, *optional*): Of a preview: the scale, from 0.
+    """
+
+    kind: str
+    value: str | Image.Image
+    row: int = 0
+    step: int | None = None
 
 
 class NextFlowProcessor(ProcessorMixin):
@@ -130,6 +153,7 @@ class NextFlowProcessor(ProcessorMixin):
         audio=None,
         self_correction: bool = False,
         generator: torch.Generator | None = None,
+        num_frames: int = 4,
         **kwargs: Any,
     ) -> BatchFeature:
         """Makes model inputs.
@@ -140,6 +164,10 @@ class NextFlowProcessor(ProcessorMixin):
             images (a picture or a list of pictures, *optional*):
                 As many as there are marks, in reading order over the batch; or a list of them for each text. A picture
                 is a PIL image, an array, a tensor, a path, a URL or a base64 string.
+            videos (a video or a list of videos, *optional*):
+                As many as there are `<video>` marks in the texts, in reading order. A video is a list of frames, an
+                array `(T, H, W, 3)`, a path or a URL; `num_frames` of it are read, evenly spaced, as pictures.
+            num_frames (`int`, *optional*, defaults to 4): Frames read of a video (all of a shorter one).
             self_correction (`bool`, *optional*, defaults to `False`):
                 Encode with self-correction and add `labels`.
             generator (`torch.Generator`, *optional*):
@@ -161,14 +189,15 @@ class NextFlowProcessor(ProcessorMixin):
             `ValueError`: if pictures and marks differ in number, if there is no image tokenizer for the pictures, or if
                 `truncation` would cut a picture.
         """
-        if videos is not None or audio is not None:
-            raise ValueError("NextFlow reads text and images; `videos` and `audio` must be None.")
+        if audio is not None:
+            raise ValueError("NextFlow reads text, images and videos; `audio` must be None.")
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(sample, str) for sample in texts):
             raise ValueError(
                 "`text` must be a string or a list of strings. For a picture alone pass its mark: "
                 f'text="{self.image_token}".'
             )
+        texts, images = self._frames_as_images(list(texts), images, videos, num_frames)
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs = merged["text_kwargs"]
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # of no use with our ids
@@ -196,6 +225,33 @@ class NextFlowProcessor(ProcessorMixin):
         if pictures:
             batch["image_grid_shw"] = grids
         return BatchFeature(batch, tensor_type=return_tensors)
+
+    def _frames_as_images(self, texts: list[str], images: Any, videos: Any, num_frames: int) -> tuple[list[str], Any]:
+        """Texts with an `<image>` for each frame of a `<video>`, and the pictures with the frames among them."""
+        num_marks = sum(text.count(VIDEO_MARK) for text in texts)
+        if videos is None and not num_marks:
+            return texts, images
+        if num_frames < 1:
+            raise ValueError(f"`num_frames` must be at least 1, but got {num_frames}.")
+        given = [] if videos is None else [videos] if _is_one_video(videos) else list(videos)
+        if len(given) != num_marks:
+            raise ValueError(
+                f"`text` has {num_marks} `{VIDEO_MARK}` marks, but `videos` has {len(given)} videos. Put one mark into "
+                "the text where each video stands."
+            )
+        pictures = iter(self._flatten_images(images, [text.count(self.image_token) for text in texts]))
+        clips, merged, spread = iter(given), [], []
+        for text in texts:
+            parts = re.split(f"({re.escape(VIDEO_MARK)}|{re.escape(self.image_token)})", text)
+            for i, part in enumerate(parts):
+                if part == self.image_token:
+                    merged.append(next(pictures))
+                elif part == VIDEO_MARK:
+                    frames = _sample_frames(next(clips), num_frames)
+                    merged += frames
+                    parts[i] = self.image_token * len(frames)
+            spread.append("".join(parts))
+        return spread, merged
 
     def _flatten_images(self, images: Any, num_marks: list[int]) -> list[Any]:
         """All pictures in reading order; checks that they are as many as the marks."""
@@ -378,6 +434,97 @@ class NextFlowProcessor(ProcessorMixin):
         alike = len(grids.unique(dim=0)) == 1 and len({len(image_codes) for image_codes in codes}) == 1
         return to_pil(image_tokenizer.decode(torch.stack(tensors) if alike else tensors, grids))
 
+    def decode_segments(self, token_ids, image_grid_shw) -> list[list[str | Image.Image]]:
+        """Text and pictures in the order in which they stand in ids.
+
+        Args:
+            token_ids (`torch.Tensor` or `list[int]`, of shape `(L,)` or `(B, L)`): Ids in the token view.
+            image_grid_shw (`torch.Tensor` of shape `(num_images, 3)`): Their grids, in reading order over the batch.
+
+        Returns:
+            `list[list[str | PIL.Image.Image]]`, one list a sequence; special tokens and blank texts are left out.
+        """
+        rows = _to_rows(token_ids)[0]
+        pictures = self.decode_images(rows, image_grid_shw) if len(image_grid_shw) else [[] for _ in rows]
+        segments: list[list[str | Image.Image]] = []
+        for ids, of_row in zip(rows, pictures, strict=True):
+            remaining = iter(of_row)
+            segments.append([])
+            for visual, run in groupby(ids, key=self._is_visual):
+                if visual:
+                    segments[-1].append(next(remaining))
+                elif text := self.tokenizer.decode(list(run), skip_special_tokens=True).strip():
+                    segments[-1].append(text)
+        return segments
+
+    def post_process_interleaved(self, generated_outputs, prompt_length: int) -> list[list[str | Image.Image]]:
+        """Text and pictures that interleaved generation made, in order.
+
+        Args:
+            generated_outputs ([`NextFlowGenerateOutput`]): From `generate(generation_mode="interleaved")`.
+            prompt_length (`int`): Columns of the prompts, `input_ids.shape[1]`.
+
+        Returns:
+            `list[list[str | PIL.Image.Image]]`: for each sequence what is new.
+        """
+        _, offset = self._image_parts()
+        sequences, mask = generated_outputs.sequences, generated_outputs.attention_mask
+        old, new = (
+            count_images(ids.masked_fill(real == 0, 0), offset)
+            for ids, real in zip(
+                (sequences[:, :prompt_length], sequences[:, prompt_length:]),
+                (mask[:, :prompt_length], mask[:, prompt_length:]),
+                strict=True,
+            )
+        )
+        grids = iter(generated_outputs.image_grid_shw.tolist())
+        kept = []
+        for before, after in zip(old, new, strict=True):
+            row = [next(grids) for _ in range(before + after)]
+            kept += row[before:]
+        rows = [
+            ids[real.bool()].tolist()
+            for ids, real in zip(sequences[:, prompt_length:], mask[:, prompt_length:], strict=True)
+        ]
+        return self.decode_segments(rows, torch.tensor(kept, dtype=torch.long).view(-1, 3))
+
+    def decode_stream(self, events: Iterable[GenerationEvent], previews: bool = True) -> Iterator[StreamChunk]:
+        """Text and pictures of a stream as they come: text, then a preview a scale, then the picture.
+
+        Args:
+            events (iterable of [`GenerationEvent`]): From [`~NextFlowGenerationMixin.stream`].
+            previews (`bool`, *optional*, defaults to `True`): Decode every scale, not the last alone.
+
+        Yields:
+            [`StreamChunk`]: `kind` is `"text"` (a piece of text), `"preview"` or `"image"` (a PIL image).
+        """
+        written: dict[int, list[int]] = {}
+        shown: dict[int, str] = {}
+
+        def new_text(row: int, whole: bool) -> Iterator[StreamChunk]:
+            text = self.tokenizer.decode(written.get(row, []), skip_special_tokens=True)
+            known = shown.get(row, "")
+            # A character may take several tokens.
+            if len(text) > len(known) and (whole or not text.endswith("\ufffd")):
+                shown[row] = text
+                yield StreamChunk("text", text[len(known) :], row)
+
+        for event in events:
+            row = event.row
+            if event.kind == "token":
+                written.setdefault(row, []).append(int(event.ids))
+                yield from new_text(row, whole=False)
+                continue
+            yield from new_text(row, whole=True)
+            written.pop(row, None)
+            shown.pop(row, None)
+            last = event.kind == "scale" and event.step == event.schedule.num_scales - 1
+            if event.kind == "image" or (previews and not last):
+                picture = self._decode_codes([event.ids], [event.schedule.grid_shw])[0]
+                yield StreamChunk("image" if event.kind == "image" else "preview", picture, row, event.step)
+        for row in list(written):
+            yield from new_text(row, whole=True)
+
     def post_process_multimodal_output(
         self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs
     ) -> list[str] | list[Image.Image]:
@@ -463,6 +610,26 @@ class NextFlowProcessor(ProcessorMixin):
         return NextFlowImageTokenizer.from_pretrained(
             pretrained_model_name_or_path, subfolder=subfolder, **hub_arguments
         )
+
+
+def _is_one_video(videos: Any) -> bool:
+    """One video is a path, an array of frames, or a list of pictures (and not of videos)."""
+    if isinstance(videos, list | tuple):
+        return bool(videos) and (isinstance(videos[0], Image.Image) or getattr(videos[0], "ndim", 0) == 3)
+    return isinstance(videos, str | os.PathLike) or getattr(videos, "ndim", 0) == 4
+
+
+def _sample_frames(video: Any, number: int) -> list[Any]:
+    """`number` frames of a video, evenly spaced, first and last among them; all frames of a shorter one."""
+    if isinstance(video, str | os.PathLike):
+        video = load_video(str(video))[0]
+    if not len(video):
+        raise ValueError("A video has no frames.")
+    last = len(video) - 1
+    places = (
+        range(len(video)) if len(video) <= number else [round(i * last / max(number - 1, 1)) for i in range(number)]
+    )
+    return [video[place] for place in places]
 
 
 def _id_of(tokenizer, token: str) -> int:

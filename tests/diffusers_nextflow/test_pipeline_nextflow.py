@@ -7,13 +7,15 @@ import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from diffusers.utils import export_to_gif
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from diffusers_nextflow import NextFlowPipeline, NextFlowPipelineOutput
-from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizer, ScaleSchedule
+from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizer, NextFlowProcessor, ScaleSchedule
 
 PROMPT = "a red circle"
 NUM_SCALES = 5
@@ -163,8 +165,62 @@ def test_an_adapter_is_not_lost_on_saving(pipe, tmp_path):
 def test_what_is_not_supported_yet_is_refused(pipe):
     with pytest.raises(ValueError, match="`diffusion_decoder` and `scheduler` are not supported yet"):
         NextFlowPipeline(**{**pipe.components, "scheduler": object()})
-    with pytest.raises(ValueError, match="`image` is not supported yet"):
-        pipe(PROMPT, image=pipe(PROMPT).images[0])
+
+
+# Editing, stories, thoughts
+
+
+def test_an_edit_is_what_generate_makes_of_picture_and_prompt(pipe, tiny_random_checkpoint):
+    picture = pipe(PROMPT, generator=seeded(5)).images[0]
+    processor = NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
+    inputs = processor(text="<image>" + PROMPT, images=[picture], return_tensors="pt")
+    settings = {"guidance_scale": 2.0, "image_guidance_scale": 1.5}
+    codes = pipe.model.generate(
+        **inputs, generation_mode="image", generator=seeded(), return_dict_in_generate=True, **settings
+    ).image_codes
+    edited = pipe(PROMPT, image=picture, generator=seeded(), output_type="latent", **settings).images
+    assert torch.equal(edited, pipe._codes_to_latents(codes, SCHEDULE))
+
+
+def test_pictures_go_to_their_prompts(pipe):
+    one, two = pipe([PROMPT, "a blue square"], generator=seeded(3)).images
+    prompts = ["make it red", "make it blue"]
+    generators = [seeded(0), seeded(1)]
+
+    def edit(prompts, image, generators):
+        return pipe(prompts, image=image, generator=generators, output_type="pt", guidance_scale=2.0).images
+
+    both = edit(prompts, [one, two], generators)
+    alone = edit(prompts[1], two, [seeded(1)])
+    assert torch.allclose(both[1], alone[0], atol=1e-5)
+    several = edit(prompts[0], [one, two], [seeded(0)])
+    assert several.shape == (1, 3, 80, 80)
+    with pytest.raises(ValueError, match="Got 3 entries of `image` for 2 prompts"):
+        edit(prompts, [one, two, one], generators)
+
+
+def test_an_edit_keeps_the_aspect_of_its_picture_unless_told_otherwise(pipe):
+    wide = pipe(PROMPT, generator=seeded(), height=64, width=112).images[0]
+    assert pipe(PROMPT, image=wide, generator=seeded()).images[0].size == (112, 64)
+    assert pipe(PROMPT, image=wide, generator=seeded(), height=80, width=80).images[0].size == (80, 80)
+
+
+def test_frames_are_lists_of_pictures_that_export(pipe, tmp_path):
+    output = pipe([PROMPT, "two"], num_frames=3, generator=seeded(), guidance_scale=2.0)
+    assert [len(frames) for frames in output.frames] == [3, 3] and len(output.images) == 6
+    file = export_to_gif(output.frames[0], str(tmp_path / "story.gif"))
+    with PIL.Image.open(file) as animation:
+        assert animation.n_frames == 3
+
+
+def test_thoughts_are_given_beside_the_pictures(pipe):
+    output = pipe([PROMPT, "two"], thinking=True, generator=seeded())
+    assert len(output.images) == len(output.thoughts) == 2
+    assert all(isinstance(thought, str) for thought in output.thoughts)
+    with pytest.raises(ValueError, match="not both"):
+        pipe(PROMPT, thinking=True, num_frames=2)
+    with pytest.raises(ValueError, match="`negative_prompt` can't be combined"):
+        pipe(PROMPT, thinking=True, negative_prompt="x")
 
 
 def test_an_image_tokenizer_of_another_codebook_is_refused(pipe):

@@ -1,5 +1,7 @@
 """Interleaved generation against one forward over the whole, batches against single rows, limits and stops."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from test_generation_nextflow import BOI, CODES, EOI, EOS, PAD, SCHEDULE, TEXT, N, build_model, seeded
@@ -48,7 +50,7 @@ def rows_of(output):
 
 
 def images_in(row):
-    return sum(a < TEXT <= b for a, b in zip(row, row[1:], strict=False))
+    return sum(a < TEXT <= b for a, b in pairwise(row))
 
 
 @pytest.mark.parametrize("guidance_scale", [None, 3.0])
@@ -213,7 +215,12 @@ def test_text_and_images_are_guided_apart(model):
 
     def draw(**settings):
         return model.generate(
-            ids, image_grid_shw=grids, generation_mode="image", generator=seeded(2), return_dict_in_generate=True, **settings
+            ids,
+            image_grid_shw=grids,
+            generation_mode="image",
+            generator=seeded(2),
+            return_dict_in_generate=True,
+            **settings,
         ).image_codes
 
     assert torch.equal(draw(guidance_scale=3.0, image_guidance_scale=1.0), draw(guidance_scale=3.0))
@@ -264,4 +271,6 @@ def test_a_fork_does_not_touch_its_sibling(model):
 )
 def test_misuse_is_explained(model, settings, message):
     with pytest.raises(ValueError, match=message):
-        model.generate(PROMPTS, attention_mask=MASK, **{"generation_mode": "interleaved", "max_new_tokens": 5, **settings})
+        model.generate(
+            PROMPTS, attention_mask=MASK, **{"generation_mode": "interleaved", "max_new_tokens": 5, **settings}
+        )

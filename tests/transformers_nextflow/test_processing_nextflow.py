@@ -357,9 +357,39 @@ def test_other_bad_arguments(processor):
             processor(text)
     with pytest.raises(ValueError, match='For a picture alone pass its mark: text="<image>"'):
         processor(images=picture())
-    for argument in ("videos", "audio"):
-        with pytest.raises(ValueError, match="NextFlow reads text and images"):
-            processor("a", **{argument: [0]})
+    with pytest.raises(ValueError, match="`audio` must be None"):
+        processor("a", audio=[0])
+
+
+def test_a_video_is_its_frames(processor):
+    frames = [picture(seed) for seed in range(5)]
+    read = processor(
+        "see <video>, then <image>", images=[picture(9)], videos=[frames], num_frames=3, return_tensors="pt"
+    )
+    written = processor(
+        "see <image><image><image>, then <image>",
+        images=[frames[0], frames[2], frames[4], picture(9)],
+        return_tensors="pt",
+    )
+    assert torch.equal(read.input_ids, written.input_ids)
+    array = np.stack([np.asarray(frame) for frame in frames[:2]])
+    assert len(processor("<video>", videos=array, return_tensors="pt").image_grid_shw) == 2  # a shorter one, whole
+    chat = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what happens?"}]}], tokenize=False
+    )
+    assert "<video>what happens?" in chat
+    for text, videos in (("<video><video>", [frames]), ("no mark", [frames])):
+        with pytest.raises(ValueError, match=r"`<video>` marks, but `videos` has 1 videos"):
+            processor(text, videos=videos)
+    with pytest.raises(ValueError, match="`num_frames` must be at least 1"):
+        processor("<video>", videos=[frames], num_frames=0)
+
+
+def test_segments_are_text_and_pictures_in_order(processor):
+    batch = processor(["<image>one<image>", "two"], images=[picture(0), picture(1)], padding=True, return_tensors="pt")
+    first, second = processor.decode_segments(batch.input_ids, batch.image_grid_shw)
+    assert [isinstance(segment, str) for segment in first] == [False, True, False] and first[1] == "one"
+    assert second == ["two"]
 
 
 def test_a_tokenizer_without_the_marks():

@@ -1,0 +1,120 @@
+"""Conversations with a cache against one forward over the whole; streams; undo, fork and memory."""
+
+import pytest
+import torch
+from PIL import Image
+
+from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, NextFlowSession
+
+PICTURE = Image.new("RGB", (80, 80), "skyblue")
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_random_checkpoint):
+    model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    model.config.max_position_embeddings = 2048
+    return model, NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
+
+
+@pytest.fixture
+def session(parts):
+    return NextFlowSession(*parts, max_new_tokens=6, guidance_scale=2.0)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def logits_of_next_turn(session):
+    """Those behind one more turn of the user, by the cache and by one forward over the whole."""
+    inputs = session._user_turn("and now?", None)
+    ids = inputs["input_ids"]
+    cached = session._decoding.extend(ids, torch.ones_like(ids), [[]])
+    with torch.no_grad():
+        whole = session.model(session.input_ids, image_grid_shw=session.image_grid_shw).logits[:, -1]
+    return cached, whole
+
+
+def test_three_turns_equal_one_forward_over_the_whole(session):
+    assert isinstance(session.ask("what is it?", PICTURE), str)
+    picture = session.draw("a red circle", generator=seeded(0))
+    assert picture.size == (80, 80)
+    session.draw("make it blue", generator=seeded(1))
+    session.ask("what colour?")
+    assert session.num_turns == 4 and session.memory.num_images == 3
+    torch.testing.assert_close(*logits_of_next_turn(session), atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_is_encoded_twice(parts, session):
+    slots = []
+    hook = parts[0].register_forward_pre_hook(
+        lambda module, args, kwargs: slots.append(kwargs["position_ids"].shape[-1]), with_kwargs=True
+    )
+    session.settings["guidance_scale"] = 1.0
+    session.ask("one", PICTURE)
+    session.draw("two", generator=seeded(0))
+    session.ask("three")
+    hook.remove()
+    assert sum(slots) in (session.input_ids.shape[1] - 1, session.input_ids.shape[1])  # the last token needn't run
+
+
+def test_a_fork_does_not_touch_its_sibling_and_undo_comes_back(session):
+    session.ask("what is it?", PICTURE)
+    session.draw("a circle", generator=seeded(0))
+    before = session.input_ids.clone()
+    twin = session.fork()
+    left, right = session.draw("edit", generator=seeded(1)), twin.draw("edit", generator=seeded(1))
+    assert left.tobytes() == right.tobytes()
+    twin.draw("other", generator=seeded(2))
+    torch.testing.assert_close(*logits_of_next_turn(session.fork()), atol=1e-4, rtol=1e-4)
+    session.undo()
+    assert torch.equal(session.input_ids, before) and session.num_turns == 2
+    assert session.draw("edit", generator=seeded(1)).tobytes() == left.tobytes()
+    session.undo(3)
+    assert session.num_turns == 0 and session.input_ids.shape[1] == 0
+    assert session.memory.num_bytes == 0 or session.memory.num_tokens == 0
+    with pytest.raises(ValueError, match="There are 0 turns, so 1 can't be undone"):
+        session.undo()
+
+
+def test_memory_counts_what_the_cache_holds(session):
+    session.ask("hello")
+    memory = session.memory
+    config = session.model.config
+    slots = session._decoding.state.num_slots
+    head = config.hidden_size // config.num_attention_heads
+    assert memory.num_bytes == 2 * config.num_hidden_layers * config.num_key_value_heads * head * slots * 4
+    assert memory.num_tokens_left == config.max_position_embeddings - memory.num_tokens
+    session.offload()
+    session.ask("still there?")
+
+
+def test_chat_and_stream_give_the_same(session):
+    always = [lambda ids, scores: scores.index_fill(1, torch.tensor([session.model.config.boi_token_id]), 1e4)]
+    settings = dict(max_new_images=1, max_new_tokens=4, logits_processor=always, do_sample=False)
+    twin = session.fork()
+    segments = session.chat("a story", **settings)
+    chunks = list(twin.stream("a story", **settings))
+    assert [chunk.kind for chunk in chunks] == ["preview"] * 4 + ["image"]
+    assert [chunk.step for chunk in chunks[:-1]] == [0, 1, 2, 3]
+    pictures = [segment for segment in segments if not isinstance(segment, str)]
+    assert len(pictures) == 1 and pictures[0].tobytes() == chunks[-1].value.tobytes()
+    assert torch.equal(session.input_ids, twin.input_ids)
+    assert any(isinstance(segment, str) and "a story" in segment for segment in session.messages)
+
+
+def test_streamed_text_is_the_text(session):
+    twin = session.fork()
+    never = dict(max_new_images=0, max_new_tokens=20)
+    pieces = [chunk.value for chunk in twin.stream("hm?", **never)]
+    assert "".join(pieces).strip() == session.ask("hm?", max_new_tokens=20).strip()
+
+
+def test_thinking_is_kept_apart(session):
+    session.draw("two more than one", thinking=True, generator=seeded(0))
+    assert isinstance(session.last_thought, str)
+    assert session.memory.num_images == 1
