@@ -297,7 +297,8 @@ class NextFlowPipeline(DiffusionPipeline):
             )
 
         codes, schedule = drawn
-        frames = thoughts = None
+        frames: Any = None
+        thoughts = None
         if output is not None:  # it was not interrupted
             codes = output.image_codes.flatten(0, -2)
             if output.thought_ids is not None:
@@ -359,7 +360,7 @@ class NextFlowPipeline(DiffusionPipeline):
         processor = NextFlowProcessor(
             self.image_processor, self.tokenizer, self.image_tokenizer, self.model.config.text_vocab_size
         )
-        texts = [
+        texts: Any = [
             processor.image_token * len(of_prompt) + prompt for prompt, of_prompt in zip(prompts, pictures, strict=True)
         ]
         if chat:

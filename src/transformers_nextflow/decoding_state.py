@@ -134,12 +134,14 @@ class DecodingState:
     @property
     def num_bytes(self) -> int:
         """Memory of the cached keys and values; a fork shares what it has in common."""
-        tensors = (tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values))
+        layers: list[Any] = list(self.cache.layers)
+        tensors = (tensor for layer in layers for tensor in (layer.keys, layer.values))
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def to(self, device: torch.device | str) -> "DecodingState":
         """Moves keys and values; the model's own device is where they must be for the next step."""
-        for layer in self.cache.layers:
+        layers: list[Any] = list(self.cache.layers)
+        for layer in layers:
             if layer.keys is not None:
                 layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
         return self

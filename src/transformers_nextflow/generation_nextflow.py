@@ -104,6 +104,11 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
         return allowed
 
 
+def _stack(rows: Sequence[torch.Tensor], value: int, side: str = "right") -> torch.Tensor:
+    """Rows of different lengths as one tensor."""
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
+
+
 def _check_sharing(
     prefix_scales: int | None, images_per_prefix: int | None, num_scales: int, num_images: int
 ) -> tuple[int, int]:
@@ -551,23 +556,23 @@ class NextFlowGenerationMixin(_GenerationMixin):
             elif on_scale_end is not None:
                 scale.append(event.ids)
                 if len(scale) == len(decoding.rows):
-                    on_scale_end(event.step, event.schedule, torch.stack(scale))
+                    on_scale_end(int(event.step or 0), event.schedule, torch.stack(scale))
                     scale = []
         if streamer is not None:
             streamer.end()
         _LAST_SCHEDULES.of_model[self] = settings.schedule
 
         sequences = decoding.sequences()
-        pad = {"batch_first": True, "padding_value": decoding.pad_token_id}
+        pad = decoding.pad_token_id
         if mode == "image":  # it ends with the image in every row, as without thoughts
-            padded = nn.utils.rnn.pad_sequence(sequences, padding_side="left", **pad)
-            mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in sequences], True, 0, "left")
+            padded = _stack(sequences, pad, "left")
+            mask = _stack([torch.ones_like(row) for row in sequences], 0, "left")
         else:  # the prompts as they were, and behind them what is new
             copies = num_rows // len(prompts[0])
             ids, mask = (rows.repeat_interleave(copies, dim=0) for rows in prompts)
             new = [row[int(length) :] for row, length in zip(sequences, mask.sum(-1), strict=True)]
-            padded = torch.cat([ids, nn.utils.rnn.pad_sequence(new, **pad)], dim=1)
-            mask = torch.cat([mask, nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in new], True, 0)], dim=1)
+            padded = torch.cat([ids, _stack(new, pad)], dim=1)
+            mask = torch.cat([mask, _stack([torch.ones_like(row) for row in new], 0)], dim=1)
         if not self._setting("return_dict_in_generate", return_dict_in_generate, generation_config, False):
             return padded
         grids = [grid for row in decoding.grids for grid in row]
@@ -580,11 +585,9 @@ class NextFlowGenerationMixin(_GenerationMixin):
             image_grid_shw=torch.tensor(grids, dtype=torch.long, device=padded.device).view(-1, 3),
             image_codes=image_codes,
             attention_mask=mask,
-            thought_ids=nn.utils.rnn.pad_sequence(
-                [torch.cat([padded[0, :0], *row]) for row in thoughts], **pad
-            ) if thinking else None,
+            thought_ids=_stack([torch.cat([padded[0, :0], *row]) for row in thoughts], pad) if thinking else None,
             past_key_values=decoding.state.cache if num_rows == 1 else None,
-        )  # fmt: skip
+        )
 
     def _start_interleaved(
         self,

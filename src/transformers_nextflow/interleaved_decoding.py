@@ -36,7 +36,7 @@ class GenerationEvent(NamedTuple):
     kind: str
     row: int
     ids: torch.Tensor
-    schedule: ScaleSchedule | None = None
+    schedule: Any = None
     step: int | None = None
 
 

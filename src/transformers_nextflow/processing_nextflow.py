@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -49,7 +49,7 @@ CHAT_TEMPLATE = """\
             {%- elif part.type == 'text' -%}
                 {{- part.text -}}
             {%- else -%}
-                {{- raise_exception('A part of a message is a "text", an "image" or a "video", not "' ~ part.type ~ '".') -}}
+                {{- raise_exception('A message has parts "text", "image" and "video", not "' ~ part.type ~ '".') -}}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
@@ -622,7 +622,7 @@ def _is_one_video(videos: Any) -> bool:
 def _sample_frames(video: Any, number: int) -> list[Any]:
     """`number` frames of a video, evenly spaced, first and last among them; all frames of a shorter one."""
     if isinstance(video, str | os.PathLike):
-        video = load_video(str(video))[0]
+        video = load_video(cast(Any, str(video)))[0]
     if not len(video):
         raise ValueError("A video has no frames.")
     last = len(video) - 1

@@ -118,10 +118,9 @@ class NextFlowSession:
 
     def _user_turn(self, text: str, images: Any) -> Any:
         pictures = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
-        content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": text}]
-        prompt = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        content: list[Any] = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": text}]
+        message: Any = {"role": "user", "content": content}
+        prompt = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
         if self._marks:
             ended = int(self._decoding.ids[0, -1]) in self._eos
             prompt = ("" if ended else self.processor.tokenizer.eos_token) + "\n" + prompt
