@@ -1,12 +1,15 @@
-"""Fine-tunes a NextFlow checkpoint on a folder of pictures with captions, whole or with LoRA.
+"""Trains a NextFlow checkpoint on TRL: alignment, pretraining, fine-tuning, LoRA, each a file of settings.
 
-    python examples/sft.py --pictures FOLDER --output_dir runs/sft --max_steps 200 --learning_rate 1e-4
-    python examples/sft.py --config sft.yaml --use_peft true --lora_target_modules q_proj v_proj up_proj
+    python examples/sft.py --config examples/configs/sft.yaml --pictures FOLDER --output_dir runs/sft
+    python examples/sft.py --config examples/configs/alignment.yaml --codes runs/codes --output_dir runs/alignment
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/sft.py \\
+        --config examples/configs/pretraining.yaml --codes runs/codes --output_dir runs/pretraining
 
 FOLDER is an "imagefolder" of the library datasets: pictures and a `metadata.jsonl` with lines such as
-`{"file_name": "0001.png", "text": "a teal hexagon"}`. Pictures are encoded once; datasets keeps the codes. Every field
-of `NextFlowSFTConfig` and of TRL's `ModelConfig` is an option, on the command line or in the YAML file. On a CPU add
-`--use_cpu true --bf16 false`.
+`{"file_name": "0001.png", "text": "a teal hexagon"}`; its pictures are encoded once, and datasets keeps the codes. For
+more than a few thousand pictures, or for conversations, run examples/extract_codes.py first and give its output to
+`--codes`. Every field of `NextFlowSFTConfig` and of TRL's `ModelConfig` is an option, on the command line or in the
+YAML file. On a CPU add `--use_cpu true --bf16 false`.
 """
 
 from dataclasses import dataclass, field
@@ -14,18 +17,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, tiny_checkpoint
-from transformers_nextflow.trainer import NextFlowSFTConfig, NextFlowSFTTrainer, encode_messages
+from transformers_nextflow.trainer import NextFlowSFTConfig, NextFlowSFTTrainer, encode_messages, load_coded_dataset
 
 
 @dataclass
 class Data:
     """What is trained on."""
 
-    pictures: str = field(metadata={"help": "Folder of pictures with a metadata.jsonl."})
+    pictures: str | None = field(default=None, metadata={"help": "Folder of pictures with a metadata.jsonl."})
+    codes: str | None = field(default=None, metadata={"help": "Coded samples, from examples/extract_codes.py."})
     caption_column: str = field(default="text", metadata={"help": "Column of the captions."})
     self_correction: bool = field(default=True, metadata={"help": "Draw some of the codes that are seen."})
 
@@ -40,23 +44,31 @@ def encode(row: dict[str, Any], index: int, processor: NextFlowProcessor, data: 
     return encode_messages(messages, processor, self_correction=data.self_correction, generator=generator)
 
 
-def main(arguments: list[str] | None = None) -> NextFlowSFTTrainer:
-    data, settings, model_config = TrlParser((Data, NextFlowSFTConfig, ModelConfig)).parse_args_and_config(arguments)
-    path = model_config.model_name_or_path or str(tiny_checkpoint())
-    processor = NextFlowProcessor.from_pretrained(path)
+def load_samples(data: Data, processor: NextFlowProcessor) -> Dataset:
+    """Coded samples, from either source."""
+    if (data.pictures is None) == (data.codes is None):
+        raise ValueError("Give either `--pictures`, a folder of pictures, or `--codes`, a folder of coded samples.")
+    if data.codes is not None:
+        return load_coded_dataset(data.codes)
     pictures = load_dataset("imagefolder", data_dir=data.pictures, split="train")
     if data.caption_column not in pictures.column_names:
         raise ValueError(
             f'The pictures in "{data.pictures}" have the columns {", ".join(pictures.column_names)}, but captions were '
             f'expected in "{data.caption_column}". Write a metadata.jsonl, or pass `--caption_column`.'
         )
-    dataset = pictures.map(
+    return pictures.map(
         partial(encode, processor=processor, data=data), with_indices=True, remove_columns=pictures.column_names
     )
+
+
+def main(arguments: list[str] | None = None) -> NextFlowSFTTrainer:
+    data, settings, model_config = TrlParser((Data, NextFlowSFTConfig, ModelConfig)).parse_args_and_config(arguments)
+    path = model_config.model_name_or_path or str(tiny_checkpoint())
+    processor = NextFlowProcessor.from_pretrained(path)
     trainer = NextFlowSFTTrainer(
         NextFlowForCausalLM.from_pretrained(path, dtype=torch.float32),
         settings,
-        train_dataset=dataset,
+        train_dataset=load_samples(data, processor),
         processing_class=processor.tokenizer,
         peft_config=get_peft_config(model_config),
     )

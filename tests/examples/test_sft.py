@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from peft import PeftModel
 from PIL import Image
 
@@ -57,6 +58,31 @@ def test_lora(run, tmp_path, tiny_random_checkpoint):
     tuned = PeftModel.from_pretrained(base, str(tmp_path / "out"))
     adapters = [parameter for name, parameter in tuned.named_parameters() if "lora_B" in name]
     assert adapters and all(torch.any(adapter != 0) for adapter in adapters)
+
+
+@pytest.mark.parametrize("name", ["alignment", "pretraining", "sft", "lora"])
+def test_settings_of_every_stage_train(run, name):
+    config = Path(sft.__file__).parent / "configs" / f"{name}.yaml"
+    trainer = run("--config", str(config), "--max_length", "2000", "--max_steps", "2")
+    assert trainer.args.packing and trainer.args.condition_dropout == 0.1
+    assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == 2
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_accelerate_reads_its_settings(name, tiny_random_checkpoint):
+    path = Path(sft.__file__).parent / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == "bf16" and config.num_processes == 8
+    if name == "fsdp2":
+        model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint)
+        layer = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"]
+        assert layer in {type(module).__name__ for module in model.modules()}
+        assert config.fsdp_config["fsdp_version"] == 2
+
+
+def test_one_source_of_samples(run):
+    with pytest.raises(ValueError, match="Give either `--pictures`"):
+        run("--codes", "somewhere")
 
 
 def test_captions_must_be_there(run):
