@@ -3,6 +3,7 @@
 Rewards look at every rollout, so they must be cheap; and what is trained must be judged by something else (`judge`).
 """
 
+from collections import Counter
 from functools import lru_cache
 
 import numpy as np
@@ -21,7 +22,10 @@ _PALETTE = np.array(list(COLOURS.values()), np.float32)
 
 
 def detect_objects(image: Image.Image | np.ndarray) -> list[DetectedObject]:
-    """The objects of a picture: shape, box in pixels and colour; a piece like no shape is an "unknown"."""
+    """The objects of a picture: shape, box in pixels and colour; a piece like no shape is an "unknown".
+
+    Every piece is listed as an "object", too, so that conditions may count what is there whatever its shape.
+    """
     pixels = np.asarray(Image.fromarray(np.asarray(image)).reduce(REDUCTION), np.float32)
     frame = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
     ink = np.linalg.norm(pixels - np.median(frame, axis=0), axis=-1) > MIN_CONTRAST
@@ -34,20 +38,23 @@ def detect_objects(image: Image.Image | np.ndarray) -> list[DetectedObject]:
             if mask.sum() >= MIN_AREA:
                 rows, columns = ((side.start * REDUCTION, side.stop * REDUCTION) for side in window)
                 box = (columns[0], rows[0], columns[1], rows[1])
-                found.append(DetectedObject(_shape_of(mask), box, colour))
+                found += [DetectedObject(name, box, colour) for name in (_shape_of(mask), "object")]
     return found
 
 
 def scene_metadata(scene: Scene) -> dict:
-    """What a scene's caption asks for, in GenEval's form; `exclude` forbids more of its objects, and pieces."""
-    counts: dict[tuple[str, str], int] = {}
-    for thing in scene.objects:
-        counts[thing.shape, thing.colour] = counts.get((thing.shape, thing.colour), 0) + 1
-    include = [{"class": shape, "color": colour, "count": n} for (shape, colour), n in counts.items()]
+    """What a scene's caption asks for, in GenEval's form: its objects and colours, and not too many of them.
+
+    With partial credit each piece that is too many costs something, up to three.
+    """
+    counts = Counter((thing.shape, thing.colour) for thing in scene.objects)
+    shapes = [{"class": shape, "color": colour, "count": n} for (shape, colour), n in counts.items()]
     if scene.relation:
-        include[0]["position"] = [scene.relation.removeprefix("to the "), 1]
-    exclude = [{"class": entry["class"], "count": entry["count"] + 1} for entry in include]
-    return {"include": include, "exclude": [*exclude, {"class": "unknown", "count": 1}]}
+        shapes[0]["position"] = [scene.relation.removeprefix("to the "), 1]
+    pieces = [{"class": "object", "color": colour, "count": n} for (_, colour), n in counts.items()]
+    total = len(scene.objects)
+    exclude = [{"class": "object", "count": total + extra} for extra in (1, 2, 3)]
+    return {"include": [*shapes, *pieces], "exclude": exclude}
 
 
 def _shape_of(mask: np.ndarray) -> str:
