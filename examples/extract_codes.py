@@ -181,8 +181,19 @@ def _extract_shard(job: tuple[Extraction, str, int, str]) -> int:
     return extract_shard(*job)
 
 
-def _extract_shard_on_ray(row: dict[str, Any], extraction: Extraction, output: str, device: str) -> dict[str, Any]:
-    return {"samples": extract_shard(extraction, output, int(row["item"]), device)}
+def _extract_shard_on_ray(row: dict[str, Any], settings: dict[str, Any], output: str, device: str) -> dict[str, Any]:
+    return {"samples": extract_shard(Extraction(**settings), output, int(row["item"]), device)}
+
+
+def extract_on_ray(extraction: Extraction, output: str, num_shards: int, device: str) -> None:
+    """Shards as a Ray data set. Nodes share `output`, and get this folder so that they find this module."""
+    import ray.data
+
+    import extract_codes  # by its name, as the nodes know it, and not as `__main__`
+
+    ray.init(ignore_reinit_error=True, runtime_env={"working_dir": str(Path(__file__).parent)})
+    rows = ray.data.from_items(list(range(num_shards)))
+    rows.map(extract_codes._extract_shard_on_ray, fn_args=(asdict(extraction), output, device)).take_all()
 
 
 def check_manifest(extraction: Extraction, output: Path) -> None:
@@ -234,11 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> datasets.Dataset:
     num_shards = -(-len(load_source(extraction)) // options.shard_size)
     jobs = [(extraction, str(output), number, options.device) for number in range(num_shards)]
     if options.ray:
-        import ray.data
-
-        ray.data.from_items(list(range(num_shards))).map(
-            _extract_shard_on_ray, fn_args=(extraction, str(output), options.device)
-        ).take_all()
+        extract_on_ray(extraction, str(output), num_shards, options.device)
     elif options.processes == 1:
         for job in tqdm(jobs, desc="shards"):
             extract_shard(*job)

@@ -138,7 +138,6 @@ def test_bad_input(run, pictures, tmp_path):
 
 def test_on_ray(run, pictures):
     ray = pytest.importorskip("ray", reason="Ray is optional")
-    ray.init(num_cpus=2, include_dashboard=False)
     try:
         assert run("--data", str(pictures), "--ray", output="ray")[:] == run("--data", str(pictures))[:]
     finally:
