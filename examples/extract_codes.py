@@ -11,7 +11,7 @@ row is a picture and its text (drawn from it, or with `--task describe` the othe
 conversation: messages in transformers' chat format whose image parts (or `<image>` marks) take the pictures of
 `--images-column` in order.
 
-Rows are cut into shards, which processes (or Ray, for clusters: `pip install "ray[data]"`) take in turn. A shard is
+Rows are cut into shards, which processes (or Ray, for clusters: `pip install -e ".[ray]"`) take in turn. A shard is
 written when it is whole, so run the same command again after a kill. Codes are drawn with self-correction from the seed
 and the row's number: how many processes there are changes nothing. A row that can't be encoded is left out and listed
 in `bad.jsonl`. `transformers_nextflow.trainer.load_coded_dataset(OUTPUT)` opens the result.

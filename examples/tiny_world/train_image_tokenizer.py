@@ -15,11 +15,18 @@ import torch
 import torch.nn.functional as F
 
 from transformers_nextflow import NextFlowImageTokenizer, NextFlowImageTokenizerConfig
+from transformers_nextflow.trainer.image_tokenizer_trainer import (
+    draw_kept_scales,
+    psnr,
+    revive_dead_codes,
+    trainable_parameters,
+)
 
 from . import training_state
 from .training_state import load_state, save_state
 
 NUM_SCALES = 8
+SCALE_DROPOUT = 0.5
 REVIVE_EVERY, REVIVE_UNTIL = 25, 0.7  # steps, and the share of a stage
 LOG_EVERY = 100
 RESIDUAL_WEIGHT = 0.25
@@ -76,33 +83,6 @@ def to_pixels(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def psnr(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of each image `(B, 3, H, W)` in [-1, 1], `(B,)`."""
-    error = (prediction.clamp(-1, 1) - target).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(4 / error.clamp_min(1e-10))
-
-
-def draw_kept_scales(rng: np.random.Generator) -> list[int]:
-    """In half of the steps every middle scale is dropped with probability one half; the first and the last stay."""
-    if rng.random() < 0.5:
-        return list(range(NUM_SCALES))
-    middle = [scale for scale in range(1, NUM_SCALES - 1) if rng.random() < 0.5]
-    return [0, *middle, NUM_SCALES - 1]
-
-
-@torch.no_grad()
-def revive_dead_codes(model: NextFlowImageTokenizer, counts: torch.Tensor, generator: torch.Generator) -> int:
-    """Moves codes that were not used lately next to codes that are used much; returns how many moved."""
-    dead = (counts == 0).nonzero()[:, 0]
-    if len(dead) == 0 or counts.sum() == 0:
-        return 0
-    source = torch.multinomial(counts.float().sqrt(), len(dead), replacement=True, generator=generator)
-    for table in (model.quantizer.semantic_codebook, model.quantizer.pixel_codebook):
-        rows = F.normalize(table.weight[source], dim=-1)
-        table.weight[dead] = rows + 0.15 * torch.randn(rows.shape, generator=generator) / rows.shape[-1] ** 0.5
-    return len(dead)
-
-
 def step_losses(
     model: NextFlowImageTokenizer, stage: Stage, pixels: torch.Tensor, teacher: Callable | None, kept: list[int]
 ) -> tuple[torch.Tensor, dict[str, float], torch.Tensor]:
@@ -134,17 +114,6 @@ def step_losses(
             loss = loss + 0.3 * semantic
             parts["semantic"] = semantic.item()
     return loss, parts, codes
-
-
-def trainable_parameters(model: NextFlowImageTokenizer, stage: Stage) -> list[torch.nn.Parameter]:
-    """The parameters that a stage trains; the others are frozen."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(
-            name.startswith(("pixel_decoder", "post_pixel_proj"))
-            if stage.name == "decoder"
-            else stage.name == "joint" or not name.startswith("semantic_")
-        )
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def train(
@@ -198,7 +167,11 @@ def _train_stage(
 ) -> None:
     model = model.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(
-        trainable_parameters(model, stage), lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        trainable_parameters(model, stage.name),
+        lr=stage.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.01,
+        fused=True,
     )
     step, spent = load_state(state_file, model, [optimizer])
     rng = np.random.default_rng((seed, step))
@@ -212,7 +185,9 @@ def _train_stage(
             group["lr"] = warm * stage.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         pixels = to_pixels(images[rng.integers(0, len(images), batch_size)])
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        loss, parts, codes = step_losses(model, stage, pixels, teacher, draw_kept_scales(rng))
+        loss, parts, codes = step_losses(
+            model, stage, pixels, teacher, draw_kept_scales(NUM_SCALES, SCALE_DROPOUT, generator)
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
