@@ -30,6 +30,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tiny_world import ocr
 from tiny_world.dataset import load_photos
 from tiny_world.emoji import compose, load_emoji, sample_emoji
+from tiny_world.evaluate_tasks import TaskEvaluation
 from tiny_world.judge import judge_scene
 from tiny_world.shapes import HARD_KIND, KINDS, render, sample_scene
 from tiny_world.teacher import EfficientNetTeacher
@@ -40,21 +41,24 @@ TEST_KINDS = tuple(kind for kind in KINDS if kind != HARD_KIND)
 NUM_EMOJI_NAMES = 100
 NUM_TIMED = 5
 FAMILIES = ("shapes", "emoji", "words")
+TASKS = "tasks"
 SAMPLING_SETTINGS = {"guidance_scale": float, "image_top_k": int, "image_top_p": float, "image_temperature": float}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many prompts: a kind of shapes, of held-out pairs a kind, of the hard set, of emoji, of words a list."""
+    """How many prompts: a kind of shapes, of held-out pairs a kind, of the hard set, of emoji, of words a list,
+    and of samples a task."""
 
     test: int = 60
     heldout: int = 40
     hard: int = 120
     emoji: int = NUM_EMOJI_NAMES
     words: int = 100
+    tasks: int = 200
 
 
-QUICK = Sizes(test=6, heldout=4, hard=12, emoji=12, words=8)
+QUICK = Sizes(test=6, heldout=4, hard=12, emoji=12, words=8, tasks=6)
 
 
 @dataclass(frozen=True)
@@ -295,7 +299,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", nargs="?", type=Path, help="folder (default: the shipped nextflow-tiny)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few prompts of each kind")
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    everything = (*FAMILIES, TASKS)
+    parser.add_argument("--families", nargs="+", choices=everything, default=everything)
     parser.add_argument("--ceiling-only", action="store_true", help="image tokenizer only; the folder may be just that")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--cache", type=Path, help="where the emoji packages are kept")
@@ -345,7 +350,11 @@ def draw_and_time(
 def main(arguments: Sequence[str] | None = None):
     options = parse_options(arguments)
     checkpoint = options.checkpoint or Path(tiny_checkpoint())
-    samples = make_samples(options.families, QUICK if options.quick else Sizes(), options.seed, options.cache)
+    sizes = QUICK if options.quick else Sizes()
+    samples = make_samples(options.families, sizes, options.seed, options.cache)
+    figures = [] if options.ceiling_only else task_figures(checkpoint, sizes, options)
+    if not samples:
+        return write_report(figures, options)
     if options.ceiling_only:
         folder = checkpoint / "image_tokenizer"
         tokenizer = NextFlowImageTokenizer.from_pretrained(folder if folder.exists() else checkpoint).eval()
@@ -355,9 +364,34 @@ def main(arguments: Sequence[str] | None = None):
     reconstructed, counts = reconstruct(tokenizer, [sample.truth for sample in samples])
     figures = [
         *accuracy_figures(samples, generated, reconstructed),
+        *figures,
         *reconstruction_figures(tokenizer, samples, reconstructed, counts),
         *speed,
     ]
+    write_report(figures, options)
+    if options.samples:
+        first, shown = first_samples(samples), reconstructed if generated is None else generated
+        save_sheet([samples[i] for i in first], [shown[i] for i in first], options.samples)
+
+
+def task_figures(checkpoint: Path, sizes: Sizes, options: argparse.Namespace) -> list[Figure]:
+    """The rows of the tasks, if they are asked for."""
+    if TASKS not in options.families:
+        return []
+    evaluation = TaskEvaluation(
+        NextFlowForCausalLM.from_pretrained(checkpoint).eval(),
+        NextFlowProcessor.from_pretrained(checkpoint),
+        lambda tokenizer, images: reconstruct(tokenizer, images)[0],
+        sizes.tasks,
+        options.seed,
+        options.batch_size,
+        options.settings,
+    )
+    return [Figure(*row) for row in evaluation.rows()]
+
+
+def write_report(figures: Sequence[Figure], options: argparse.Namespace):
+    """Prints the table, and writes it where it is wanted."""
     table = format_table(figures, options.seed)
     print(table)
     if options.markdown:
@@ -365,9 +399,6 @@ def main(arguments: Sequence[str] | None = None):
     if options.json:
         report = {"seed": options.seed, "settings": options.settings, "figures": [asdict(figure) for figure in figures]}
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    if options.samples:
-        first, shown = first_samples(samples), reconstructed if generated is None else generated
-        save_sheet([samples[i] for i in first], [shown[i] for i in first], options.samples)
 
 
 if __name__ == "__main__":

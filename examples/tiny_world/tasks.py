@@ -306,19 +306,21 @@ def sample_story(rng: np.random.Generator, split: str = "train") -> TaskSample:
     return TaskSample("story", messages, lambda pictures: judge_story(pictures, start, (dx, dy)))
 
 
-def judge_story(pictures: Sequence[np.ndarray], thing: Thing, step: tuple[int, int]) -> dict[str, bool]:
+def judge_story(pictures: Sequence[np.ndarray], thing: Thing, step: tuple[int, int]) -> dict[str, Any]:
     """Whether every frame shows the thing alone, and whether it moves the way that was told from frame to frame."""
-    centres, identity = [], True
+    centres: list[np.ndarray | None] = []
+    alone: list[bool] = []
     for picture in pictures:
         found = detect(picture)
         same = [d for d in found if (d.shape, d.colour) == (thing.shape, thing.colour)]
-        identity = identity and len(found) == len(same) == 1
+        alone.append(len(found) == len(same) == 1)
         centres.append(same[0].centre if same else None)
     whole = len(centres) == NUM_FRAMES
     moves = whole and all(
         a is not None and b is not None and _goes(b - a, np.array(step)) for a, b in pairwise(centres)
     )
-    return {"identity": identity and whole, "moves": moves}
+    pairs = [alone[i] and alone[i + 1] for i in range(len(alone) - 1)] or [False]
+    return {"identity": all(alone) and whole, "identity in pairs": float(np.mean(pairs)), "moves": moves}
 
 
 def _goes(offset: np.ndarray, step: np.ndarray) -> bool:

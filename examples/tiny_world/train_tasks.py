@@ -18,7 +18,7 @@ PEAKS = (0.012, 1.2e-3)  # Muon, AdamW
 WARM_UP_STEPS, DECAY_FROM = 40, 0.3
 # Until this share of the time tasks show their first scales only, which decide most and cost a quarter.
 CURRICULUM = ((0.3, 5), (0.4, 7), (1.0, 8))
-PICTURES = 16  # captions a step and process
+PICTURES = 8  # captions a step and process
 PICTURE_MIXTURE = {"shapes": 0.25, "emoji": 0.45, "words": 0.3}
 
 
