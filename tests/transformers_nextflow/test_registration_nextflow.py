@@ -151,3 +151,26 @@ def test_tiny_checkpoint(tmp_path, monkeypatch):
         transformers_nextflow.tiny_checkpoint()
     (tmp_path / "config.json").touch()
     assert transformers_nextflow.tiny_checkpoint() == tmp_path
+
+
+def test_every_pipeline_in_a_fresh_process(fresh_process, tiny_random_checkpoint):
+    code = """
+import sys
+import transformers_nextflow
+from PIL import Image
+from transformers import pipeline
+
+path, picture = sys.argv[1], Image.new("RGB", (80, 80), "skyblue")
+chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what?"}]}]
+read = dict(text=chat, max_new_tokens=3, return_full_text=False)
+both = pipeline("any-to-any", model=path)
+edited = both(text=chat, generation_mode="image", generate_kwargs={"guidance_scale": 2.0, "image_guidance_scale": 1.5})
+print(
+    type(pipeline("image-text-to-text", model=path)(**read)[0]["generated_text"]).__name__,
+    type(both(**read)[0]["generated_text"]).__name__,
+    edited[0]["generated_image"].size[0],
+    type(pipeline("text-generation", model=path)("a", max_new_tokens=3)[0]["generated_text"]).__name__,
+    pipeline("text-to-image", model=path)("a red circle", seed=0)[0].size[0],
+)
+"""
+    assert fresh_process(code, str(tiny_random_checkpoint)) == "str str 80 str 80"
