@@ -18,6 +18,7 @@ on prompts that nothing was trained on. Each run is a process; a run whose resul
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ from transformers_nextflow.trainer import NextFlowGRPOConfig, NextFlowGRPOTraine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from tiny_world.detector import detect_objects, scene_metadata
-from tiny_world.judge import find_background, judge_scene
+from tiny_world.judge import Verdict, find_background, judge_scene
 from tiny_world.shapes import BACKGROUNDS, HARD_KIND, KINDS, Scene, render, sample_scene
 
 VARIANTS: dict[str, dict] = {
@@ -46,6 +47,7 @@ VARIANTS: dict[str, dict] = {
     "prefix, VMR": {"num_trained_scales": 4, "scale_reweight_alpha": 0.7, "middle_return_scale": 2},
 }
 GROUP = 8
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TEST_SEED = 77
 
 
@@ -80,6 +82,12 @@ def background_psnr(picture: np.ndarray, scene: Scene) -> float:
     return float(10 * np.log10(255**2 / max(np.square(error).mean(), 1e-2))) if empty.any() else 0.0
 
 
+def has_layout(verdict: Verdict, scene: Scene) -> bool:
+    """Whether the judge finds as many pieces as the caption names, in its colours, whatever their shapes."""
+    found = sorted(detection.colour for detection in verdict.detections)
+    return found == sorted(thing.colour for thing in scene.objects)
+
+
 def evaluate(model, processor: NextFlowProcessor, scenes: dict[str, list[Scene]], seed: int, sheet: Path) -> dict:
     """Accuracy by set, and the first 20 pictures of the hard set as a file."""
     figures = {}
@@ -88,6 +96,7 @@ def evaluate(model, processor: NextFlowProcessor, scenes: dict[str, list[Scene]]
         verdicts = [judge_scene(picture, scene) for picture, scene in zip(pictures, group, strict=True)]
         figures[f"{name} accuracy"] = float(np.mean([verdict.correct for verdict in verdicts]))
         figures[f"{name} strict"] = float(np.mean([verdict.strict for verdict in verdicts]))
+        figures[f"{name} layout"] = float(np.mean([has_layout(*pair) for pair in zip(verdicts, group, strict=True)]))
         pairs = zip(pictures, group, strict=True)
         figures[f"{name} background PSNR"] = float(np.mean([background_psnr(*pair) for pair in pairs]))
         metadata = [scene_metadata(scene) for scene in group]
@@ -109,19 +118,9 @@ def reward():
     return partial(detector_reward, detector=detect_objects, partial_credit=True)
 
 
-def run(variant: str, seed: int, options: argparse.Namespace, folder: Path) -> dict:
-    """Trains one variant and evaluates it."""
-    scenes = held_out_scenes(options.hard, options.easy)
-    path = str(tiny_checkpoint())
-    processor = NextFlowProcessor.from_pretrained(path)
-    model = NextFlowForCausalLM.from_pretrained(path, dtype=torch.float32)
-    if variant == "base":
-        return evaluate(model.eval(), processor, scenes, seed, folder / "sheet.png")
+def make_trainer(variant: str, seed: int, options: argparse.Namespace, folder: Path) -> NextFlowGRPOTrainer:
     rng = np.random.default_rng(seed)
-    rows = [sample_scene(rng, "train", HARD_KIND) for _ in range(1000)]
-    dataset = Dataset.from_list(
-        [{"prompt": scene.caption, "metadata": json.dumps(scene_metadata(scene))} for scene in rows]
-    )
+    scenes = [sample_scene(rng, "train", HARD_KIND) for _ in range(1000)]
     settings = VARIANTS[variant]
     pictures_a_row = 2 if "middle_return_scale" in settings else 1
     config = NextFlowGRPOConfig(
@@ -142,21 +141,56 @@ def run(variant: str, seed: int, options: argparse.Namespace, folder: Path) -> d
         disable_tqdm=True,
         **settings,
     )
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules=options.modules, task_type="CAUSAL_LM")
-    trainer = NextFlowGRPOTrainer(
-        model, reward(), config, train_dataset=dataset, processing_class=processor, peft_config=lora
+    path = str(tiny_checkpoint())
+    return NextFlowGRPOTrainer(
+        NextFlowForCausalLM.from_pretrained(path, dtype=torch.float32),
+        reward(),
+        config,
+        train_dataset=Dataset.from_list(
+            [{"prompt": scene.caption, "metadata": json.dumps(scene_metadata(scene))} for scene in scenes]
+        ),
+        processing_class=NextFlowProcessor.from_pretrained(path),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=MODULES, task_type="CAUSAL_LM"),
     )
+
+
+def run(variant: str, seed: int, options: argparse.Namespace, folder: Path) -> dict:
+    """Trains one variant and evaluates it."""
+    scenes = held_out_scenes(options.hard, options.easy)
+    if variant == "base":
+        model = NextFlowForCausalLM.from_pretrained(tiny_checkpoint(), dtype=torch.float32).eval()
+        processor = NextFlowProcessor.from_pretrained(tiny_checkpoint())
+        return evaluate(model, processor, scenes, seed, folder / "sheet.png")
+    trainer = make_trainer(variant, seed, options, folder)
     start = time.perf_counter()
     trainer.train()
+    seconds = time.perf_counter() - start
     logs = [entry for entry in trainer.state.log_history if "reward" in entry]
     names = ("reward", "entropy", "time/rollout", "time/reward", "time/update")
     curves = {name: [float(entry[name]) for entry in logs] for name in names}
-    trained = trainer.model.eval()
-    return {
-        "seconds": time.perf_counter() - start,
-        **curves,
-        **evaluate(trained, processor, scenes, seed, folder / "sheet.png"),
-    }
+    figures = evaluate(trainer.model.eval(), trainer.processing_class, scenes, seed, folder / "sheet.png")
+    return {"seconds": seconds, **curves, **figures}
+
+
+def rollout_speed(options: argparse.Namespace, runs: int = 3) -> str:
+    """Pictures a second of the trainer's rollouts, and of `generate` alone on the same prompts; medians."""
+    trainer = make_trainer("prefix", 0, options, options.output)
+    rows = [trainer.train_dataset[index // GROUP] for index in range(options.pictures)]
+    model, processor = trainer.model, trainer.processing_class
+    prompts = [row["prompt"] for row in rows[::GROUP]]
+    seconds: dict[str, list[float]] = {"generate": [], "rollouts": []}
+    for _ in range(runs):
+        start = time.perf_counter()
+        batch = processor(prompts, padding=True, return_tensors="pt")
+        with torch.no_grad(), trainer.accelerator.autocast():
+            model.generate(**batch, generation_mode="image", num_return_sequences=GROUP)
+        between = time.perf_counter()
+        trainer._roll_out(rows, trainer._stage())
+        seconds["generate"].append(between - start)
+        seconds["rollouts"].append(time.perf_counter() - between)
+    speeds = {name: options.pictures / statistics.median(values) for name, values in seconds.items()}
+    ratio = speeds["rollouts"] / speeds["generate"]
+    return f"pictures a second, batch of {options.pictures}: {json.dumps(speeds)}, rollouts / generate {ratio:.2f}"
 
 
 @torch.no_grad()
@@ -166,17 +200,15 @@ def ceiling(options: argparse.Namespace) -> dict:
     figures = {}
     for name, scenes in held_out_scenes(options.hard, options.easy).items():
         batch = processor(["<image>"] * len(scenes), images=[[render(s)] for s in scenes], return_tensors="pt")
-        pictures = [np.asarray(images[0]) for images in processor.decode_images(**_ids(batch))]
+        decoded = processor.decode_images(batch["input_ids"], batch["image_grid_shw"])
+        pictures = [np.asarray(images[0]) for images in decoded]
         verdicts = [judge_scene(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
         figures[f"{name} accuracy"] = float(np.mean([verdict.correct for verdict in verdicts]))
         figures[f"{name} strict"] = float(np.mean([verdict.strict for verdict in verdicts]))
+        figures[f"{name} layout"] = float(np.mean([has_layout(*pair) for pair in zip(verdicts, scenes, strict=True)]))
         pairs = zip(pictures, scenes, strict=True)
         figures[f"{name} background PSNR"] = float(np.mean([background_psnr(*pair) for pair in pairs]))
     return figures
-
-
-def _ids(batch) -> dict:
-    return {"token_ids": batch["input_ids"], "image_grid_shw": batch["image_grid_shw"]}
 
 
 def plot(results: dict[str, dict[int, dict]], path: Path):
@@ -201,7 +233,7 @@ def plot(results: dict[str, dict[int, dict]], path: Path):
 
 
 def table(results: dict[str, dict[int, dict]]) -> str:
-    names = ("hard accuracy", "hard strict", "hard reward", "hard background PSNR", "easy accuracy")
+    names = ("hard accuracy", "hard strict", "hard layout", "hard reward", "hard background PSNR", "easy accuracy")
     lines = ["| variant | " + " | ".join(names) + " | seconds | seeds |", "|---" + "|---:" * (len(names) + 2) + "|"]
     for variant, runs in results.items():
         if not runs:
@@ -228,9 +260,12 @@ def main():
     parser.add_argument("--hard", type=int, default=80, help="held-out prompts of the hard set")
     parser.add_argument("--easy", type=int, default=40, help="held-out prompts of the other kinds")
     parser.add_argument("--plot", type=Path, help="reward curves, as a picture")
+    parser.add_argument("--rollout-speed", action="store_true", help="only compare rollouts with `generate` alone")
     parser.add_argument("--run", nargs=2, metavar=("VARIANT", "SEED"), help="run only this one, here")
     options = parser.parse_args()
-    options.modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    if options.rollout_speed:
+        print(rollout_speed(options))
+        return
 
     def folder_of(variant: str, seed: int) -> Path:
         return options.output / f"{variant.replace(', ', '_')}_{seed}"

@@ -217,10 +217,9 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
         runs = [list(run) for _, run in groupby(range(len(rows)), key=_run_keys(rows).__getitem__)]
         batch = self._read_prompts([rows[run[0]] for run in runs])
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        offset = self.schedule_offset
         grids_of_prompts: Any = [ids.new_empty(0, 3)] * len(runs)
         if "image_grid_shw" in batch:
-            grids_of_prompts = split_grids(ids, batch["image_grid_shw"].to(device), offset)
+            grids_of_prompts = split_grids(ids, batch["image_grid_shw"].to(device), self._first_visual_id)
         k = stage.num_images
         generators = [torch.Generator(device).manual_seed(seed) for seed in self._seeds(len(rows) * k)]
         codes = ids.new_empty(len(rows) * k, self.schedule.num_tokens)
@@ -268,7 +267,7 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
         return Rollout(ids[run_of_row], mask[run_of_row], grids_of_rows, codes)
 
     @property
-    def schedule_offset(self) -> int:
+    def _first_visual_id(self) -> int:
         """The first visual id."""
         return self.model.config.text_vocab_size
 
@@ -296,10 +295,10 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
             completions = [
                 [{"role": "assistant", "content": [{"type": "image", "image": picture}]}] for picture in pictures
             ]
-        return self._calculate_rewards(inputs, prompts, completions, (codes + self.schedule_offset).tolist())
+        return self._calculate_rewards(inputs, prompts, completions, (codes + self._first_visual_id).tolist())
 
-    def _masks(self, num_images: int) -> torch.Tensor | None:
-        """Pixels that decide the rewards, `(num_images, H, W)`: the union over the functions that say; None if none."""
+    def _masks(self) -> torch.Tensor | None:
+        """Pixels `(pictures, H, W)` that decide the rewards, the union over all functions that say; None if none does."""
         union: torch.Tensor | None = None
         for call in self.reward_funcs:
             if call.masks is None:
@@ -338,15 +337,15 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
         begin, end = (self.schedule.offsets[scale] for scale in (stage.scales.start, stage.scales.stop))
         weights = scale_weights(self.schedule, stage.scales, self.args.scale_reweight_alpha).to(codes.device)
         weights = weights.expand(len(inputs), -1)
-        masks = self._masks(len(pictures))
+        masks = self._masks()
         if masks is not None:
             masks = masks.view(len(inputs), stage.num_images, *masks.shape[1:]).any(1)
             weights = weights * propagate_mask(masks, self.schedule, stage.scales).to(weights)
-        given = codes[:, :begin] + self.schedule_offset
+        given = codes[:, :begin] + self._first_visual_id
         output = {
             "prompt_ids": torch.cat([rollout.prompt_ids, given], dim=1),
             "prompt_mask": torch.cat([rollout.prompt_mask, torch.ones_like(given)], dim=1),
-            "completion_ids": codes[:, begin:end] + self.schedule_offset,
+            "completion_ids": codes[:, begin:end] + self._first_visual_id,
             "completion_mask": torch.ones_like(codes[:, begin:end]),
             "advantages": advantages[first : first + len(inputs)],
             "weights": weights.contiguous(),
@@ -385,7 +384,7 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
                 visual_logits=True,
                 use_cache=False,
             ).logits[:, :-1]
-        return code_log_probs(logits, completion_ids - self.schedule_offset, self.temperature)
+        return code_log_probs(logits, completion_ids - self._first_visual_id, self.temperature)
 
     # Learning
 

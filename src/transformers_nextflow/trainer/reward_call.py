@@ -137,10 +137,14 @@ def call_with_timeout(function: Callable[[], Any], timeout: float | None) -> Any
     if timeout is None:
         return function()
     outcome: dict[str, Any] = {}
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def run():
         try:
-            with torch.no_grad():  # of a thread, like the mode itself
+            # Threads have a current device and a gradient mode of their own.
+            if gpu is not None:
+                torch.cuda.set_device(gpu)
+            with torch.no_grad():
                 outcome["value"] = function()
         except BaseException as error:
             outcome["error"] = error
