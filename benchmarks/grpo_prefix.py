@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from PIL import Image
 from scipy import ndimage
 
@@ -47,7 +46,6 @@ VARIANTS: dict[str, dict] = {
     "prefix, VMR": {"num_trained_scales": 4, "scale_reweight_alpha": 0.7, "middle_return_scale": 2},
 }
 GROUP = 8
-MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TEST_SEED = 77
 
 
@@ -131,6 +129,7 @@ def make_trainer(variant: str, seed: int, options: argparse.Namespace, folder: P
         learning_rate=options.learning_rate,
         lr_scheduler_type="linear",
         adam_beta2=0.99,
+        top_k=32,  # drawing among few costs less
         seed=seed,
         logging_steps=1,
         save_strategy="no",
@@ -142,15 +141,18 @@ def make_trainer(variant: str, seed: int, options: argparse.Namespace, folder: P
         **settings,
     )
     path = str(tiny_checkpoint())
+    model = NextFlowForCausalLM.from_pretrained(path, dtype=torch.float32)
+    # Adam moves every row of the head and the tables as fast as the rest, however little is known about it.
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".layers." in name)
     return NextFlowGRPOTrainer(
-        NextFlowForCausalLM.from_pretrained(path, dtype=torch.float32),
+        model,
         reward(),
         config,
         train_dataset=Dataset.from_list(
             [{"prompt": scene.caption, "metadata": json.dumps(scene_metadata(scene))} for scene in scenes]
         ),
         processing_class=NextFlowProcessor.from_pretrained(path),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=MODULES, task_type="CAUSAL_LM"),
     )
 
 
@@ -252,9 +254,9 @@ def table(results: dict[str, dict[int, dict]]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/grpo_prefix"), help="folder of the results")
-    parser.add_argument("--updates", type=int, default=25)
+    parser.add_argument("--updates", type=int, default=30)
     parser.add_argument("--pictures", type=int, default=64, help="drawn for one update")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=7e-5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--hard", type=int, default=80, help="held-out prompts of the hard set")

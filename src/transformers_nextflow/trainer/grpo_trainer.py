@@ -298,7 +298,7 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
         return self._calculate_rewards(inputs, prompts, completions, (codes + self._first_visual_id).tolist())
 
     def _masks(self) -> torch.Tensor | None:
-        """Pixels `(pictures, H, W)` that decide the rewards, the union over all functions that say; None if none does."""
+        """Pixels `(pictures, H, W)` that decide the rewards, the union over all functions that say; None: all do."""
         union: torch.Tensor | None = None
         for call in self.reward_funcs:
             if call.masks is None:
