@@ -222,10 +222,12 @@ def plot(results: dict[str, dict[int, dict]], path: Path):
 
     figure, axes = plt.subplots(figsize=(7, 4))
     for variant, runs in results.items():
-        if not runs or variant == "base":
+        if not runs or variant not in VARIANTS:
             continue
-        curves = np.array([np.convolve(result["reward"], np.ones(5) / 5, "valid") for result in runs.values()])
-        updates = np.arange(curves.shape[1]) + 5
+        rewards = np.array([result["reward"] for result in runs.values()])
+        window = min(5, rewards.shape[1])
+        curves = np.array([np.convolve(row, np.ones(window) / window, "valid") for row in rewards])
+        updates = np.arange(curves.shape[1]) + window
         (line,) = axes.plot(updates, curves.mean(0), label=variant)
         axes.fill_between(updates, curves.min(0), curves.max(0), alpha=0.15, color=line.get_color())
     axes.set(xlabel="update", ylabel="reward of the rollouts (mean of 5 updates)")

@@ -30,3 +30,20 @@ def test_packing():
     assert [row[0].strip() for row in rows] == ["padded", "length", "compute"]
     imbalance = [float(row[4]) for row in rows]
     assert imbalance[2] < imbalance[1] < imbalance[0]
+
+
+@pytest.mark.slow
+def test_grpo_prefix(tmp_path):
+    pytest.importorskip("scipy")
+    pytest.importorskip("matplotlib")
+    sizes = ["--updates", "1", "--pictures", "16", "--hard", "2", "--easy", "2", "--seeds", "0"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "grpo_prefix.py"), "--output", str(tmp_path), *sizes]
+    command += ["--variants", "prefix, VMR", "--plot", str(tmp_path / "curves.png")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert rows == ["variant", "base", "prefix, VMR", "reconstructions"]
+    assert (tmp_path / "curves.png").is_file() and (tmp_path / "prefix_VMR_0" / "sheet.png").is_file()
+    # What is there is not done again.
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert "seconds" in again.stdout and "'loss'" not in again.stdout
