@@ -474,7 +474,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
             grids = None if grids is None else torch.cat([grids, grids])
         elif negative_prompt_ids is not None:
             logger.warning_once("`negative_prompt_ids` has no effect without a `guidance_scale`.")
-        self._check_context(ids.shape[1], schedule.num_tokens)
+        self._check_context(ids.shape[1], schedule.num_tokens, prompt_grids)
 
         # The keys of the last scale serve its own step only, if nothing follows the image.
         num_unstored = 0 if keeps_cache or schedule.num_scales == 1 else schedule.scale_lengths[-1]
@@ -757,13 +757,22 @@ class NextFlowGenerationMixin(_GenerationMixin):
             '"static", "offloaded" or "offloaded_static".'
         )
 
-    def _check_context(self, num_prompt_tokens: int, num_new_tokens: int):
+    def _check_context(self, num_prompt_tokens: int, num_new_tokens: int, grids: torch.Tensor | None = None):
         limit = self.config.max_position_embeddings
-        if num_prompt_tokens + num_new_tokens > limit:
-            raise ValueError(
-                f"The prompt has {num_prompt_tokens} tokens, which with {num_new_tokens} new ones is more than the "
-                f"model's context of {limit} (`config.max_position_embeddings`). Shorten the prompt or ask for less."
+        if num_prompt_tokens + num_new_tokens <= limit:
+            return
+        hint = "Shorten the prompt or ask for less."
+        if grids is not None and len(grids):
+            largest = max((ScaleSchedule.from_grid_shw(grid) for grid in grids.tolist()), key=lambda s: s.num_tokens)
+            fitting = max(0, limit - num_new_tokens) // (largest.num_tokens + 1)
+            hint = (
+                f"At most {fitting} images of {largest.height} x {largest.width} pixels fit ({largest.num_tokens + 1} "
+                "tokens each). Show fewer or smaller ones, shorten the prompt or ask for less."
             )
+        raise ValueError(
+            f"The prompt has {num_prompt_tokens} tokens, which with {num_new_tokens} new ones is more than the "
+            f"model's context of {limit} (`config.max_position_embeddings`). {hint}"
+        )
 
     def _token_position_ids(
         self, ids: torch.Tensor, grids: torch.Tensor | None, mask: torch.Tensor | None
@@ -828,7 +837,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
             if pad_token_id == eos_token_id:
                 pad_token_id = None  # a prompt may end with it
             check_left_padded(ids, kwargs.get("attention_mask"), pad_token_id)
-            self._check_context(ids.shape[-1], 1)
+            self._check_context(ids.shape[-1], 1, kwargs.get("image_grid_shw"))
         # A stored `guidance_scale` is for images; transformers would guide the text with it.
         if generation_config is None:
             kwargs["guidance_scale"] = None

@@ -35,13 +35,15 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 # ChatML as Qwen writes it, without a system prompt of its own. An image part of a message becomes `<image>`. The
 # `generation` marks let trainers find what the assistant said (`return_assistant_tokens_mask=True`).
 CHAT_TEMPLATE = """\
-{%- macro render(content) -%}
+{%- macro render(content, role) -%}
     {%- if content is string -%}
         {{- content -}}
     {%- else -%}
         {%- for part in content -%}
             {%- if part is string -%}
                 {{- part -}}
+            {%- elif role == 'system' and part.type != 'text' -%}
+                {{- raise_exception('A system message is text; put a picture into a message of the user.') -}}
             {%- elif part.type == 'image' or part.type == 'image_url' -%}
                 {{- '<image>' -}}
             {%- elif part.type == 'video' -%}
@@ -58,10 +60,10 @@ CHAT_TEMPLATE = """\
     {{- '<|im_start|>' + message.role + '\\n' -}}
     {%- if message.role == 'assistant' -%}
         {%- generation -%}
-            {{- render(message.content) + '<|im_end|>' -}}
+            {{- render(message.content, message.role) + '<|im_end|>' -}}
         {%- endgeneration -%}
     {%- else -%}
-        {{- render(message.content) + '<|im_end|>' -}}
+        {{- render(message.content, message.role) + '<|im_end|>' -}}
     {%- endif -%}
     {{- '\\n' -}}
 {%- endfor -%}

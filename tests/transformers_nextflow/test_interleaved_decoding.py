@@ -274,3 +274,12 @@ def test_misuse_is_explained(model, settings, message):
         model.generate(
             PROMPTS, attention_mask=MASK, **{"generation_mode": "interleaved", "max_new_tokens": 5, **settings}
         )
+
+
+@pytest.mark.parametrize("mode", ["image", "text"])
+def test_too_many_images_say_how_many_fit(mode):
+    small = build_model()  # a context of 256
+    image = torch.randint(TEXT, TEXT + CODES, (1, N), generator=seeded(0))
+    ids = torch.cat([torch.tensor([[BOI]]), image], dim=1).repeat(1, 5)
+    with pytest.raises(ValueError, match=r"At most [34] images of 80 x 80 pixels fit \(56 tokens each\)"):
+        small.generate(ids, image_grid_shw=torch.tensor([GRID] * 5), generation_mode=mode)

@@ -361,6 +361,12 @@ def test_other_bad_arguments(processor):
         processor("a", audio=[0])
 
 
+def test_a_system_message_has_no_picture(processor):
+    chat = [{"role": "system", "content": [{"type": "image"}]}, {"role": "user", "content": "hi"}]
+    with pytest.raises(Exception, match="A system message is text"):
+        processor.apply_chat_template(chat, tokenize=False)
+
+
 def test_a_video_is_its_frames(processor):
     frames = [picture(seed) for seed in range(5)]
     read = processor(
