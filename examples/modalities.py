@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
         "conversation": conversation(session, seed),
     }
     for name, picture in made.items():
-        picture.save(options.output / f"{name}.png", optimize=True)
+        picture.quantize(256).save(options.output / f"{name}.png", optimize=True)
     return [options.output / f"{name}.png" for name in made]
 
 
