@@ -424,10 +424,18 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
         metrics["reward_std"].append(float(known.std(correction=0)))
         groups = values.view(-1, group_size).nan_to_num(0)
         metrics["frac_reward_zero_std"].append(float((groups.amax(1) == groups.amin(1)).float().mean()))
+        # What reward functions logged with TRL's `log_metric`; all processes must ask for the same names in one order.
+        for name in sorted(set(gather_object(list(self._pending_metrics)))):
+            values = self._pending_metrics.get(name, [])
+            share = torch.tensor([[sum(values), len(values)]], dtype=torch.float64, device=rewards.device)
+            total, count = self.accelerator.gather(share).sum(0).tolist()
+            metrics[name].append(total / count)
+        self._pending_metrics.clear()
 
     def _log_pictures(self, rows: list[Row], pictures: list[Image.Image], per_function, advantages):
         """For TRL's table of completions: texts, rewards, and the pictures as files beside it."""
         if not self.log_completions:
+            self._pending_extra_logs.clear()
             return
         files = [""] * len(pictures)
         step, every = self.state.global_step + 1, max(1, int(self.state.logging_steps or 1))
@@ -447,7 +455,7 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
         self._logs["advantages"].extend(advantages.tolist())
         if self.log_multimodal:
             self._logs["images"].extend(gather_object([[picture] for picture in pictures]))
-        # What rewards logged with TRL's `log_extra` and `log_metric`.
+        # What reward functions logged with TRL's `log_extra`.
         for name in sorted(set(gather_object(list(self._pending_extra_logs)))):
             self._logs["extra"][name].extend(gather_object(self._pending_extra_logs.get(name, [None] * len(rows))))
         self._pending_extra_logs.clear()

@@ -220,7 +220,13 @@ def test_a_resumed_run_is_an_unbroken_one(make_trainer, tmp_path):
 
 
 def test_evaluation_and_logged_pictures(make_trainer, tmp_path):
+    def brightness_and_logs(images, log_metric, log_extra, **kwargs):
+        log_metric("largest", max(brightness(images)))
+        log_extra("place", list(range(len(images))))
+        return brightness(images)
+
     trainer = make_trainer(
+        brightness_and_logs,
         max_steps=1,
         log_completions=True,
         eval_dataset=datasets.Dataset.from_list([{"prompt": "blue"}]),
@@ -228,8 +234,6 @@ def test_evaluation_and_logged_pictures(make_trainer, tmp_path):
         per_device_eval_batch_size=1,
     )
     trainer.train()
-    metrics = trainer.evaluate()
-    assert metrics["eval_reward"] > 0 and np.isfinite(metrics["eval_loss"])
     import pandas
 
     (table,) = (tmp_path / "run" / "completions").glob("completions_00001.parquet")
@@ -238,7 +242,10 @@ def test_evaluation_and_logged_pictures(make_trainer, tmp_path):
     sizes = [Image.open(file).size for file in logged["image"]]
     assert sizes == [(80, 80)] * 8
     means = [float(np.asarray(Image.open(file), np.float64).mean()) for file in logged["image"]]
-    assert means == pytest.approx(logged["brightness"].tolist(), abs=1e-3)
+    assert means == pytest.approx(logged["brightness_and_logs"].tolist(), abs=1e-3)
+    assert logged["place"].tolist() == list(range(8)) and history(trainer, "largest")[0] == pytest.approx(max(means))
+    metrics = trainer.evaluate()
+    assert metrics["eval_reward"] > 0 and np.isfinite(metrics["eval_loss"])
 
 
 # --- VMR and masks ---
