@@ -50,10 +50,12 @@ picture = NextFlowPipeline.from_pretrained(tiny_checkpoint())("a red circle left
   one object, two, counts to four, left of, right of, above, below.
 - **Emoji**: Microsoft's Fluent 3D emoji (MIT; npm `@lobehub/fluent-emoji-3d` 1.1.0) by their Unicode names.
 - **Words** of two to six capital letters in DejaVu fonts.
+- **Tasks** with shapes: it describes pictures and answers questions on numbers, colours and places; it edits (recolour,
+  move, add, remove, replace), follows an example, tells stories in three pictures, and thinks before it draws.
 
 Text tokenizer: the first 8,192 ranks of Qwen's vocabulary (Apache-2.0). Semantic teacher in training:
-EfficientNet-Lite0 with ImageNet weights (Apache-2.0), not shipped. English only, captions only: it doesn't chat, and it
-can't read pictures.
+EfficientNet-Lite0 with ImageNet weights (Apache-2.0), not shipped. English only, and only what stands above: it is no
+general chat model.
 
 ## Figures
 
