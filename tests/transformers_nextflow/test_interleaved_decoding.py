@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_generation_nextflow import BOI, CODES, EOI, EOS, PAD, SCHEDULE, TEXT, N, build_model, seeded
 
+from transformers_nextflow import ScaleSchedule
 from transformers_nextflow.interleaved_decoding import InterleavedDecoding
 
 PROMPTS = torch.tensor([[5, 6, 7, 8, 9], [PAD, PAD, 10, 11, 12], [PAD, 13, 14, 15, 16]])
@@ -196,8 +197,6 @@ def test_an_edit_keeps_the_size_of_its_source(model):
     grids = torch.tensor([[3, 12, 20]])
     with pytest.raises(ValueError, match="14"):
         model.generate(ids, image_grid_shw=grids, generation_mode="image")
-    from transformers_nextflow import ScaleSchedule
-
     wide = ScaleSchedule((12, 20), 3)
     source = torch.randint(TEXT, TEXT + CODES, (1, wide.num_tokens), generator=seeded(0))
     ids = torch.cat([torch.tensor([[BOI]]), source, torch.tensor([[5, 6]])], dim=1)
@@ -206,6 +205,11 @@ def test_an_edit_keeps_the_size_of_its_source(model):
     assert output.image_grid_shw.tolist() == [[3, 12, 20]] * 2
     told = model.generate(ids, height=80, width=80, **edit)
     assert told.image_grid_shw.tolist() == [[3, 12, 20], GRID]
+    tall = ScaleSchedule((20, 12), 3)
+    assert tall.num_tokens == wide.num_tokens
+    both = torch.tensor([[3, 12, 20], [3, 20, 12]])
+    with pytest.raises(ValueError, match="have the sizes .* drawn at one size. Pass `height` and `width`"):
+        model.generate(ids.repeat(2, 1), image_grid_shw=both, generation_mode="image")
 
 
 def test_text_and_images_are_guided_apart(model):
