@@ -51,26 +51,34 @@ def extract_codes(
         generator = torch.Generator().manual_seed(seed * 100_003 + number)
         count = min(CHUNK, num_samples - number * CHUNK)
         captions, pictures, families = zip(*(mixed_sample(rng, weights, cache) for _ in range(count)), strict=True)
-        arrays: dict[str, list[np.ndarray]] = {"clean": [], "corrected": [], "targets": []}
-        for start in range(0, count, 50):
-            pixels = to_pixels(np.stack(pictures[start : start + 50]))
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                features = tokenizer.encode_features(pixels)
-                clean = tokenizer.quantize(features)
-                drawn = tokenizer.quantize(features, self_correction=True, generator=generator)
-            for name, codes in zip(arrays, (clean.codes, drawn.codes, drawn.target_codes), strict=True):
-                arrays[name].append(codes.numpy().astype(np.int16))
+        arrays = encode_pictures(tokenizer, np.stack(pictures), generator)
         temporary = path.with_suffix(".part.npz")
         np.savez(
             temporary,
             captions=np.array(captions),
             families=np.array(families),
-            **{name: np.concatenate(parts) for name, parts in arrays.items()},
+            **arrays,
         )
         temporary.rename(path)
         print(f"[codes] {path.name} {min((number + 1) * CHUNK, num_samples)}/{num_samples}", flush=True)
     return load_codes(folder)
+
+
+@torch.no_grad()
+def encode_pictures(
+    tokenizer: NextFlowImageTokenizer, pictures: np.ndarray, generator: torch.Generator
+) -> dict[str, np.ndarray]:
+    """Codes of pictures `(M, H, W, 3)` uint8 as int16 `(M, N)`: `clean`, `corrected` and `targets` of [`Codes`]."""
+    arrays: dict[str, list[np.ndarray]] = {"clean": [], "corrected": [], "targets": []}
+    for start in range(0, len(pictures), 50):
+        pixels = to_pixels(pictures[start : start + 50]).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = tokenizer.encode_features(pixels)
+            clean = tokenizer.quantize(features)
+            drawn = tokenizer.quantize(features, self_correction=True, generator=generator)
+        for name, codes in zip(arrays, (clean.codes, drawn.codes, drawn.target_codes), strict=True):
+            arrays[name].append(codes.numpy().astype(np.int16))
+    return {name: np.concatenate(parts) for name, parts in arrays.items()}
 
 
 def load_codes(folder: Path) -> Codes:

@@ -10,8 +10,8 @@ import torch
 from transformers_nextflow import NextFlowConfig, NextFlowProcessor
 from transformers_nextflow.trainer import drop_condition, expand_sample
 
+from .codes import encode_pictures
 from .tasks import TASKS
-from .train_image_tokenizer import to_pixels
 from .train_language_model import SCHEDULE, Batch
 
 CHUNK = 1000
@@ -44,18 +44,9 @@ def extract_task_codes(
             for message in sample.messages:
                 pictures += [part.pop("image") for part in message["content"] if part["type"] == "image"]
             conversations.append(json.dumps([sample.task, sample.messages]))
-        arrays: dict[str, list[np.ndarray]] = {"clean": [], "corrected": [], "targets": []}
-        for start in range(0, len(pictures), 50):
-            pixels = to_pixels(np.stack(pictures[start : start + 50])).contiguous(memory_format=torch.channels_last)
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                features = processor.image_tokenizer.encode_features(pixels)
-                clean = processor.image_tokenizer.quantize(features)
-                drawn = processor.image_tokenizer.quantize(features, self_correction=True, generator=generator)
-            for name, codes in zip(arrays, (clean.codes, drawn.codes, drawn.target_codes), strict=True):
-                arrays[name].append(codes.numpy().astype(np.int16))
+        arrays = encode_pictures(processor.image_tokenizer, np.stack(pictures), generator)
         temporary = path.with_suffix(".part.npz")
-        joined = {name: np.concatenate(parts) for name, parts in arrays.items()}
-        np.savez(temporary, conversations=np.array(conversations), **joined)
+        np.savez(temporary, conversations=np.array(conversations), **arrays)
         temporary.rename(path)
         print(f"[task codes] {path.name}", flush=True)
 

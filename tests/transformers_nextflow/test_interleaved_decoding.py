@@ -208,7 +208,7 @@ def test_an_edit_keeps_the_size_of_its_source(model):
     tall = ScaleSchedule((20, 12), 3)
     assert tall.num_tokens == wide.num_tokens
     both = torch.tensor([[3, 12, 20], [3, 20, 12]])
-    with pytest.raises(ValueError, match="have the sizes .* drawn at one size. Pass `height` and `width`"):
+    with pytest.raises(ValueError, match=r"have the sizes .* drawn at one size. Pass `height` and `width`"):
         model.generate(ids.repeat(2, 1), image_grid_shw=both, generation_mode="image")
 
 
