@@ -258,7 +258,7 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("runs/grpo_prefix"), help="folder of the results")
     parser.add_argument("--updates", type=int, default=30)
     parser.add_argument("--pictures", type=int, default=64, help="drawn for one update")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-4)
+    parser.add_argument("--learning-rate", type=float, default=7e-5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--hard", type=int, default=80, help="held-out prompts of the hard set")

@@ -22,6 +22,18 @@ _FIXED = (
     ("mask_truncated_completions", False, "the schedule says when an image ends"),
 )
 
+# Arguments of `generate` that the trainer gives itself.
+_OWN_ARGUMENTS = {
+    "generation_mode",
+    "generator",
+    "height",
+    "images_per_prefix",
+    "num_return_sequences",
+    "num_scales",
+    "prefix_scales",
+    "width",
+}
+
 
 @dataclass
 class NextFlowGRPOConfig(GRPOConfig):
@@ -87,6 +99,11 @@ class NextFlowGRPOConfig(GRPOConfig):
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` must be positive, but got {value}.")
         super().__post_init__()
+        if taken := sorted(_OWN_ARGUMENTS & (self.generation_kwargs or {}).keys()):  # type: ignore[union-attr]
+            raise ValueError(
+                f"`generation_kwargs` can't hold {', '.join(f'`{name}`' for name in taken)}: sizes are settings of "
+                "their own, and the rest is the trainer's."
+            )
 
 
 __all__ = ["NextFlowGRPOConfig"]

@@ -213,7 +213,7 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
     @torch.no_grad()
     def _roll_out(self, rows: list[Row], stage: Stage) -> Rollout:
         """Draws pictures; equal prompts in a row are read once and share their prompt's cache."""
-        device = self.accelerator.device
+        device, is_training = self.accelerator.device, self.model.training
         runs = [list(run) for _, run in groupby(range(len(rows)), key=_run_keys(rows).__getitem__)]
         batch = self._read_prompts([rows[run[0]] for run in runs])
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
@@ -245,6 +245,7 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
             ) as model,
             self.accelerator.autocast(),
         ):
+            model.eval()  # dropout (of adapters) is for learning
             # `generate` wants as many pictures of every prompt: runs of one length go together (mostly all do).
             for length in sorted({len(run) for run in runs}):
                 chosen = [index for index, run in enumerate(runs) if len(run) == length]
@@ -261,6 +262,7 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
                     **settings,
                 )
                 codes[places] = output.image_codes
+            model.train(is_training)
         run_of_row = [index for index, run in enumerate(runs) for _ in run]
         drawn = ids.new_tensor([self.schedule.grid_shw])
         grids_of_rows = [torch.cat([grids_of_prompts[index], drawn]) for index in run_of_row]

@@ -192,6 +192,18 @@ def test_a_reward_is_learnt(make_trainer):
     assert {"time/rollout", "time/reward", "time/update"} <= trainer.state.log_history[0].keys()
 
 
+def test_rollouts_are_drawn_without_dropout_and_with_generation_kwargs(make_trainer):
+    lora = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.9, init_lora_weights=False, task_type="CAUSAL_LM")
+    trainer = make_trainer(peft_config=lora, generation_kwargs={"image_top_k": 1})
+    inputs = score(trainer, rows_of("red"))
+    assert trainer.model.training
+    batch = trainer.processing_class(["red"], return_tensors="pt")
+    expected = trainer.model.eval().generate(**batch, generation_mode="image", do_sample=False, guidance_scale=2.0)
+    n = SCHEDULE.offsets[3]
+    codes = expected[0, -SCHEDULE.num_tokens :][:n]
+    assert (inputs["completion_ids"] == codes).all()
+
+
 def test_lora_trains_adapters_only(make_trainer, tiny_random_checkpoint, tmp_path):
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     trainer = make_trainer(peft_config=lora)
@@ -472,6 +484,7 @@ def test_trl_parser_reads_it_from_yaml(tmp_path):
         ({"scale_reweight_alpha": -1}, "`scale_reweight_alpha` must be at least 0"),
         ({"middle_return_temperature": 0}, "`middle_return_temperature` must be positive"),
         ({"temperature": 0}, "`temperature` must be positive"),
+        ({"generation_kwargs": {"height": 80, "image_top_k": 3}}, "`generation_kwargs` can't hold `height`: sizes"),
         ({"height": 80}, "`height` and `width` together"),
     ],
 )  # fmt: skip
