@@ -114,12 +114,12 @@ def predict_imbalances(samples: list[dict[str, Any]], num_ranks: int, batch_size
 def main(arguments: Sequence[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=4000, help="samples of the prediction")
-    parser.add_argument("--timed", type=int, default=48, help="samples that are trained on")
+    parser.add_argument("--timed", type=int, default=32, help="samples that are trained on")
     parser.add_argument("--batch-size", type=int, default=8, help="samples of a padded batch")
-    parser.add_argument("--hidden-size", type=int, default=512, help="of the model that is timed")
+    parser.add_argument("--hidden-size", type=int, default=256, help="of the model that is timed")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=8, help="ranks of the prediction")
-    parser.add_argument("--drop-scales", type=int, default=4, help="make timed images this many scales smaller")
+    parser.add_argument("--drop-scales", type=int, default=5, help="make timed images this many scales smaller")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.samples < options.batch_size * options.ranks or options.timed < options.batch_size:

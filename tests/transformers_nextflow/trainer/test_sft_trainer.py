@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig
 from trl import SFTConfig, TrlParser
 
-from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor
+from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, NextFlowProcessor
 from transformers_nextflow.trainer import NextFlowDataCollator, NextFlowSFTConfig, NextFlowSFTTrainer
 
 SETTINGS = dict(
@@ -90,6 +90,31 @@ def test_lora_learns_saves_and_merges(make_trainer, samples, tiny_random_checkpo
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "lora")).eval()
     torch.testing.assert_close(loaded(**batch).logits, trained, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loaded.merge_and_unload()(**batch).logits, trained, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_trains_new_parts_and_rows_too(make_trainer, tiny_random_checkpoint):
+    config = NextFlowConfig.from_pretrained(tiny_random_checkpoint)
+    before = dict(NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint).named_parameters())
+    rows = [config.boi_token_id, config.eoi_token_id]
+    lora = LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        modules_to_save=["connector", "scale_embedding"],
+        trainable_token_indices={"embed_tokens": rows},
+        task_type="CAUSAL_LM",
+    )
+    trainer = make_trainer(peft_config=lora, condition_dropout=0, completion_only_loss=False)
+    trainer.train()
+    after = dict(trainer.model.merge_and_unload().named_parameters())
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    embeddings = "model.embed_tokens.weight"
+    assert (after[embeddings] != before[embeddings]).any(-1).nonzero()[:, 0].tolist() == sorted(rows)
+    assert {name.split(".")[1] for name in changed} == {"connector", "scale_embedding", "embed_tokens", "layers"}
+
+
+def test_lora_without_targets_takes_the_usual_ones(make_trainer):
+    trainer = make_trainer(peft_config=LoraConfig(task_type="CAUSAL_LM"))
+    assert {"q_proj", "v_proj"} == set(trainer.model.peft_config["default"].target_modules)
 
 
 def test_trl_parser_reads_it_from_yaml(tmp_path):
