@@ -7,7 +7,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
 from .remote_code import write_shim
-from .scale_schedule import BASE_SIDES
+from .scale_schedule import BASE_SIDES, ScaleSchedule
 
 
 @strict
@@ -131,10 +131,20 @@ class NextFlowImageTokenizerConfig(PreTrainedConfig):
             The largest number of scales that images are encoded to.
         stride (`int`, *optional*, defaults to 16):
             Pixels a cell of the last grid.
+        scale_sides (`list[int]`, *optional*):
+            Sides of the square schedule's grids, one a scale, where they are not the paper's (TokenFlow's).
+        image_size (`int`, *optional*):
+            Side of the only, square, images that the tokenizer takes, where it is not `stride` times that of the last
+            grid. The semantic encoder gets them as they are, the CNNs resized.
         semantic_config (`dict` or `PreTrainedConfig`, *optional*):
-            The semantic encoder, any vision encoder's configuration. Defaults to SigLIP2-so400m-patch16-naflex.
+            The semantic encoder: a configuration of the model type `"siglip2_vision_model"`, `"siglip_vision_model"`,
+            `"clip_vision_model"` or `"timm_wrapper"` (this one with `hidden_size` and `patch_size` added). Defaults to
+            SigLIP2-so400m-patch16-naflex.
+        semantic_image_mean (`list[float]`, *optional*), semantic_image_std (`list[float]`, *optional*):
+            Mean and deviation that the semantic encoder's images are normalised with, by channel, for values clamped
+            to [0, 1]. By default it gets images in [-1, 1] as they are.
         vision_feature_layer (`int`, *optional*, defaults to -2):
-            Which of the semantic encoder's hidden states is used.
+            Which of the semantic encoder's hidden states is used; None for its normalised output.
         semantic_feature_dim (`int`, *optional*):
             Width of the teacher's features that the semantic decoder predicts. Defaults to the encoder's width.
         semantic_decoder_layers (`int`, *optional*, defaults to 3):
@@ -143,6 +153,11 @@ class NextFlowImageTokenizerConfig(PreTrainedConfig):
             Its width. Defaults to the encoder's width.
         semantic_decoder_num_heads (`int`, *optional*, defaults to 12):
             Its number of heads.
+        semantic_decoder_intermediate_size (`int`, *optional*):
+            Width of its MLPs. Defaults to four times its width.
+        semantic_decoder_grid_size (`int`, *optional*):
+            Makes the semantic decoder TokenFlow's, with a class token and learned positions for a grid of this side
+            (resized for others). By default it is a NaFlex ViT, which takes any grid as it is.
         pixel_patch_size (`int`, *optional*, defaults to 1):
             Pixels a side that the CNNs fold into channels at full resolution (space to depth); 1 folds none.
         encoder_hidden_sizes (`list[int]`, *optional*, defaults to `[128, 128, 256, 256, 512]`):
@@ -177,12 +192,18 @@ class NextFlowImageTokenizerConfig(PreTrainedConfig):
     commitment_cost: float | int = 0.25
     num_scales: int = 18
     stride: int = 16
+    scale_sides: list[int] | tuple[int, ...] | None = None
+    image_size: int | None = None
     semantic_config: Any = None  # a dict, a configuration or None; a configuration after `__post_init__`
-    vision_feature_layer: int = -2
+    semantic_image_mean: list[float] | tuple[float, ...] | None = None
+    semantic_image_std: list[float] | tuple[float, ...] | None = None
+    vision_feature_layer: int | None = -2
     semantic_feature_dim: int | None = None
     semantic_decoder_layers: int = 3
     semantic_decoder_hidden_size: int | None = None
     semantic_decoder_num_heads: int = 12
+    semantic_decoder_intermediate_size: int | None = None
+    semantic_decoder_grid_size: int | None = None
     pixel_patch_size: int = 1
     encoder_hidden_sizes: list[int] | tuple[int, ...] = (128, 128, 256, 256, 512)
     encoder_num_res_blocks: int = 2
@@ -226,11 +247,19 @@ class NextFlowImageTokenizerConfig(PreTrainedConfig):
                     f"`{name}` has {len(getattr(self, name))} levels, which with `pixel_patch_size` "
                     f"{self.pixel_patch_size} give a stride of {stride}, but `stride` is {self.stride}."
                 )
+        ScaleSchedule(num_scales=self.num_scales, stride=self.stride, sides=self.sides)  # raises if there is none
+        if (self.semantic_image_mean is None) != (self.semantic_image_std is None):
+            raise ValueError("Give both `semantic_image_mean` and `semantic_image_std`, or neither.")
         if not 1 <= self.self_correction_top_k <= self.codebook_size:
             raise ValueError(
                 f"`self_correction_top_k` must be between 1 and `codebook_size` ({self.codebook_size}), "
                 f"but got {self.self_correction_top_k}."
             )
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Sides of the square schedule's grids, the paper's or `scale_sides`."""
+        return BASE_SIDES if self.scale_sides is None else tuple(self.scale_sides)
 
     @property
     def code_dim(self) -> int:

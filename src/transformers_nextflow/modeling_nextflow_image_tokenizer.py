@@ -10,14 +10,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
-from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
-from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_nextflow import NextFlowImageTokenizerConfig
-from .multi_scale_quantizer import MultiScaleQuantizer, SelfCorrection
+from .multi_scale_quantizer import MultiScaleQuantizer, SelfCorrection, upsample
 from .scale_schedule import ScaleSchedule
+from .semantic_branch import (
+    NextFlowSemanticDecoder,
+    TokenFlowSemanticDecoder,
+    build_semantic_encoder,
+    mlp,
+    semantic_tokens,
+)
 from .whole_checkpoint import WholeCheckpointMixin
 
 
@@ -187,35 +192,6 @@ class NextFlowPixelDecoder(nn.Module):
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(hidden_states))), self.patch_size)
 
 
-class NextFlowSemanticDecoder(nn.Module):
-    """A small ViT: semantic half `(B, D_sem, h, w)` of a quantized map to the teacher's features `(B, h * w, C)`."""
-
-    def __init__(self, config: NextFlowImageTokenizerConfig):
-        super().__init__()
-        width, out_features = config.semantic_decoder_hidden_size, config.semantic_feature_dim
-        assert width is not None and out_features is not None  # the configuration fills them in
-        # A naflex ViT on 1x1 "patches" of code vectors takes any grid.
-        self.transformer = Siglip2VisionModel(
-            Siglip2VisionConfig(
-                hidden_size=width,
-                intermediate_size=4 * width,
-                num_hidden_layers=config.semantic_decoder_layers,
-                num_attention_heads=config.semantic_decoder_num_heads,
-                num_channels=config.semantic_code_dim,
-                patch_size=1,
-                hidden_act="gelu",
-                vision_use_head=False,
-            )
-        )
-        self.proj_out = _mlp(width, width, out_features)
-
-    def forward(self, semantic: torch.Tensor) -> torch.Tensor:
-        patches = semantic.flatten(2).transpose(1, 2)
-        shapes = torch.tensor([semantic.shape[-2:]] * len(semantic))
-        mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
-        return self.proj_out(self.transformer(patches, mask, shapes).last_hidden_state)
-
-
 def _one_row_an_image(image_grid_shw: torch.Tensor, num_images: int) -> torch.Tensor:
     rows = torch.as_tensor(image_grid_shw).reshape(-1, 3)
     if len(rows) != num_images:
@@ -223,10 +199,6 @@ def _one_row_an_image(image_grid_shw: torch.Tensor, num_images: int) -> torch.Te
             f"Got {num_images} images but {len(rows)} rows of `image_grid_shw`; a list needs one an image."
         )
     return rows
-
-
-def _mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(in_features, hidden_features), nn.Tanh(), nn.Linear(hidden_features, out_features))
 
 
 class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
@@ -257,20 +229,21 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)  # type: ignore[assignment]  # a tuple, as in transformers' own models
     base_model_prefix = ""
-    _no_split_modules = ["NextFlowResBlock", "Siglip2EncoderLayer"]
+    _no_split_modules = [
+        "NextFlowResBlock",
+        "Siglip2EncoderLayer",
+        "SiglipEncoderLayer",
+        "CLIPEncoderLayer",
+        "BeitLayer",
+    ]
     _keep_in_fp32_modules_strict = ["quantizer"]
     _supports_sdpa = True
 
     def __init__(self, config: NextFlowImageTokenizerConfig):
         super().__init__(config)
-        if config.semantic_config.model_type != "siglip2_vision_model":
-            raise ValueError(
-                f'The semantic encoder "{config.semantic_config.model_type}" is not supported; '
-                'use "siglip2_vision_model".'
-            )
         width = config.semantic_config.hidden_size
-        self.semantic_encoder = AutoModel.from_config(config.semantic_config)
-        self.semantic_proj = _mlp(width, width, config.semantic_code_dim)
+        self.semantic_encoder = build_semantic_encoder(config.semantic_config)
+        self.semantic_proj = mlp(width, width, config.semantic_code_dim)
         self.pixel_encoder = NextFlowPixelEncoder(config)
         self.pixel_proj = nn.Conv2d(config.latent_channels, config.pixel_code_dim, 1)
         self.quantizer = MultiScaleQuantizer(
@@ -280,7 +253,8 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
             config.semantic_distance_weight,
             config.commitment_cost,
         )
-        self.semantic_decoder = NextFlowSemanticDecoder(config)
+        of_tokenflow = config.semantic_decoder_grid_size is not None
+        self.semantic_decoder = TokenFlowSemanticDecoder(config) if of_tokenflow else NextFlowSemanticDecoder(config)
         self.post_pixel_proj = nn.Conv2d(config.pixel_code_dim, config.latent_channels, 1)
         self.pixel_decoder = NextFlowPixelDecoder(config)
         self.post_init()
@@ -297,27 +271,55 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
     # Encoding
 
     def _schedule_of_size(self, height: int, width: int) -> ScaleSchedule:
-        return ScaleSchedule.from_size(height, width, stride=self.config.stride)
+        config = self.config
+        if config.image_size is None:
+            return ScaleSchedule.from_size(height, width, stride=config.stride, sides=config.sides)
+        schedule = ScaleSchedule(num_scales=config.num_scales, stride=config.stride, sides=config.sides)
+        if (height, width) != self._image_size(schedule):
+            raise ValueError(
+                f"This tokenizer takes images of {config.image_size} x {config.image_size} pixels only, but got "
+                f"{height} x {width}. Resize them, or set `image_size` to None in its configuration."
+            )
+        return schedule
+
+    def _image_size(self, schedule: ScaleSchedule) -> tuple[int, int]:
+        """Height and width in pixels of the images that a schedule stands for."""
+        if self.config.image_size is None:
+            return schedule.height, schedule.width
+        return self.config.image_size, self.config.image_size
+
+    def _grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        height, width = pixel_values.shape[-2:]
+        if self.config.image_size is None:
+            return height // self.config.stride, width // self.config.stride
+        return self._schedule_of_size(height, width).grids[-1]
 
     def encode_semantic(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Features `(B, C, h, w)` of the semantic encoder, for pixels `(B, 3, H, W)` in [-1, 1]."""
-        h, w = (side // self.config.stride for side in pixel_values.shape[-2:])
-        patch = self.config.semantic_config.patch_size
-        if patch != self.config.stride:
-            pixel_values = F.interpolate(pixel_values, size=(h * patch, w * patch), mode="bicubic", antialias=True)
-        patches = F.unfold(pixel_values, patch, stride=patch)  # (B, 3 * patch * patch, h * w), channels first
-        patches = patches.unflatten(1, (3, -1)).permute(0, 3, 2, 1).flatten(2)  # naflex wants channels last
-        mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
-        shapes = torch.tensor([(h, w)] * len(patches))
-        outputs = self.semantic_encoder(patches, mask, shapes, output_hidden_states=True)
-        features = outputs.hidden_states[self.config.vision_feature_layer]
-        return features.transpose(1, 2).unflatten(2, (h, w))
+        config, grid = self.config, self._grid_of(pixel_values)
+        patch = config.semantic_config.patch_size
+        if config.image_size is None and patch != config.stride:
+            size = tuple(cells * patch for cells in grid)
+            pixel_values = F.interpolate(pixel_values, size=size, mode="bicubic", antialias=True)
+        if config.semantic_image_mean is not None:
+            mean, std = (
+                pixel_values.new_tensor(values).view(3, 1, 1)
+                for values in (config.semantic_image_mean, config.semantic_image_std)
+            )
+            pixel_values = (((pixel_values + 1) / 2).clamp(0, 1) - mean) / std
+        tokens = semantic_tokens(self.semantic_encoder, pixel_values, grid, config.vision_feature_layer)
+        return tokens.transpose(1, 2).unflatten(2, grid)
+
+    def encode_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pixel half `(B, D_pix, h, w)` of the joint feature map, for pixels `(B, 3, H, W)` in [-1, 1]."""
+        size = [cells * self.config.stride for cells in self._grid_of(pixel_values)]
+        return self.pixel_proj(self.pixel_encoder(upsample(pixel_values, size)))
 
     def encode_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Joint feature map `(B, D, h, w)`, `[semantic | pixel]`, before quantization."""
         pixel_values = pixel_values.to(self.dtype)
         semantic = self.semantic_proj(self.encode_semantic(pixel_values).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return torch.cat([semantic, self.pixel_proj(self.pixel_encoder(pixel_values))], dim=1)
+        return torch.cat([semantic, self.encode_pixels(pixel_values)], dim=1)
 
     @torch.no_grad()
     def encode(
@@ -331,7 +333,8 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)` or a list of tensors `(3, H, W)`):
-                Images in [-1, 1]. `H` and `W` must be a schedule's size (see [`ScaleSchedule`]).
+                Images in [-1, 1]. `H` and `W` must be a schedule's size (see [`ScaleSchedule`]), or the
+                configuration's `image_size`.
             image_grid_shw (`torch.LongTensor` of shape `(B, 3)`, *optional*):
                 The schedules to use. By default they follow from the images' sizes.
             self_correction (`bool`, *optional*, defaults to `False`):
@@ -363,7 +366,8 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
     ) -> NextFlowImageTokenizerOutput:
         """The second half of [`~NextFlowImageTokenizer.encode`]: codes of a joint feature map `(B, D, h, w)`."""
         if schedule is None:
-            schedule = self._schedule_of_size(*(side * self.config.stride for side in features.shape[-2:]))
+            height, width = (side * self.config.stride for side in features.shape[-2:])
+            schedule = ScaleSchedule.from_size(height, width, stride=self.config.stride, sides=self.config.sides)
         correction = self._self_correction() if self_correction else None
         result = self.quantizer(features, schedule.grids, correction, generator)
         return NextFlowImageTokenizerOutput(
@@ -400,14 +404,15 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
             schedule = self._schedule_of_size(*pixel_values.shape[-2:])
         else:
             schedule = self._shared_schedule(image_grid_shw, len(pixel_values))
-        if (schedule.height, schedule.width) != tuple(pixel_values.shape[-2:]):
+        height, width = self._image_size(schedule)
+        if (height, width) != tuple(pixel_values.shape[-2:]):
             raise ValueError(
-                f"`image_grid_shw` {schedule.grid_shw} stands for {schedule.height} x {schedule.width} pixels, "
+                f"`image_grid_shw` {schedule.grid_shw} stands for {height} x {width} pixels, "
                 f"but the images have {pixel_values.shape[-2]} x {pixel_values.shape[-1]}."
             )
         if schedule.num_scales > self.config.num_scales:
             raise ValueError(
-                f"Images of {schedule.height} x {schedule.width} take {schedule.num_scales} scales, "
+                f"Images of {height} x {width} take {schedule.num_scales} scales, "
                 f"but this tokenizer has {self.config.num_scales}. Resize the images."
             )
         return schedule
@@ -429,7 +434,13 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
             )
         if any(row != rows[0] for row in rows):
             raise ValueError(f"Images of one batch must share one grid, but got {rows}. Pass lists instead.")
-        return ScaleSchedule.from_grid_shw(rows[0], self.config.stride)
+        schedule = ScaleSchedule.from_grid_shw(rows[0], self.config.stride, self.config.sides)
+        if self.config.image_size is not None and schedule != self._schedule_of_size(*self._image_size(schedule)):
+            raise ValueError(
+                f"This tokenizer has one size of images, all {self.config.num_scales} scales of a square, but "
+                f"`image_grid_shw` is {schedule.grid_shw}. A preview takes the first codes and the whole grid's row."
+            )
+        return schedule
 
     def codes_to_latents(self, codes: torch.Tensor, image_grid_shw: torch.Tensor) -> torch.Tensor:
         """The accumulated quantized map `(B, D, h, w)` of codes `(B, n)` that fill the first whole scales, fp32.
@@ -455,6 +466,8 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
         """Pixels `(B, 3, H, W)` of an accumulated quantized map `(B, D, h, w)`; `clamp` keeps them in [-1, 1]."""
         pixel = latents[:, self.config.semantic_code_dim :].to(self.dtype)
         pixel_values = self.pixel_decoder(self.post_pixel_proj(pixel))
+        if self.config.image_size is not None:
+            pixel_values = upsample(pixel_values, (self.config.image_size, self.config.image_size))
         return pixel_values.clamp(-1, 1) if clamp else pixel_values
 
     @torch.no_grad()
@@ -519,7 +532,7 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
         if semantic:
             features = self.encode_features(pixel_values)
         else:
-            pixel = self.pixel_proj(self.pixel_encoder(pixel_values.to(self.dtype)))
+            pixel = self.encode_pixels(pixel_values.to(self.dtype))
             nothing = pixel.new_zeros(len(pixel), self.config.semantic_code_dim, *pixel.shape[-2:])
             features = torch.cat([nothing, pixel], dim=1)
         result = self.quantizer(features, grids, pixel_only=not semantic)

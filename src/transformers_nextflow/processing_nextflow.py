@@ -129,6 +129,7 @@ class NextFlowProcessor(ProcessorMixin):
         self, image_processor=None, tokenizer=None, image_tokenizer=None, visual_token_offset=None, chat_template=None
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        _check_schedules(image_tokenizer)
         self.image_tokenizer = image_tokenizer
         self.visual_token_offset = visual_token_offset
         self.image_token = getattr(tokenizer, "image_token", None) or "<image>"
@@ -632,6 +633,18 @@ def _sample_frames(video: Any, number: int) -> list[Any]:
         range(len(video)) if len(video) <= number else [round(i * last / max(number - 1, 1)) for i in range(number)]
     )
     return [video[place] for place in places]
+
+
+def _check_schedules(image_tokenizer) -> None:
+    """The language model and the image processor know the paper's schedules only."""
+    config = getattr(image_tokenizer, "config", None)
+    foreign = [name for name in ("scale_sides", "image_size") if getattr(config, name, None) is not None]
+    if foreign:
+        raise ValueError(
+            f"The image tokenizer has schedules of its own ({' and '.join(f'`{name}`' for name in foreign)} in its "
+            "configuration), but a NextFlow model draws on the paper's. Load it with `NextFlowImageTokenizer."
+            "from_pretrained(path, scale_sides=None, image_size=None)`, or use it without a processor."
+        )
 
 
 def _id_of(tokenizer, token: str) -> int:

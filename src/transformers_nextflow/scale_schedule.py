@@ -4,9 +4,10 @@ Pure Python on purpose: a data loader, a server's router or a notebook can plan 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from operator import index
 
 # Sides of the square schedule, one a scale; the 12th is 16, the side that names a bucket.
@@ -52,9 +53,12 @@ class ScaleSchedule:
             How many scales, 1 to 18. The paper uses 12 for 256-level images, 16 for 512 and 18 for 1024.
         stride (`int`, *optional*, defaults to 16):
             Pixels a cell of the last grid.
+        sides (`tuple[int, ...]`, *optional*, defaults to the paper's 18):
+            Sides of the square grids, one a scale, from 1 upwards; other tokenizers have others. A bucket's grids are
+            these stretched to its aspect.
 
     Raises:
-        `ValueError`: if the bucket or the number of scales is not legal.
+        `ValueError`: if the bucket, the number of scales or the sides are not legal.
         `TypeError`: if they are not whole numbers.
 
     Example:
@@ -71,32 +75,42 @@ class ScaleSchedule:
     bucket: tuple[int, int] = (BUCKET_SIDE, BUCKET_SIDE)
     num_scales: int = len(BASE_SIDES)
     stride: int = 16
+    sides: tuple[int, ...] = BASE_SIDES
 
     def __post_init__(self):
         try:
             bucket = (index(self.bucket[0]), index(self.bucket[1]))
             num_scales = index(self.num_scales)
+            sides = tuple(index(side) for side in self.sides)
         except TypeError as error:
             raise TypeError(
-                f"`bucket` and `num_scales` must be whole numbers, but got {self.bucket} and {self.num_scales!r}."
+                "`bucket`, `num_scales` and `sides` must be whole numbers, but got "
+                f"{self.bucket}, {self.num_scales!r} and {self.sides}."
             ) from error
         object.__setattr__(self, "bucket", bucket)  # a list or a tensor row is welcome, but the field must hash
         object.__setattr__(self, "num_scales", num_scales)
+        object.__setattr__(self, "sides", sides)
         if bucket not in aspect_buckets():
             nearest = nearest_bucket(*bucket) if min(bucket) > 0 else (BUCKET_SIDE, BUCKET_SIDE)
             raise ValueError(
                 f"{bucket} is not one of the {len(aspect_buckets())} aspect buckets; the nearest is {nearest}. "
                 "See `transformers_nextflow.aspect_buckets()`."
             )
-        if not 1 <= self.num_scales <= len(BASE_SIDES):
-            raise ValueError(f"`num_scales` must be between 1 and {len(BASE_SIDES)}, but got {self.num_scales}.")
+        if sides[:1] != (1,) or any(b <= a for a, b in pairwise(sides)):
+            raise ValueError(f"`sides` must begin with 1 and grow from scale to scale, but got {list(sides)}.")
+        if not 1 <= num_scales <= len(sides):
+            raise ValueError(f"`num_scales` must be between 1 and {len(sides)}, but got {num_scales}.")
+
+    def __repr__(self):
+        own_sides = "" if self.sides == BASE_SIDES else f", sides={self.sides}"
+        return f"ScaleSchedule(bucket={self.bucket}, num_scales={self.num_scales}, stride={self.stride}{own_sides})"
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
         """`(h_s, w_s)` of every scale, in cells."""
         h, w = self.bucket
         # Python's `round` rounds half to even, which is what reproduces the paper's table.
-        later = ((max(1, round(s * h / BUCKET_SIDE)), max(1, round(s * w / BUCKET_SIDE))) for s in BASE_SIDES[1:])
+        later = ((max(1, round(s * h / BUCKET_SIDE)), max(1, round(s * w / BUCKET_SIDE))) for s in self.sides[1:])
         return ((1, 1), *later)[: self.num_scales]
 
     @property
@@ -133,13 +147,20 @@ class ScaleSchedule:
         return (self.num_scales, *self.bucket)
 
     @classmethod
-    def from_grid_shw(cls, row: Iterable[int], stride: int = 16) -> "ScaleSchedule":
+    def from_grid_shw(cls, row: Iterable[int], stride: int = 16, sides: Sequence[int] = BASE_SIDES) -> "ScaleSchedule":
         """The schedule that one row `(num_scales, h, w)` of `image_grid_shw` stands for."""
         num_scales, h, w = row
-        return cls((h, w), num_scales, stride)
+        return cls((h, w), num_scales, stride, tuple(sides))
 
     @classmethod
-    def from_size(cls, height: int, width: int, num_scales: int | None = None, stride: int = 16) -> "ScaleSchedule":
+    def from_size(
+        cls,
+        height: int,
+        width: int,
+        num_scales: int | None = None,
+        stride: int = 16,
+        sides: Sequence[int] = BASE_SIDES,
+    ) -> "ScaleSchedule":
         """The schedule of an image of `height` x `width` pixels.
 
         Args:
@@ -149,26 +170,28 @@ class ScaleSchedule:
                 Forces the number of scales: then only the aspect ratio of `height` and `width` counts, and
                 the nearest bucket is taken. Without it the size must be exactly that of a schedule.
             stride (`int`, *optional*, defaults to 16): Pixels a cell of the last grid.
+            sides (`Sequence[int]`, *optional*, defaults to the paper's 18): See [`ScaleSchedule`].
 
         Raises:
             `ValueError`: if no schedule ends at this size; the message names the nearest sizes.
         """
         if height <= 0 or width <= 0:
             raise ValueError(f"`height` and `width` must be positive, but got {height} x {width}.")
+        sides = tuple(sides)
         log_aspect = math.log(height / width)
         if num_scales is not None:
             if abs(log_aspect) > math.log(MAX_ASPECT_RATIO) + 1e-6:
                 raise ValueError(f"{height} x {width} is beyond the aspect ratios 1:4 to 4:1.")
-            return cls(nearest_bucket(height, width), num_scales, stride)
+            return cls(nearest_bucket(height, width), num_scales, stride, sides)
         on_grid = height % stride == 0 and width % stride == 0
-        match = _schedules_by_grid().get((height // stride, width // stride)) if on_grid else None
+        match = _schedules_by_grid(sides).get((height // stride, width // stride)) if on_grid else None
         if match is None:
-            nearest = ", ".join(f"{h} x {w}" for h, w in nearest_sizes(height, width, stride))
+            nearest = ", ".join(f"{h} x {w}" for h, w in nearest_sizes(height, width, stride, sides=sides))
             raise ValueError(
                 f"No scale schedule ends at height {height} x width {width}. The nearest legal sizes (height x width) "
                 f"are {nearest}. Pick one of them, or pass `num_scales` to choose by aspect ratio alone."
             )
-        return cls(match.bucket, match.num_scales, stride)
+        return cls(match.bucket, match.num_scales, stride, sides)
 
     def prefix(self, num_scales: int) -> "ScaleSchedule":
         """The schedule of the first `num_scales` scales (the same bucket)."""
@@ -176,7 +199,7 @@ class ScaleSchedule:
             raise ValueError(
                 f"A prefix of {self.num_scales} scales has 1 to {self.num_scales} scales, not {num_scales}."
             )
-        return ScaleSchedule(self.bucket, num_scales, self.stride)
+        return ScaleSchedule(self.bucket, num_scales, self.stride, self.sides)
 
     def flops(self, hidden_size: int, num_text_tokens: int, num_layers: int = 1) -> int:
         """Forward FLOPs of a prompt's prefill and all scales, by the paper's cost model (appendix A.2).
@@ -192,12 +215,12 @@ class ScaleSchedule:
 
 
 @lru_cache
-def _schedules_by_grid() -> dict[tuple[int, int], ScaleSchedule]:
+def _schedules_by_grid(sides: tuple[int, ...] = BASE_SIDES) -> dict[tuple[int, int], ScaleSchedule]:
     """Last grid -> schedule. Of the buckets that share a grid, the nearest in aspect wins, then the fewest scales."""
     best: dict[tuple[int, int], tuple[tuple[float, int, int], ScaleSchedule]] = {}
     for bucket in aspect_buckets():
-        for num_scales in range(1, len(BASE_SIDES) + 1):
-            schedule = ScaleSchedule(bucket, num_scales)
+        for num_scales in range(1, len(sides) + 1):
+            schedule = ScaleSchedule(bucket, num_scales, sides=sides)
             grid = schedule.grids[-1]
             distance = abs(math.log(bucket[0] / bucket[1]) - math.log(grid[0] / grid[1]))
             key = (distance, num_scales, -bucket[0] * bucket[1])
@@ -206,7 +229,9 @@ def _schedules_by_grid() -> dict[tuple[int, int], ScaleSchedule]:
     return {grid: schedule for grid, (_, schedule) in best.items()}
 
 
-def nearest_sizes(height: int, width: int, stride: int = 16, count: int = 3) -> list[tuple[int, int]]:
+def nearest_sizes(
+    height: int, width: int, stride: int = 16, count: int = 3, sides: Sequence[int] = BASE_SIDES
+) -> list[tuple[int, int]]:
     """The `count` legal sizes (height, width in pixels) nearest to the given one, nearest first.
 
     Aspect and area are compared on a log scale, aspect counting more: a user who misses a size by a few pixels
@@ -219,5 +244,5 @@ def nearest_sizes(height: int, width: int, stride: int = 16, count: int = 3) -> 
         area = math.log(h * w) - math.log(height * width)
         return 4 * aspect**2 + area**2
 
-    sizes = [(h * stride, w * stride) for h, w in _schedules_by_grid()]
+    sizes = [(h * stride, w * stride) for h, w in _schedules_by_grid(tuple(sides))]
     return sorted(sizes, key=distance)[:count]

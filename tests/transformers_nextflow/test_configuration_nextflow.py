@@ -59,6 +59,10 @@ def test_bad_language_model_fields(arguments, message):
         ),
         ({"self_correction_top_k": 0}, "between 1 and `codebook_size`"),
         ({"semantic_config": {"model_type": "no_such_model"}}, "unknown model type"),
+        ({"scale_sides": [1, 2, 4]}, "`num_scales` must be between 1 and 3, but got 18"),
+        ({"scale_sides": [2, 4], "num_scales": 2}, "must begin with 1 and grow"),
+        ({"num_scales": 19}, "`num_scales` must be between 1 and 18"),
+        ({"semantic_image_mean": [0.5] * 3}, "both `semantic_image_mean` and `semantic_image_std`"),
     ],
 )
 def test_bad_image_tokenizer_fields(arguments, message):

@@ -1,8 +1,12 @@
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionModel
 
 from transformers_nextflow import NextFlowImageTokenizer, NextFlowImageTokenizerConfig, ScaleSchedule, aspect_buckets
+from transformers_nextflow.semantic_branch import resize_positions
 
 
 def tiny_config(**settings) -> NextFlowImageTokenizerConfig:
@@ -242,6 +246,79 @@ def test_one_row_serves_a_batch(tokenizer):
     assert torch.equal(tokenizer.encode(both, rows).codes, tokenizer.encode(both).codes)
 
 
+ENCODERS = {
+    "siglip_vision_model": {"image_size": 64, "patch_size": 14},
+    "clip_vision_model": {"image_size": 64, "patch_size": 16},
+    "siglip2_vision_model": {"num_patches": 16},
+}
+
+
+@pytest.mark.parametrize("layer", [-2, None])
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_semantic_encoders_by_configuration(tmp_path, model_type, layer):
+    """Any size, trained and loaded again; a fresh model is whole (no weight is left as memory held it)."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings = {"semantic_config": {"model_type": model_type, **sizes, **ENCODERS[model_type]}}
+    torch.manual_seed(0)
+    config = tiny_config(**settings, vision_feature_layer=layer, semantic_decoder_grid_size=4)
+    model = NextFlowImageTokenizer(config).train()
+    schedule = ScaleSchedule((14, 18), 5)
+    output = model(pictures(schedule, 2))
+    (output.semantic_features.square().mean() + output.commitment_loss).backward()
+    encoder = model.semantic_encoder
+    if model_type != "siglip2_vision_model":
+        assert encoder.embeddings.position_embedding.weight.grad.abs().sum() > 0
+    assert encoder.encoder.layers[0].mlp.fc1.weight.grad.abs().sum() > 0
+    model.save_pretrained(tmp_path)
+    loaded = NextFlowImageTokenizer.from_pretrained(tmp_path)
+    assert loaded.config.vision_feature_layer == layer
+    expected, found = model.eval().encode(pictures(schedule)), loaded.encode(pictures(schedule))
+    assert torch.equal(found.codes, expected.codes)
+    torch.testing.assert_close(found.quantized, expected.quantized)
+
+
+@torch.no_grad()
+def test_clips_features_are_its_normalised_tokens_without_the_class_token():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    encoder = {"model_type": "clip_vision_model", **sizes, **ENCODERS["clip_vision_model"]}
+    tokenizer = NextFlowImageTokenizer(tiny_config(semantic_config=encoder, vision_feature_layer=None)).eval()
+    reference = CLIPVisionModel(tokenizer.config.semantic_config).eval()
+    reference.load_state_dict(tokenizer.semantic_encoder.state_dict())
+    pixel_values = pictures(ScaleSchedule(num_scales=4))
+    expected = reference.post_layernorm(reference(pixel_values).last_hidden_state)[:, 1:]
+    assert torch.equal(tokenizer.encode_semantic(pixel_values).flatten(2).transpose(1, 2), expected)
+
+
+def test_positions_are_read_where_tokenflow_reads_them():
+    """Bicubic by hand: a grid of G cells reads the old one of g at (cell + 0.5) * g / (G + 0.1) - 0.5."""
+    side, grid = 8, (6, 12)
+    table = torch.randn(1, 1 + side**2, 3, generator=torch.Generator().manual_seed(0))
+
+    def weights(num_cells: int) -> torch.Tensor:
+        """Of the old places along one axis, `(num_cells, side)`: cubic convolution with a = -0.75, edges repeated."""
+        rows = torch.zeros(num_cells, side)
+        for cell in range(num_cells):
+            place = (cell + 0.5) * side / (num_cells + 0.1) - 0.5
+            for old in range(math.floor(place) - 1, math.floor(place) + 3):
+                x = abs(place - old)
+                near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+                rows[cell, min(max(old, 0), side - 1)] += near if x <= 1 else far
+        return rows
+
+    places = torch.einsum("hi,ijc,wj->hwc", weights(grid[0]), table[0, 1:].view(side, side, 3), weights(grid[1]))
+    resized = resize_positions(table, grid)
+    torch.testing.assert_close(resized[0, 1:], places.flatten(0, 1), atol=1e-5, rtol=0)
+    assert torch.equal(resized[:, 0], table[:, 0]) and resize_positions(table, (side, side)) is table
+
+
+def test_an_encoder_whose_patches_are_not_the_grids_cells():
+    encoder = {"model_type": "siglip_vision_model", "hidden_size": 16, "num_attention_heads": 2, "patch_size": 14}
+    model = NextFlowImageTokenizer(tiny_config(semantic_config=encoder, image_size=96, num_scales=4))
+    with pytest.raises(ValueError, match="gives 36 tokens for 96 x 96 pixels, but the last grid has 4 x 4 cells"):
+        model.encode(torch.zeros(1, 3, 96, 96))
+
+
 def test_other_semantic_encoders_are_refused():
-    with pytest.raises(ValueError, match="not supported"):
-        NextFlowImageTokenizer(tiny_config(semantic_config={"model_type": "siglip_vision_model", "hidden_size": 16}))
+    settings = {"semantic_config": {"model_type": "vit"}, "semantic_decoder_hidden_size": 16}
+    with pytest.raises(ValueError, match='"vit" is not supported; use one of "siglip2_vision_model", "siglip_vision'):
+        NextFlowImageTokenizer(tiny_config(**settings))

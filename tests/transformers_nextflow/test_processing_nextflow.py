@@ -281,6 +281,15 @@ def test_round_trip_without_image_tokenizer(text_only, tmp_path):
     assert loaded("a cat").input_ids == text_only("a cat").input_ids
 
 
+def test_an_image_tokenizer_with_schedules_of_its_own_is_refused(processor):
+    image_tokenizer = copy.copy(processor.image_tokenizer)
+    image_tokenizer.config = copy.copy(image_tokenizer.config)
+    image_tokenizer.config.scale_sides, image_tokenizer.config.image_size = [1, 2, 4], 64
+    message = r"`scale_sides` and `image_size` in its configuration.*from_pretrained\(path, scale_sides=None"
+    with pytest.raises(ValueError, match=message):
+        NextFlowProcessor(processor.image_processor, processor.tokenizer, image_tokenizer)
+
+
 def test_own_chat_template_survives(processor, tmp_path):
     own = NextFlowProcessor(processor.image_processor, processor.tokenizer, chat_template="{{ messages[0].content }}")
     own.save_pretrained(tmp_path)

@@ -74,6 +74,10 @@ def test_illegal_size_names_the_nearest_legal_ones():
         ({"bucket": (0, 16)}, "not one of the 41"),
         ({"num_scales": 0}, "between 1 and 18"),
         ({"num_scales": 19}, "between 1 and 18"),
+        ({"num_scales": 4, "sides": (1, 2, 4)}, "between 1 and 3"),
+        ({"num_scales": 1, "sides": ()}, r"must begin with 1 and grow from scale to scale, but got \[\]"),
+        ({"num_scales": 1, "sides": (2, 3)}, "must begin with 1"),
+        ({"num_scales": 1, "sides": (1, 3, 3)}, "must begin with 1 and grow"),
     ],
 )
 def test_illegal_schedules(arguments, message):
@@ -116,3 +120,19 @@ def test_needs_no_torch():
         "assert module.ScaleSchedule.from_size(1024, 1024).num_tokens == 10084 and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_other_sides():
+    """TokenFlow's: 817 codes at 256 pixels, 561 of them at 224."""
+    sides = (1, 2, 4, 6, 8, 10, 12, 14, 16)
+    schedule = ScaleSchedule.from_size(256, 256, sides=sides)
+    assert schedule == ScaleSchedule(num_scales=9, sides=list(sides)) and hash(schedule) == hash(schedule.prefix(9))
+    assert schedule.grids == tuple((side, side) for side in sides) and schedule.num_tokens == 817
+    smaller = ScaleSchedule.from_size(224, 224, sides=sides)
+    assert smaller == schedule.prefix(8) and smaller.num_tokens == 561
+    assert ScaleSchedule.from_grid_shw(smaller.grid_shw, sides=sides) == smaller
+    assert schedule != ScaleSchedule(num_scales=9) and "sides=(1, 2, 4" in repr(schedule)
+    with pytest.raises(ValueError, match=r"nearest legal sizes.* 64 x 64"):
+        ScaleSchedule.from_size(48, 48, sides=sides)  # 3 x 3 cells are the paper's
+    with pytest.raises(TypeError, match="must be whole numbers"):
+        ScaleSchedule(num_scales=2, sides=(1, 2.5))

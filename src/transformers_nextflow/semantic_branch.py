@@ -1,0 +1,194 @@
+"""The semantic branch of the image tokenizer: vision encoders of several families, and the decoders of their features.
+
+Axes: B images, (h, w) the last grid, n = h * w its cells, C channels of the encoder, D_sem of the semantic codes.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, BeitConfig, CLIPVisionConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.beit.modeling_beit import BeitEmbeddings, BeitModel
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
+from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
+from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
+
+from .configuration_nextflow import NextFlowImageTokenizerConfig
+
+
+def resize_positions(positions: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Learned positions `(1, 1 + side * side, C)` of a class token and a square grid, for `grid`: `(1, 1 + h * w, C)`.
+
+    Bicubic, as TokenFlow does it (and DINO before): it asks for a tenth of a cell more than the grid has, and that
+    factor, not the ratio of the sides, says where the old grid is read. `size=grid` would put its features off by 0.2.
+    """
+    side = math.isqrt(positions.shape[1] - 1)
+    if grid == (side, side):
+        return positions
+    class_position, places = positions[:, :1], positions[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+    factors = tuple((cells + 0.1) / side for cells in grid)
+    places = F.interpolate(places, scale_factor=factors, mode="bicubic", align_corners=False)
+    return torch.cat([class_position, places.flatten(2).transpose(1, 2)], dim=1)
+
+
+class NextFlowClipEmbeddings(CLIPVisionEmbeddings):
+    """CLIP's, with TokenFlow's way of resizing positions."""
+
+    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        patch = self.patch_embedding.kernel_size
+        return resize_positions(self.position_embedding.weight[None], (height // patch[0], width // patch[1]))
+
+
+class NextFlowBeitEmbeddings(BeitEmbeddings):
+    """BEiT's, with TokenFlow's way of resizing positions."""
+
+    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        assert self.position_embeddings is not None  # the decoder's configuration asks for them
+        return resize_positions(self.position_embeddings, (height, width))  # a patch is one cell
+
+
+# What each family of encoders makes of pixels (B, 3, H, W) that hold `grid` patches: tokens (B, n, C).
+
+
+def _siglip2_tokens(encoder, pixel_values: torch.Tensor, grid: tuple[int, int], layer: int | None) -> torch.Tensor:
+    patch = encoder.config.patch_size
+    patches = F.unfold(pixel_values, patch, stride=patch)  # (B, 3 * patch * patch, n), channels first
+    patches = patches.unflatten(1, (3, -1)).permute(0, 3, 2, 1).flatten(2)  # naflex wants channels last
+    mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
+    outputs = encoder(patches, mask, torch.tensor([grid] * len(patches)), output_hidden_states=True)
+    return outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+
+
+def _siglip_tokens(encoder, pixel_values: torch.Tensor, grid: tuple[int, int], layer: int | None) -> torch.Tensor:
+    outputs = encoder(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True)
+    return outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+
+
+def _clip_tokens(encoder, pixel_values: torch.Tensor, grid: tuple[int, int], layer: int | None) -> torch.Tensor:
+    outputs = encoder(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True)
+    # CLIP's own last hidden state is not normalised: it normalises the class token alone.
+    tokens = encoder.post_layernorm(outputs.last_hidden_state) if layer is None else outputs.hidden_states[layer]
+    return tokens[:, 1:]
+
+
+def _timm_tokens(encoder, pixel_values: torch.Tensor, grid: tuple[int, int], layer: int | None) -> torch.Tensor:
+    if layer is not None:
+        raise ValueError(f"`vision_feature_layer` must be None for an encoder from timm, but is {layer}.")
+    return encoder(pixel_values, do_pooling=False).last_hidden_state[:, encoder.timm_model.num_prefix_tokens :]
+
+
+TOKENS: dict[str, Callable[..., torch.Tensor]] = {
+    "siglip2_vision_model": _siglip2_tokens,
+    "siglip_vision_model": _siglip_tokens,
+    "clip_vision_model": _clip_tokens,
+    "timm_wrapper": _timm_tokens,
+}
+
+
+def build_semantic_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """A new vision encoder of any supported family.
+
+    Raises:
+        `ValueError`: for another family.
+        `ImportError`: for an encoder from timm, if timm is not there (`pip install "transformers-nextflow[timm]"`).
+    """
+    if config.model_type not in TOKENS:
+        legal = ", ".join(f'"{name}"' for name in TOKENS)
+        raise ValueError(f'The semantic encoder "{config.model_type}" is not supported; use one of {legal}.')
+    encoder = AutoModel.from_config(config)
+    if isinstance(config, CLIPVisionConfig):
+        encoder.embeddings = NextFlowClipEmbeddings(config)
+    return encoder
+
+
+def semantic_tokens(
+    encoder: PreTrainedModel, pixel_values: torch.Tensor, grid: tuple[int, int], layer: int | None
+) -> torch.Tensor:
+    """Features `(B, n, C)` of a vision encoder, row-major.
+
+    Args:
+        encoder (`PreTrainedModel`): From [`build_semantic_encoder`].
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): As the encoder wants them: sized and normalised.
+        grid (`tuple[int, int]`): Number of patches, (h, w).
+        layer (`int`, *optional*): Which of its hidden states; None for its normalised output.
+
+    Raises:
+        `ValueError`: if the encoder does not give one token a cell.
+    """
+    tokens = TOKENS[encoder.config.model_type](encoder, pixel_values, grid, layer)
+    if tokens.shape[1] != grid[0] * grid[1]:
+        raise ValueError(
+            f"The semantic encoder gives {tokens.shape[1]} tokens for {pixel_values.shape[-2]} x "
+            f"{pixel_values.shape[-1]} pixels, but the last grid has {grid[0]} x {grid[1]} cells. Check `image_size`, "
+            "`scale_sides` and the encoder's patch size."
+        )
+    return tokens
+
+
+def mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequential:
+    """Linear, Tanh, Linear: between a vision transformer's features and codes, both ways."""
+    return nn.Sequential(nn.Linear(in_features, hidden_features), nn.Tanh(), nn.Linear(hidden_features, out_features))
+
+
+class NextFlowSemanticDecoder(nn.Module):
+    """A small ViT: semantic half `(B, D_sem, h, w)` of a quantized map to the teacher's features `(B, n, C)`."""
+
+    def __init__(self, config: NextFlowImageTokenizerConfig):
+        super().__init__()
+        width, out_features = config.semantic_decoder_hidden_size, config.semantic_feature_dim
+        assert width is not None and out_features is not None  # the configuration fills them in
+        # A naflex ViT on 1x1 "patches" of code vectors takes any grid.
+        self.transformer = Siglip2VisionModel(
+            Siglip2VisionConfig(
+                hidden_size=width,
+                intermediate_size=config.semantic_decoder_intermediate_size or 4 * width,
+                num_hidden_layers=config.semantic_decoder_layers,
+                num_attention_heads=config.semantic_decoder_num_heads,
+                num_channels=config.semantic_code_dim,
+                patch_size=1,
+                hidden_act="gelu",
+                vision_use_head=False,
+            )
+        )
+        self.proj_out = mlp(width, width, out_features)
+
+    def forward(self, semantic: torch.Tensor) -> torch.Tensor:
+        patches = semantic.flatten(2).transpose(1, 2)
+        shapes = torch.tensor([semantic.shape[-2:]] * len(semantic))
+        mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
+        return self.proj_out(self.transformer(patches, mask, shapes).last_hidden_state)
+
+
+class TokenFlowSemanticDecoder(nn.Module):
+    """TokenFlow's: as [`NextFlowSemanticDecoder`], but with a class token and learned positions of one grid."""
+
+    def __init__(self, config: NextFlowImageTokenizerConfig):
+        super().__init__()
+        width, out_features = config.semantic_decoder_hidden_size, config.semantic_feature_dim
+        side = config.semantic_decoder_grid_size
+        assert width is not None and out_features is not None and side is not None  # the configuration has them
+        settings = BeitConfig(
+            hidden_size=width,
+            intermediate_size=config.semantic_decoder_intermediate_size or 4 * width,
+            num_hidden_layers=config.semantic_decoder_layers,
+            num_attention_heads=config.semantic_decoder_num_heads,
+            num_channels=config.semantic_code_dim,
+            image_size=side,
+            patch_size=1,
+            hidden_act="gelu",
+            layer_norm_eps=1e-6,
+            layer_scale_init_value=0.0,
+            drop_path_rate=0.0,
+            use_absolute_position_embeddings=True,
+            use_mean_pooling=True,  # the last norm comes after the class token is dropped: `norm_out`
+        )
+        self.transformer = BeitModel(settings, add_pooling_layer=False)
+        self.transformer.embeddings = NextFlowBeitEmbeddings(settings)
+        self.norm_out = nn.LayerNorm(width, eps=1e-6)
+        self.proj_out = mlp(width, width, out_features)
+
+    def forward(self, semantic: torch.Tensor) -> torch.Tensor:
+        tokens = self.transformer(semantic).last_hidden_state[:, 1:]
+        return self.proj_out(self.norm_out(tokens))
