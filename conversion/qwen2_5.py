@@ -12,7 +12,6 @@ the text rows: a visual id then starts as likely as an average text id, so the t
 random rows of a larger norm would win against it. The connector and the embedding of scales start as in a fresh model.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ from transformers_nextflow import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from conversion.command import make_parser, report
 from conversion.qwen_tokenizer import load_text_tokenizer
 from conversion.streaming import (
     KeyTable,
@@ -262,18 +262,19 @@ def convert_to_nextflow(
     config.dtype = next(tensor.dtype for tensor in plan if tensor.name == EMBEDDING)
     config.architectures = [NextFlowForCausalLM.__name__]
 
+    processor = NextFlowProcessor(
+        image_processor=NextFlowImageProcessor(num_scales=config.num_scales),
+        tokenizer=tokenizer,
+        image_tokenizer=images,
+        visual_token_offset=config.text_vocab_size,
+    )
     partial = partial_folder(output)
     files = {tensor.file for tensor in weights.values()} | {source / "config.json"}
     files |= set(Path(image_tokenizer).glob("*.safetensors"))
     write_checkpoint(partial, plan, files, convert_file_size_to_int(max_shard_size))
     config.save_pretrained(partial)
     _generation_config(source, tokenizer).save_pretrained(partial)
-    NextFlowProcessor(
-        image_processor=NextFlowImageProcessor(num_scales=config.num_scales),
-        tokenizer=tokenizer,
-        image_tokenizer=images,
-        visual_token_offset=config.text_vocab_size,
-    ).save_pretrained(partial)
+    processor.save_pretrained(partial)
     card = MODEL_CARD.format(name=output.name, source=source.name, image_tokenizer=Path(image_tokenizer).name)
     (partial / "README.md").write_text(card, encoding="utf-8")
     partial.rename(output)
@@ -325,20 +326,14 @@ def _generation_config(source: Path, tokenizer: PreTrainedTokenizerBase) -> Gene
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--output", type=Path, required=True, help="new folder")
+    parser = make_parser(__doc__, "folder of the checkpoint")
     parser.add_argument("--image-tokenizer", type=Path, help="folder of a NextFlowImageTokenizer")
     parser.add_argument("--text-tokenizer", type=Path, help="folder, tokenizer.json or .tiktoken file (source's own)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the source's")
-    parser.add_argument("--max-shard-size", default="5GB")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository")
     parser.add_argument("--back", action="store_true", help="NextFlow to a Qwen2 text model")
     options = parser.parse_args(arguments)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
     try:
         if options.back:
-            convert_to_qwen(options.source, options.output, dtype, options.max_shard_size)
+            convert_to_qwen(options.source, options.output, options.dtype, options.max_shard_size)
         elif options.image_tokenizer is None:
             parser.error("--image-tokenizer is needed: its codebook becomes the table of visual codes")
         else:
@@ -347,24 +342,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 options.output,
                 options.image_tokenizer,
                 options.text_tokenizer,
-                dtype,
+                options.dtype,
                 options.max_shard_size,
             )
     except ValueError as error:
         parser.exit(1, f"{error}\n")
-    print(f"Written: {options.output}")
-    if options.push_to_hub:
-        push(options.output, options.push_to_hub)
-
-
-def push(folder: Path, repo_id: str) -> None:
-    """Uploads a converted checkpoint as it is."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    api.create_repo(repo_id, exist_ok=True)
-    api.upload_folder(folder_path=str(folder), repo_id=repo_id)
-    print(f"Uploaded to {repo_id}")
+    report(options)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Only the NaFlex models fit (any grid, patches as vectors). Weights are streamed,
 stopped when it is started again.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import AutoConfig
 from transformers_nextflow import NextFlowImageTokenizer, NextFlowImageTokenizerConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from conversion.command import make_parser, report
 from conversion.streaming import (
     KeyTable,
     PlannedTensor,
@@ -62,9 +62,10 @@ def plan_image_tokenizer(
     source: dict[str, StoredTensor],
     config: NextFlowImageTokenizerConfig,
     new: dict[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
     where: str = "the source",
 ) -> list[PlannedTensor]:
-    """Every tensor of the image tokenizer, in the model's order.
+    """Every tensor of the image tokenizer, in the model's order; the codebooks stay in float32 whatever the dtype.
 
     Raises:
         `ValueError`: if a key is missing, unknown or of another shape.
@@ -72,18 +73,27 @@ def plan_image_tokenizer(
     kept = {ours: source[theirs] for theirs, ours in map_keys(list(source), SIGLIP2_KEYS, where).items()}
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in NextFlowImageTokenizer(config).state_dict().items()}
-    made = {name: plan_tensor(name, tensor, tensor.dtype) for name, tensor in new.items()}
-    return plan_tensors(expected, kept, made, where)
+    made = {
+        name: plan_tensor(name, tensor, tensor.dtype if name.startswith("quantizer.") else dtype or tensor.dtype)
+        for name, tensor in new.items()
+    }
+    return plan_tensors(expected, kept, made, where, dtype)
 
 
 def convert_to_image_tokenizer(
-    source: str | Path, output: str | Path, max_shard_size: int | str = "5GB", **settings
+    source: str | Path,
+    output: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    **settings,
 ) -> Path:
     """A SigLIP2 NaFlex checkpoint to a folder that `NextFlowImageTokenizer.from_pretrained` loads, ready to be trained.
 
     Args:
         source (path): The checkpoint, the whole model or its vision tower.
         output (path): The new folder; it must not be there. Until all is done the work is in `<output>.partial`.
+        dtype (`torch.dtype`, *optional*):
+            Of all but the codebooks. By default the encoder keeps the source's, and new weights are in float32.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): Of one file.
         settings: Fields of [`NextFlowImageTokenizerConfig`] other than `semantic_config`.
 
@@ -100,7 +110,7 @@ def convert_to_image_tokenizer(
     vision = getattr(whole, "vision_config", whole)
     config = NextFlowImageTokenizerConfig(semantic_config=vision.to_dict(), **settings)
     config.architectures = [NextFlowImageTokenizer.__name__]
-    plan = plan_image_tokenizer(weights, config, new_weights(config), str(source))
+    plan = plan_image_tokenizer(weights, config, new_weights(config), dtype, str(source))
     partial = partial_folder(output)
     files = {tensor.file for tensor in weights.values()} | {source / "config.json"}
     write_checkpoint(partial, plan, files, convert_file_size_to_int(max_shard_size))
@@ -110,16 +120,13 @@ def convert_to_image_tokenizer(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="folder of a SigLIP2 NaFlex checkpoint")
-    parser.add_argument("--output", type=Path, required=True, help="new folder")
-    parser.add_argument("--max-shard-size", default="5GB")
+    parser = make_parser(__doc__, "folder of a SigLIP2 NaFlex checkpoint")
     options = parser.parse_args(arguments)
     try:
-        convert_to_image_tokenizer(options.source, options.output, options.max_shard_size)
+        convert_to_image_tokenizer(options.source, options.output, options.dtype, options.max_shard_size)
     except ValueError as error:
         parser.exit(1, f"{error}\n")
-    print(f"Written: {options.output}")
+    report(options)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,17 @@ safetensors files are a JSON header and raw bytes. Memory-mapped readers keep ev
 reading plain blocks does not, and a file can be written in place the same way.
 """
 
+import argparse
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -23,7 +26,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 # Source key -> our key, None for what is dropped; the first that matches counts. A field stands for what FIELDS says.
 KeyTable = dict[str, str | None]
-FIELDS = {"n": r"\d+", "part": ".+"}
+CNN_BLOCK = r"conv_blocks\.\d+\.(?:(?:res|attn)\.\d+|(?:down|up)sample)|mid\.\d+"
+FIELDS = {"n": r"\d+", "part": ".+", "qkv": "[qkv]", "encoder_block": CNN_BLOCK, "decoder_block": CNN_BLOCK}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -49,6 +53,16 @@ class StoredTensor:
                 file.readinto(block)
                 left -= len(block)
                 yield torch.frombuffer(block, dtype=self.dtype)
+
+    def thirds(self) -> "list[StoredTensor]":
+        """The first, second and last third of its rows: query, key and value of a fused projection."""
+        rows, *rest = self.shape
+        if rows % 3:
+            raise ValueError(
+                f'"{self.name}" in "{self.file}" has {rows} rows; expected a multiple of 3 (query, key and value).'
+            )
+        size = prod([rows // 3, *rest]) * self.dtype.itemsize
+        return [replace(self, shape=(rows // 3, *rest), start=self.start + third * size) for third in range(3)]
 
 
 @dataclass(frozen=True)
@@ -128,8 +142,63 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def map_keys(names: Sequence[str], table: KeyTable, where: str) -> dict[str, str]:
+def read_pickle(path: Path, entries: Sequence[str] = ()) -> dict[str, StoredTensor]:
+    """The tensors of a file of `torch.save`, without running what it may hold besides tensors and plain values.
+
+    torch's safe reader says where each tensor begins; the tensors themselves are not read.
+
+    Args:
+        path (`Path`): The file.
+        entries (`Sequence[str]`, *optional*):
+            Where the weights are if the file holds more than them; the first that is there counts.
+
+    Raises:
+        `ValueError`: if it is no such file, is truncated, or holds anything that torch's safe reader refuses.
+    """
+    damaged = f'"{path}" is not a whole file of `torch.save` (of torch 1.6 or later). Download it again.'
+    if not zipfile.is_zipfile(path):
+        raise ValueError(damaged)
+    try:
+        # Training scripts like to store their options; a `Namespace` is a bag of values and can't run anything.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="meta", weights_only=True)
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(path).infolist())
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f'"{path}" is not read: it holds objects other than tensors and plain values, and unpickling them could '
+            "run code. Load it where you trust it and write its weights with `safetensors.torch.save_file`."
+        ) from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(damaged) from error
+    if packed or not isinstance(content, dict):
+        found = "compressed tensors" if packed else f"a {type(content).__name__}"
+        raise ValueError(f'"{path}" holds {found}; expected a dict of tensors, as `torch.save` writes it.')
+    content = next((content[name] for name in entries if name in content), content)
+    tensors: dict[str, StoredTensor] = {}
+    for name, value in content.items():
+        if not isinstance(value, torch.Tensor) or value.dtype not in NAMES or not value.is_contiguous():
+            found = f"a {type(value).__name__}"
+            if isinstance(value, torch.Tensor):
+                found = f"a tensor of {value.dtype} with strides {value.stride()}"
+            raise ValueError(
+                f'"{name}" in "{path}" is {found}; expected a contiguous tensor of floating-point numbers.'
+            )
+        start = value.untyped_storage()._checkpoint_offset + value.storage_offset() * value.itemsize
+        tensors[name] = StoredTensor(path, name, tuple(value.shape), value.dtype, start)
+    return tensors
+
+
+def map_keys(
+    names: Sequence[str], table: KeyTable, where: str, fields: Mapping[str, Mapping[str, str]] | None = None
+) -> dict[str, str]:
     """Source key -> our key, without the dropped ones.
+
+    Args:
+        names (`Sequence[str]`): The source's keys.
+        table (`KeyTable`): What becomes of them.
+        where (`str`): Names the source in errors.
+        fields (`Mapping[str, Mapping[str, str]]`, *optional*):
+            Field of the table -> what it says in the source -> what it says in our key. Other fields stay as they are.
 
     Raises:
         `ValueError`: for a key that the table does not know, and for two that would become one.
@@ -140,7 +209,7 @@ def map_keys(names: Sequence[str], table: KeyTable, where: str) -> dict[str, str
         for rule, ours in rules:
             if match := rule.fullmatch(name):
                 if ours is not None:
-                    mapped[name] = ours.format(**match.groupdict())
+                    mapped[name] = ours.format(**_translate(match.groupdict(), fields or {}, name, where))
                 break
         else:
             raise ValueError(f'"{where}" holds the key "{name}", which no rule expects. Expected: {", ".join(table)}.')
@@ -148,6 +217,17 @@ def map_keys(names: Sequence[str], table: KeyTable, where: str) -> dict[str, str
     if twice := sorted({target for target in targets if targets.count(target) > 1}):
         raise ValueError(f'"{where}" holds {", ".join(twice)} under two names.')
     return mapped
+
+
+def _translate(groups: dict[str, str], fields: Mapping[str, Mapping[str, str]], name: str, where: str):
+    for key in groups.keys() & fields.keys():
+        if groups[key] not in fields[key]:
+            raise ValueError(
+                f'"{where}" holds the key "{name}", but the model has no {groups[key]}; '
+                f"it has {', '.join(fields[key])}."
+            )
+        groups[key] = fields[key][groups[key]]
+    return groups
 
 
 def _expression(template: str) -> str:
@@ -287,6 +367,7 @@ def write_checkpoint(
         raise ValueError(
             f'"{folder}" was begun by a conversion with another source or other settings. Remove it to start anew.'
         )
+    folder.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(t.num_bytes for name, shard in shards.items() if not (folder / name).exists() for t in shard)
     if needed > (free := shutil.disk_usage(folder.parent).free):
         raise ValueError(
@@ -307,10 +388,9 @@ def write_checkpoint(
 
 
 def refuse_to_overwrite(output: Path) -> None:
-    """Makes sure that the new folder is not there yet, and that the folder around it is."""
+    """Makes sure that the new folder is not there yet."""
     if output.exists():
         raise ValueError(f'"{output}" is there already and is not overwritten. Choose another output, or remove it.')
-    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def partial_folder(output: Path) -> Path:

@@ -408,6 +408,12 @@ class TestBadInput:
     def test_no_tokenizer(self, convert, source):
         convert("There is no tokenizer at", text_tokenizer=source)
 
+    def test_an_image_tokenizer_with_schedules_of_its_own(self, convert, image_tokenizer, tmp_path):
+        own = shutil.copytree(image_tokenizer, tmp_path / "own")
+        config = json.loads((own / "config.json").read_text())
+        (own / "config.json").write_text(json.dumps({**config, "scale_sides": [1, 2, 4, 6, 8], "num_scales": 5}))
+        convert("The image tokenizer has schedules of its own", image_tokenizer=own)
+
     def test_a_tokenizer_of_another_model(self, convert):
         message = r"The tokenizer has \d+ tokens .* but the source's vocabulary has 1100"
         convert(message, text_tokenizer=tiny_checkpoint())

@@ -190,8 +190,8 @@ def test_chat_template(tokenizer):
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     said = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
     assert tokenizer.decode(said) == "A cat.<|im_end|>"
-    with pytest.raises(Exception, match='of type "text" and "image", not "video"'):
-        tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
+    with pytest.raises(Exception, match='parts "text", "image" and "video", not "audio"'):
+        tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}], tokenize=False)
 
 
 def test_bad_rank_files(tmp_path):

@@ -58,8 +58,11 @@ def test_commands_exist(page):
             continue
         script = ROOT / "src" / words[2] / "__main__.py" if words[1] == "-m" else ROOT / words[1]
         assert script.is_file(), f"{page.name} runs {script}"
+        code = script.read_text(encoding="utf-8")
+        if script.parent.name == "conversion":
+            code += (script.parent / "command.py").read_text(encoding="utf-8")  # the options of all converters
         for option in (word for word in words if word.startswith("--") and word != "--help"):
-            assert f'"{option}"' in script.read_text(encoding="utf-8"), f"{page.name} gives {words[1]} {option}"
+            assert f'"{option}"' in code, f"{page.name} gives {words[1]} {option}"
 
 
 def test_the_first_command_of_the_readme_draws(checkpoint, tmp_path, monkeypatch, keep_logging):
