@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from transformers_nextflow import ScaleSchedule
 from transformers_nextflow import sampling as sampling_module
 from transformers_nextflow.sampling import (
     ScaleSampling,
@@ -23,6 +24,7 @@ from transformers_nextflow.sampling import (
 )
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "var_sampling"
+TOKENFLOW = GOLDEN.parent / "tokenflow_t2i"
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -64,6 +66,62 @@ def test_linear_guidance_is_vars_ramp(cfg):
     for step, sampling in enumerate(plan):
         logits = guide([golden["cond"], golden["uncond"]], sampling)
         torch.testing.assert_close(logits, golden[f"cfg{cfg}.scale{step}.logits"], atol=1e-5, rtol=0)
+
+
+# --- TokenFlow's sampling (golden) ---
+
+
+def tokenflow_logits(weights: dict[str, torch.Tensor], hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """TokenFlow's language model, a Llama with norms after its branches and on queries and keys, as plain as can be."""
+
+    def norm(x, name, eps=1e-5):
+        return weights[f"sd.model.{name}.weight"] * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+    def linear(x, name):
+        return x @ weights[f"sd.{name}.weight"].T
+
+    angles = torch.arange(hidden.shape[1])[:, None] * 1e4 ** (-torch.arange(0, 8, 2) / 8)
+    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+    for n in range(2):
+        layer = f"layers.{n}"
+        query, key, value = (
+            linear(hidden, f"model.{layer}.self_attn.{name}_proj").unflatten(-1, (4, 8)).transpose(1, 2)
+            for name in "qkv"
+        )
+        query = norm(query, f"{layer}.self_attn.qknorm.query_norm", 1e-6)
+        key = norm(key, f"{layer}.self_attn.qknorm.key_norm", 1e-6)
+        query, key = (x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin for x in (query, key))
+        scores = (query @ key.mT / 8**0.5).masked_fill(~mask[:, None], -torch.inf)
+        attended = linear((scores.softmax(-1) @ value).transpose(1, 2).flatten(2), f"model.{layer}.self_attn.o_proj")
+        hidden = hidden + norm(attended, f"{layer}.input_layernorm")
+        gate, up = (linear(hidden, f"model.{layer}.mlp.{name}_proj") for name in ("gate", "up"))
+        down = linear(torch.nn.functional.silu(gate) * up, f"model.{layer}.mlp.down_proj")
+        hidden = hidden + norm(down, f"{layer}.post_attention_layernorm")
+    return linear(norm(hidden, "norm"), "lm_head")
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_linear_guidance_is_tokenflows_ramp(step):
+    """TokenFlow's cfg of 7.5 is a `guidance_scale` of 8.5: from the inputs of its own run to its codes."""
+    golden, schedule = load_file(TOKENFLOW / "generation.safetensors"), ScaleSchedule(num_scales=4)
+    inputs = golden[f"gen1.step{step}.inputs_embeds"]  # two prompts, then twice the negative prompt
+    first, length = 8, inputs.shape[1]  # the slot that predicts the first code, and all slots
+    level = torch.tensor([s for s, count in enumerate(schedule.scale_lengths) for _ in range(count)])
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    mask[first:, first:] = level[:, None] >= level
+    is_text = torch.stack([golden[f"gen1.prefix{row}"] != 32 for row in range(4)])
+    seen = torch.cat([is_text, torch.ones(4, length - is_text.shape[1], dtype=torch.bool)], dim=1)
+    mask = mask & seen[:, None] | torch.eye(length, dtype=torch.bool)  # padding sees itself, so that it has a softmax
+
+    slots = slice(first + schedule.offsets[step], first + schedule.offsets[step + 1])
+    logits = tokenflow_logits(golden, inputs, mask)[:, slots, 33:]
+    sampling = sampling_plan(4, 64, guidance_scale=8.5, guidance_schedule="linear")[step]
+    guided = guide([logits[:2], logits[2:]], sampling)
+    torch.testing.assert_close(guided, golden[f"gen1.step{step}.cfg_logits"], atol=1e-4, rtol=0)
+    assert torch.equal(
+        sample_codes(guided.flatten(0, 1), ScaleSampling(top_k=1), None),
+        golden[f"gen1.step{step}.tokens"].flatten(),
+    )
 
 
 # --- The plan ---
