@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import SFTTrainer
 
@@ -101,9 +102,17 @@ class NextFlowSFTTrainer(SFTTrainer):
             network, args, data_collator=data_collator, train_dataset=train_dataset, peft_config=peft_config, **kwargs
         )
         self._model_config = network.config
+        self._refuse_sharded_rows()
         if args.packing:
             self._pack_sampler = self._make_pack_sampler()
             self.add_callback(_EpochOfPacks(self._pack_sampler))
+
+    def _refuse_sharded_rows(self) -> None:
+        if self.args.stage == "alignment" and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                '`stage="alignment"` trains single rows of `embed_tokens` and `lm_head`, which FSDP and ZeRO-3 cut '
+                "into pieces. What it trains is small: use DDP or ZeRO-2."
+            )
 
     # Data
 

@@ -77,6 +77,20 @@ def test_rows_of_packs_and_labels_that_are_ids(model, samples):
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("model", ["sdpa_varlen"], indirect=True)
+def test_a_model_set_to_packing_draws_as_ever(model, samples):
+    def draw() -> list[int]:
+        prompt = {
+            "input_ids": torch.tensor([[0, 5, 6], [7, 8, 9]]),
+            "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
+        }
+        return model.eval().generate(**prompt, generation_mode="image", image_top_k=1, guidance_scale=2.0).tolist()
+
+    drawn = draw()
+    model.set_attn_implementation("sdpa")
+    assert drawn == draw()
+
+
 @pytest.mark.parametrize("model", ["sdpa"], indirect=True)
 def test_packed_rows_take_no_padding_mask(model, samples):
     batch = NextFlowDataCollator(model.config, packing=True)(samples)
