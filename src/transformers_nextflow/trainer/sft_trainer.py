@@ -18,6 +18,7 @@ from trl import SFTTrainer
 from ..modeling_nextflow import NextFlowForCausalLM
 from ..token_layout import find_image_groups, scale_of_tokens
 from ..varlen_attention import SDPA_VARLEN
+from .coded_dataset import COLUMNS
 from .data_collator import NextFlowDataCollator
 from .packing import PackSampler, make_packs, sample_costs
 from .sft_config import NextFlowSFTConfig
@@ -126,6 +127,12 @@ class NextFlowSFTTrainer(SFTTrainer):
                     f"`train_dataset` is a {type(dataset).__name__}."
                 )
             return dataset, None
+        if missing := [name for name in COLUMNS if name not in dataset.column_names]:
+            raise ValueError(
+                f"Coded samples need the columns {', '.join(COLUMNS)}, but the data set has "
+                f"{', '.join(dataset.column_names)}: {', '.join(missing)} is missing. `encode_messages` makes them of "
+                "conversations, examples/extract_codes.py of data sets."
+            )
         if "image_tokenizer_hash" in dataset.column_names:
             hashes = {value for value in dataset.unique("image_tokenizer_hash") if value}
             ours = getattr(config, "image_tokenizer_hash", None)

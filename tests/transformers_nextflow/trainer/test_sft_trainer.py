@@ -267,6 +267,11 @@ def test_codes_of_another_image_tokenizer_are_refused(make_trainer, samples, tmp
         make_trainer(samples=foreign, model=str(tmp_path / "trained"))
 
 
+def test_a_missing_column_is_named_at_once(make_trainer, samples):
+    with pytest.raises(ValueError, match="target_codes is missing"):
+        make_trainer(samples=[{name: sample[name] for name in sample if name != "target_codes"} for sample in samples])
+
+
 def test_another_number_of_processes_does_not_resume(make_trainer, tmp_path):
     make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
     facts = tmp_path / "run" / "checkpoint-1" / "nextflow_run.json"
