@@ -18,7 +18,7 @@ CHUNK = 1000
 # How many samples of each task; what a sample costs differs, see `TaskBatches.draw`.
 MIXTURE = {"look": 0.30, "editing": 0.28, "turns": 0.14, "thought": 0.14, "story": 0.09, "example": 0.05}
 # How often a batch is of a task: reading is learned soon, editing takes longest.
-DRAWN = {"look": 0.12, "edit": 0.42, "turns": 0.18, "thought": 0.07, "story": 0.14, "example": 0.07}
+DRAWN = {"look": 0.06, "edit": 0.5, "turns": 0.18, "thought": 0.04, "story": 0.14, "example": 0.08}
 USE_CORRECTED, DROP_TEXT, USE_PLAIN = 0.6, 0.1, 0.4
 PLAIN_TASKS = ("edit",)  # prompts that also come without chat marks, as `"<image>make the star red"`
 MAX_SLOTS = 5120  # of a batch
