@@ -551,7 +551,7 @@ def test_a_group_may_span_two_processes(make_trainer, tiny_random_checkpoint, tm
     (tmp_path / "script.py").write_text(SCRIPT)
     alone = make_trainer(**{name: value for name, value in settings.items() if name != "prompts"})
     alone.train()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(tmp_path / "script.py"), str(tiny_random_checkpoint), str(tmp_path / "two")]
     settings["per_device_train_batch_size"] = 4
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
