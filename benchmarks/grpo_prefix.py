@@ -13,7 +13,8 @@ number of updates and of pictures an update, on the same prompts:
 - prefix, VMR: the same, with the value of a prefix from two pictures
 
 The reward is GenEval's rule with partial credit over a quick detector; what is reported is another detector's verdict
-on prompts that nothing was trained on. Each run is a process; a run whose result is in the folder is not repeated.
+on prompts that nothing was trained on. Each run is a process; one whose result is in the folder is not repeated, and
+one that was cut off goes on from its last checkpoint.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from scipy import ndimage
+from transformers.trainer_utils import get_last_checkpoint
 
 from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, tiny_checkpoint
 from transformers_nextflow.trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer, detector_reward
@@ -132,7 +134,9 @@ def make_trainer(variant: str, seed: int, options: argparse.Namespace, folder: P
         top_k=32,  # drawing among few costs less
         seed=seed,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=10,
+        save_total_limit=1,
         report_to=[],
         use_cpu=True,
         bf16=True,
@@ -164,13 +168,12 @@ def run(variant: str, seed: int, options: argparse.Namespace, folder: Path) -> d
         processor = NextFlowProcessor.from_pretrained(tiny_checkpoint())
         return evaluate(model, processor, scenes, seed, folder / "sheet.png")
     trainer = make_trainer(variant, seed, options, folder)
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     logs = [entry for entry in trainer.state.log_history if "reward" in entry]
     names = ("reward", "entropy", "time/rollout", "time/reward", "time/update")
     curves = {name: [float(entry[name]) for entry in logs] for name in names}
     figures = evaluate(trainer.model.eval(), trainer.processing_class, scenes, seed, folder / "sheet.png")
+    seconds = sum(sum(curves[name]) for name in names if name.startswith("time/"))
     return {"seconds": seconds, **curves, **figures}
 
 
