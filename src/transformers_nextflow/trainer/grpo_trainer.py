@@ -442,7 +442,8 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
         files = [""] * len(pictures)
         step, every = self.state.global_step + 1, max(1, int(self.state.logging_steps or 1))
         if step % every == 0:
-            folder = Path(self.args.output_dir) / "completions" / f"step_{step:05d}"
+            kind = "step" if self.model.training else "eval"
+            folder = Path(self.args.output_dir) / "completions" / f"{kind}_{step:05d}"
             folder.mkdir(parents=True, exist_ok=True)
             first = self.accelerator.process_index * len(pictures)
             files = [str(folder / f"{first + index:04d}.png") for index in range(len(pictures))]
