@@ -1,10 +1,13 @@
 """The benchmarks run, at small sizes."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from transformers_nextflow import ScaleSchedule
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,3 +50,87 @@ def test_grpo_prefix(tmp_path):
     # What is there is not done again.
     again = subprocess.run(command, capture_output=True, text=True)
     assert "seconds" in again.stdout and "'loss'" not in again.stdout
+
+
+# --- speed.py ---
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def test_counted_flops_are_those_that_run(benchmarks):
+    import measure
+    import torch
+    from floor import image_costs
+    from growth import size_of
+    from roofline import draw
+
+    config = measure.make_config(hidden_size=128, num_layers=2, codebook_size=64)
+    model, schedule = measure.make_model(config, "cpu", torch.float32), ScaleSchedule(num_scales=5)
+    with measure.Breakdown("cpu") as parts:
+        draw(model, measure.make_prompt(2, "cpu"), schedule)
+    ran = {kind: sum(call.flops for call in parts.calls if call.kind == kind) for kind in ("linear", "attention")}
+    costs = image_costs(size_of(config), schedule, guided=True, batch_size=2, itemsize=4)
+    assert ran["attention"] == sum(cost.attention for cost in costs)
+    # The connector's two layers are not in the cost model; the first scale's logits are made for both branches.
+    slots = 4 * (schedule.num_tokens - 1)
+    more = 2 * slots * (40 * 128 + 128 * 128) + 2 * 2 * 128 * 64
+    assert ran["linear"] == sum(cost.linear + cost.head for cost in costs) + more
+
+
+def test_the_cost_model_is_the_papers(benchmarks):
+    from floor import Size, image_costs
+
+    size = Size(2048, round(2048 * 8 / 3), 1, 16, 16, 1)
+    schedule = ScaleSchedule()
+    costs = image_costs(size, schedule, guided=False)
+    # The paper counts a multiplication and an addition as one operation in linear layers, and runs the 1x1 scale.
+    linear, attention = 2 * 12 * (schedule.num_tokens - 1 + 100) * 2048**2, schedule.flops(2048, 100)
+    assert sum(cost.linear for cost in costs) == pytest.approx(linear, rel=1e-3)
+    in_paper = attention - 12 * (schedule.num_tokens + 100) * 2048**2
+    assert sum(cost.attention for cost in costs) == pytest.approx(in_paper, rel=1e-2)
+
+
+def test_a_floor_is_the_longer_of_flops_and_bytes(benchmarks):
+    from floor import Cost, floor_seconds
+
+    costs = [Cost(8, 1, 1, 100), Cost(900, 50, 50, 100)]
+    assert floor_seconds(costs, flops=10, bandwidth=10) == 10 + 100
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak of a process")
+def test_speed(tmp_path):
+    options = [
+        "--size",
+        "64",
+        "--hidden-size",
+        "128",
+        "--num-layers",
+        "1",
+        "--repeats",
+        "1",
+        "--clock",
+        "cpu",
+        "--device",
+        "cpu",
+    ]
+    parts = ["floor", "roofline", "growth", "peers", "memory", "training"]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "speed.py"),
+        *parts,
+        *options,
+        "--json",
+        str(tmp_path / "rows"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows").read_text())["rows"]
+    assert {row["part"] for row in rows} == set(parts)
+    assert done.stdout.count("\n| ") == len(rows) + 1
+    shares = [row["ratio"] for row in rows if row["name"].endswith("the rest")]
+    assert len(shares) == 1
+    assert 0 < shares[0] < 1

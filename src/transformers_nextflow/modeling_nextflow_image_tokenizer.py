@@ -23,6 +23,7 @@ from .semantic_branch import (
     mlp,
     semantic_tokens,
 )
+from .strip_decoding import decode_in_strips
 from .whole_checkpoint import WholeCheckpointMixin
 
 
@@ -257,6 +258,7 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
         self.semantic_decoder = TokenFlowSemanticDecoder(config) if of_tokenflow else NextFlowSemanticDecoder(config)
         self.post_pixel_proj = nn.Conv2d(config.pixel_code_dim, config.latent_channels, 1)
         self.pixel_decoder = NextFlowPixelDecoder(config)
+        self.strip_rows: int | None = None
         self.post_init()
 
     @torch.no_grad()
@@ -464,11 +466,27 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
 
     def decode_latents(self, latents: torch.Tensor, clamp: bool = True) -> torch.Tensor:
         """Pixels `(B, 3, H, W)` of an accumulated quantized map `(B, D, h, w)`; `clamp` keeps them in [-1, 1]."""
-        pixel = latents[:, self.config.semantic_code_dim :].to(self.dtype)
-        pixel_values = self.pixel_decoder(self.post_pixel_proj(pixel))
+        pixel = self.post_pixel_proj(latents[:, self.config.semantic_code_dim :].to(self.dtype))
+        if self.strip_rows is None or torch.is_grad_enabled():
+            pixel_values = self.pixel_decoder(pixel)
+        else:
+            pixel_values = decode_in_strips(self.pixel_decoder, pixel, self.strip_rows)
         if self.config.image_size is not None:
             pixel_values = upsample(pixel_values, (self.config.image_size, self.config.image_size))
         return pixel_values.clamp(-1, 1) if clamp else pixel_values
+
+    def enable_tiling(self, rows: int = 64) -> None:
+        """Decodes images a strip of `rows` rows at a time from now on: less memory, the same pixels, no seams.
+
+        Only without gradients, as in [`~NextFlowImageTokenizer.decode`].
+        """
+        if rows < 1:
+            raise ValueError(f"A strip has at least 1 row, but got {rows}.")
+        self.strip_rows = rows
+
+    def disable_tiling(self) -> None:
+        """Decodes images whole again."""
+        self.strip_rows = None
 
     @torch.no_grad()
     def decode(

@@ -1,0 +1,81 @@
+"""Memory: the peak of a generation beside weights, cache and the activations of one scale."""
+
+import argparse
+import json
+
+import torch
+from measure import PROMPT_LENGTH, Row, in_a_process, make_config, make_model, make_prompt, peak_bytes, resident_bytes
+from roofline import draw
+
+from transformers_nextflow import ScaleSchedule
+
+CACHES = ("preallocated", "quantized", "dynamic")
+
+
+def cache_bytes(config, schedule: ScaleSchedule, itemsize: int, rows: int = 2) -> int:
+    """Keys and values of all scales but the last, which are kept, and one layer's of all, which attention reads."""
+    vector = 2 * rows * config.num_key_value_heads * 128 * itemsize
+    kept = PROMPT_LENGTH + schedule.offsets[-2]
+    return vector * (config.num_hidden_layers * kept) + vector // rows * (PROMPT_LENGTH + schedule.num_tokens)
+
+
+def activation_bytes(config, schedule: ScaleSchedule, itemsize: int, rows: int = 2) -> int:
+    """The last scale: input and output of all rows, and the widest place of a layer for the rows that run together."""
+    length, hidden, inter = schedule.scale_lengths[-1], config.hidden_size, config.intermediate_size
+    at_once = max(1, min(rows, 4096 // length)) * length
+    states = 2 * rows * length * hidden
+    layer = at_once * (2 * hidden + 3 * inter)
+    return (states + layer) * itemsize
+
+
+def measure(schedule: ScaleSchedule, hidden_size: int, num_layers: int, device: str, dtype: torch.dtype) -> list[Row]:
+    """Peak over the formula, for our cache; peak over that of our cache for others."""
+    if device != "cpu":
+        return []
+    rows, peaks = [], {}
+    sizes = ["--size", str(schedule.height), "--hidden-size", str(hidden_size), "--num-layers", str(num_layers)]
+    name = f"{schedule.height} x {schedule.width}, {num_layers} layers of {hidden_size}, {dtype}".replace("torch.", "")
+    for cache in CACHES:
+        found = in_a_process("memory.py", *sizes, "--dtype", str(dtype).removeprefix("torch."), "--cache", cache)
+        peaks[cache] = found["peak"]
+        if cache == "preallocated":
+            parts = found["weights"] + found["cache"] + found["activations"]
+            beside = ", ".join(f"{key} {found[key] / 1e6:.0f}" for key in ("weights", "cache", "activations"))
+            rows.append(
+                Row(f"peak memory, {name}", f"{found['peak'] / 1e6:.0f} MB", beside, found["peak"] / parts, "<= 1.15")
+            )
+        else:
+            ours = peaks["preallocated"]
+            beside = f"{ours / 1e6:.0f} MB"
+            rows.append(
+                Row(f"peak with the {cache} cache", f"{found['peak'] / 1e6:.0f} MB", beside, found["peak"] / ours)
+            )
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, required=True)
+    parser.add_argument("--hidden-size", type=int, required=True)
+    parser.add_argument("--num-layers", type=int, required=True)
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--cache", choices=CACHES, required=True)
+    options = parser.parse_args()
+    dtype, schedule = getattr(torch, options.dtype), ScaleSchedule.from_size(options.size, options.size)
+    # What the libraries take, with everything that a first picture loads, is not counted.
+    draw(make_model(make_config(256, 1), "cpu", dtype), make_prompt(1, "cpu"), ScaleSchedule(num_scales=4))
+    before = resident_bytes()
+    config = make_config(options.hidden_size, options.num_layers)
+    model = make_model(config, "cpu", dtype)
+    draw(model, make_prompt(1, "cpu"), schedule, cache_implementation=options.cache)
+    result = {
+        "peak": peak_bytes() - before,
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "cache": cache_bytes(config, schedule, dtype.itemsize),
+        "activations": activation_bytes(config, schedule, dtype.itemsize),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Peers: the same picture, grid, width and depth, drawn in other ways, with random weights."""
+
+import statistics
+
+import torch
+from floor import H100, floor_seconds, image_costs, raster_costs
+from growth import predict, size_of
+from measure import PROMPT_LENGTH, Row, alternate, make_config, make_model, make_prompt, measure_rates
+from roofline import draw
+from transformers import DynamicCache, Emu3ForCausalLM, Emu3TextConfig
+
+from transformers_nextflow import ScaleSchedule
+
+MMDIT_STEPS = 18  # the paper's comparison
+RASTER_SIDES = (16, 32, 64)
+RASTER_SAMPLES = 6  # lengths of the cache at which steps are timed
+RASTER_STEPS = 8  # steps timed at each
+
+
+class Uncached:
+    """Next-scale prediction as TokenFlow's own inference does it: each step runs all scales so far again."""
+
+    def __init__(self, model, schedule: ScaleSchedule, device: str):
+        self.model, self.schedule, self.device = model, schedule, device
+
+    @torch.no_grad()
+    def __call__(self):
+        # Both branches are as long, so that no mask is needed beyond the one between scales.
+        prompt, offset = make_prompt(2, self.device), self.model.config.text_vocab_size
+        codes = prompt.new_empty(1, 0)
+        for step, length in enumerate(self.schedule.scale_lengths):
+            if step == 0:
+                logits = self.model(prompt, logits_to_keep=1, visual_logits=True).logits
+            else:
+                placed = torch.cat([codes, codes.new_zeros(1, length)], dim=1) + offset
+                ids = torch.cat([prompt, placed.expand(2, -1)], dim=1)
+                grids = torch.tensor([self.schedule.grid_shw] * 2)
+                # The output before a code predicts it: all but the last of the last n_s + 1.
+                logits = self.model(ids, grids, logits_to_keep=length + 1, visual_logits=True).logits[:, :-1]
+            conditional, unconditional = logits.float()
+            drawn = torch.lerp(unconditional, conditional, 5.0).argmax(-1)
+            codes = torch.cat([codes, drawn[None]], dim=1)
+
+
+def make_mmdit(hidden_size: int, num_layers: int, side: int, device: str, dtype: torch.dtype):
+    """A step of an MMDiT on `side` x `side` tokens and a prompt, with guidance."""
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        transformer = SD3Transformer2DModel(
+            sample_size=2 * side,
+            patch_size=2,
+            in_channels=16,
+            num_layers=num_layers,
+            attention_head_dim=128,
+            num_attention_heads=hidden_size // 128,
+            joint_attention_dim=hidden_size,
+            caption_projection_dim=hidden_size,
+            pooled_projection_dim=hidden_size,
+            out_channels=16,
+            pos_embed_max_size=2 * side,
+        )
+    transformer = transformer.to(dtype).eval()
+    latents = torch.randn(2, 16, 2 * side, 2 * side, device=device).to(dtype)
+    text = torch.randn(2, PROMPT_LENGTH, hidden_size, device=device).to(dtype)
+    time = torch.tensor([500.0, 500.0], device=device).to(dtype)
+
+    @torch.no_grad()
+    def step():
+        transformer(latents, encoder_hidden_states=text, pooled_projections=text[:, 0], timestep=time)
+
+    return step
+
+
+class Raster:
+    """Emu3 at equal width, token by token, with a cache and guidance: single steps at some lengths of the cache."""
+
+    def __init__(self, config, device: str, dtype: torch.dtype):
+        torch.manual_seed(0)
+        settings = Emu3TextConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        with torch.device(device):
+            self.model = Emu3ForCausalLM(settings).to(dtype).eval()
+        self.device, self.dtype, self.config = device, dtype, settings
+
+    @torch.no_grad()
+    def steps_at(self, length: int):
+        """A function that runs a few steps on a cache of about `length`."""
+        cache, heads = DynamicCache(config=self.config), self.config.num_key_value_heads
+        for layer in range(self.config.num_hidden_layers):
+            states = torch.randn(2, 2, heads, length, 128, device=self.device).to(self.dtype)
+            cache.update(states[0], states[1], layer)
+
+        @torch.no_grad()
+        def steps():
+            ids = torch.ones(2, 1, dtype=torch.long, device=self.device)
+            for _ in range(RASTER_STEPS):
+                logits = self.model(ids, past_key_values=cache, use_cache=True).logits[:, -1].float()
+                ids = torch.lerp(logits[1:], logits[:1], 5.0).argmax(-1, keepdim=True).repeat(2, 1)
+            cache.crop(-RASTER_STEPS)
+
+        steps()
+        return steps
+
+
+def measure(
+    schedule: ScaleSchedule, hidden_size: int, num_layers: int, device: str, dtype: torch.dtype, repeats: int
+) -> list[Row]:
+    """Seconds of the peers over ours."""
+    config = make_config(hidden_size, num_layers)
+    model = make_model(config, device, dtype)
+    prompt, side = make_prompt(1, device), schedule.grids[-1][0]
+    name = f"{schedule.height} x {schedule.width}, {num_layers} layers of {hidden_size}, {dtype}".replace("torch.", "")
+    mmdit = make_mmdit(hidden_size, num_layers, side, device, dtype)
+    draw(model, prompt, ScaleSchedule(num_scales=8))
+    # Without a cache all slots run in one piece under a boolean mask: two sizes below, or it would take minutes.
+    uncached = schedule.prefix(max(8, schedule.num_scales - 2))
+    runs = {
+        "ours": lambda: draw(model, prompt, schedule),
+        "mmdit step": mmdit,
+        "ours, uncached size": lambda: draw(model, prompt, uncached, image_top_k=1),
+        "uncached": Uncached(model, uncached, device),
+    }
+    times = {key: statistics.median(values) for key, values in alternate(runs, repeats, device).items()}
+    ours, theirs = times["ours"], MMDIT_STEPS * times["mmdit step"]
+    tokens = side * side
+    paper = (
+        (12 * tokens * hidden_size**2 + 4 * tokens**2 * hidden_size) * MMDIT_STEPS / schedule.flops(hidden_size, 100)
+    )
+    rows = [
+        Row(
+            f"{name}: MMDiT, {MMDIT_STEPS} steps (SD3Transformer2DModel; paper's count: {paper:.2f})",
+            f"{theirs:.3g} s",
+            f"{ours:.3g} s",
+            theirs / ours,
+            ">= 4.5",
+        ),
+        Row(
+            f"no-cache next-scale, {uncached.height} x {uncached.width}",
+            f"{times['uncached']:.3g} s",
+            f"{times['ours, uncached size']:.3g} s",
+            times["uncached"] / times["ours, uncached size"],
+            ">= 2.5",
+        ),
+    ]
+    del mmdit
+    return rows + measure_raster(config, model, device, dtype, repeats, largest_side=side)
+
+
+def measure_raster(config, model, device: str, dtype: torch.dtype, repeats: int, largest_side: int) -> list[Row]:
+    """Token by token over scale by scale: measured, beside what this machine's rates say, and what an H100's say."""
+    raster, size = Raster(config, device, dtype), size_of(config)
+    rates = measure_rates(config.hidden_size, device, dtype, repeats)
+    rows = []
+    for side in (side for side in RASTER_SIDES if side <= largest_side):
+        schedule = next(s for s in (ScaleSchedule(num_scales=n) for n in range(1, 19)) if s.grids[-1][0] == side)
+        lengths = [PROMPT_LENGTH + round(side * side * (i + 0.5) / RASTER_SAMPLES) for i in range(RASTER_SAMPLES)]
+        runs = {f"{length}": raster.steps_at(length) for length in lengths}
+        runs["ours"] = lambda schedule=schedule: draw(model, make_prompt(1, device), schedule)
+        times = {key: statistics.median(values) for key, values in alternate(runs, repeats, device).items()}
+        ours = times.pop("ours")
+        theirs = sum(times.values()) / RASTER_SAMPLES / RASTER_STEPS * side * side
+        costs = [
+            raster_costs(size, side * side, True, dtype.itemsize),
+            image_costs(size, schedule, True, 1, dtype.itemsize),
+        ]
+        expected = predict(costs[0], rates) / predict(costs[1], rates)
+        on_gpu = floor_seconds(costs[0], H100.flops, H100.bandwidth) / floor_seconds(
+            costs[1], H100.flops, H100.bandwidth
+        )
+        name = f"raster-scan (Emu3), {side} x {side} codes: {theirs:.3g} s to {ours:.3g} s; H100 by count: {on_gpu:.0f}"
+        measured = theirs / ours
+        rows.append(
+            Row(name, f"{measured:.3g} times", f"{expected:.3g} predicted here", measured / expected, "0.75 to 1.25")
+        )
+    return rows
