@@ -147,7 +147,7 @@ def attention(request, model):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without", "ignore:_compile flag on create_block_mask")
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["preallocated", "dynamic", "static"])
 def test_cached_greedy_equals_teacher_forcing(model, attention, cache):
     with ForwardCalls(model) as calls:
         out = draw(model, do_sample=False, cache_implementation=cache)
@@ -501,7 +501,7 @@ def test_several_texts_a_prompt_keep_its_images(model):
     assert torch.equal(both[2:], model.generate(ids[1:], image_grid_shw=grids[2:], num_return_sequences=2, **settings))
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["preallocated", "dynamic", "static"])
 @pytest.mark.parametrize("guidance_scale", [None, 2.0])
 def test_text_goes_on_from_the_cache_of_an_image(model, guidance_scale, cache):
     own = DynamicCache() if cache == "dynamic" else StaticCache(model.config, max_cache_len=128)
@@ -690,7 +690,7 @@ def test_text_generation_pipeline(tiny_random_checkpoint):
 
 
 @pytest.mark.parametrize("guidance_scale", [None, 3.0])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["preallocated", "dynamic", "static"])
 def test_a_shared_prefix_is_drawn_once_and_goes_on_as_if_alone(model, guidance_scale, cache):
     settings = dict(guidance_scale=guidance_scale, cache_implementation=cache)
     generators = [seeded(seed) for seed in range(12)]
