@@ -82,13 +82,9 @@ def examples(session: NextFlowSession, seed: int, number: int) -> Image.Image:
             images=shown,
             return_tensors="pt",
         )
-        output = session.model.generate(
-            **inputs, generation_mode="image", generator=seeded(seed + i), return_dict_in_generate=True
-        )
-        made = session.processor.post_process_multimodal_output(
-            type(output)(image_codes=output.image_codes, image_grid_shw=output.image_grid_shw[-1:]),
-            generation_mode="image",
-        )[0]
+        sequences = session.model.generate(**inputs, generation_mode="image", generator=seeded(seed + i))
+        drawn = session.model.decode_image_tokens(sequences)
+        [made] = session.processor.post_process_multimodal_output(drawn, generation_mode="image")
         rows.append(list(zip([*shown, made], ["this", "becomes this", "so this", "becomes"], strict=True)))
     return sheet(rows)
 

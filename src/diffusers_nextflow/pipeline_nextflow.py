@@ -37,7 +37,8 @@ class NextFlowPipelineOutput(BaseOutput):
             B images, the images of one prompt side by side: PIL images, an array `(B, H, W, 3)` in [0, 1], a tensor
             `(B, 3, H, W)` in [0, 1], or latents `(B, D, h, w)`, as `output_type` says.
         frames (`list[list[PIL.Image.Image]]`, *optional*):
-            With `num_frames` and `output_type="pil"`: the frames of each story; `images` holds them all in a row.
+            With `num_frames` and `output_type="pil"`: the frames of each story (fewer if it was interrupted);
+            `images` holds them all in a row.
             `diffusers.utils.export_to_gif(output.frames[0], "story.gif")` saves one.
         thoughts (`list[str]`, *optional*): With `thinking`: what was written before each image.
     """
@@ -257,14 +258,14 @@ class NextFlowPipeline(DiffusionPipeline):
         self._interrupt = False
         inputs = self._encode(prompts, pictures, chat=thinking)
         negative_inputs = None if negative_prompts is None else self._tokenize(negative_prompts)
-        drawn: tuple[torch.Tensor, ScaleSchedule]
+        drawn: list[tuple[torch.Tensor, ScaleSchedule]] = []  # an entry a frame; without `num_frames` there is one
         output = None
 
         def on_scale_end(step: int, schedule: ScaleSchedule, codes: torch.Tensor) -> None:
-            nonlocal drawn
-            drawn, self._schedule = (codes, schedule), schedule
+            drawn[len(drawn) - (step > 0) :] = [(codes, schedule)]
+            self._schedule = schedule
             h, w = schedule.grids[step]
-            progress_bar.total = schedule.num_scales
+            progress_bar.total = schedule.num_scales * (num_frames or 1)
             progress_bar.set_description(f"scale {step + 1}/{schedule.num_scales} · {h}x{w}", refresh=False)
             progress_bar.update()
             if callback_on_step_end is not None:
@@ -296,16 +297,13 @@ class NextFlowPipeline(DiffusionPipeline):
                 on_scale_end=on_scale_end,
             )
 
-        codes, schedule = drawn
-        frames: Any = None
-        thoughts = None
-        if output is not None:  # it was not interrupted
-            codes = output.image_codes.flatten(0, -2)
-            if output.thought_ids is not None:
-                thoughts = [text.strip() for text in self.tokenizer.batch_decode(output.thought_ids, True)]
-        images = self.decode_latents(self._codes_to_latents(codes, schedule), output_type)
+        latents = torch.stack([self._codes_to_latents(*frame) for frame in drawn], dim=1).flatten(0, 1)
+        images: Any = self.decode_latents(latents, output_type)
+        frames = thoughts = None
         if num_frames is not None and output_type == "pil":
-            frames = [images[start : start + num_frames] for start in range(0, len(images), num_frames)]
+            frames = [images[start : start + len(drawn)] for start in range(0, len(images), len(drawn))]
+        if output is not None and output.thought_ids is not None:  # it was not interrupted
+            thoughts = [text.strip() for text in self.tokenizer.batch_decode(output.thought_ids, True)]
         self.maybe_free_model_hooks()
         return NextFlowPipelineOutput(images, frames, thoughts) if return_dict else (images,)
 

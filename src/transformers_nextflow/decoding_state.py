@@ -126,8 +126,9 @@ class DecodingState:
         """Forgets all slots but the first `num_slots`; `position` `(B,)` is what it was then."""
         if not 0 <= num_slots <= self.num_slots:
             raise ValueError(f"A cache of {self.num_slots} slots can't be cropped to {num_slots}.")
-        if num_slots < self.num_slots:
-            self.cache.crop(num_slots - self.num_slots if num_slots else -self.num_slots)
+        for layer in self.cache.layers:  # by their own lengths: a forward that failed reached some of them only
+            if (extra := int(layer.get_seq_length()) - num_slots) > 0:
+                layer.crop(-extra)
         self.mask, self.position = self.mask[:, :num_slots], position.clone()
         self._all_real = bool(self.mask.all())
 
@@ -138,13 +139,20 @@ class DecodingState:
         tensors = (tensor for layer in layers for tensor in (layer.keys, layer.values))
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
-    def to(self, device: torch.device | str) -> "DecodingState":
-        """Moves keys and values; the model's own device is where they must be for the next step."""
+    def offload(self) -> None:
+        """Moves keys and values to the CPU; [`~DecodingState.onload`] must come before the next step."""
+        self._move("cpu")
+
+    def onload(self) -> None:
+        """Moves keys and values back to where each layer made them: the layers of a model may be on several devices."""
+        self._move(None)
+
+    def _move(self, device: str | None) -> None:
         layers: list[Any] = list(self.cache.layers)
         for layer in layers:
             if layer.keys is not None:
-                layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
-        return self
+                target = device or layer.device  # of the first step
+                layer.keys, layer.values = layer.keys.to(target), layer.values.to(target)
 
     def fork(self) -> "DecodingState":
         """A state that goes on from here by itself; both keep what they share until then."""

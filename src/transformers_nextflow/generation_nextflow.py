@@ -58,6 +58,18 @@ IGNORED_IN_IMAGE_MODE = frozenset(
     }
 )
 
+# Interleaved text has an end of its own: settings that would move it must not be passed over.
+IGNORED_IN_INTERLEAVED_MODE = frozenset({"bos_token_id", "tokenizer", "synced_gpus", "disable_compile"})
+
+# What to use for an argument that a mode does not take.
+INSTEAD = {
+    "temperature": "image_temperature",
+    "top_k": "image_top_k",
+    "top_p": "image_top_p",
+    "max_length": "max_new_tokens",
+    "stop_strings": "stopping_criteria",
+}
+
 
 @dataclass
 class NextFlowGenerateOutput(ModelOutput):
@@ -68,8 +80,8 @@ class NextFlowGenerateOutput(ModelOutput):
             Token view: the prompts, `<boi>` (none is added where a prompt ends with it), and the codes' ids.
         image_grid_shw (`torch.LongTensor` of shape `(num_images, 3)`):
             One row for each image in `sequences`, in reading order; without images in the prompts, one a sequence.
-        image_codes (`torch.LongTensor` of shape `(B * n, N)`):
-            The new images alone, as codes in `[0, K)`.
+        image_codes (`torch.LongTensor` of shape `(B * n, N)`, with `num_frames` `(B * n, frames, N)`, *optional*):
+            The new images alone, as codes in `[0, K)`, -1 where a stopping criterion left some off; not interleaved.
         attention_mask (`torch.LongTensor` of shape `(B * n, L + 1 + N)`, *optional*):
             0 where a sequence is padded; only where lengths may differ: after thoughts, and interleaved.
         thought_ids (`torch.LongTensor` of shape `(B * n, T)`, *optional*):
@@ -77,7 +89,7 @@ class NextFlowGenerateOutput(ModelOutput):
         past_key_values (`Cache`, *optional*):
             Keys and values of `sequences[:, :-1]`. The slot of the last code, which carries `<eoi>`, was not run: pass
             `sequences`, `image_grid_shw` and the cache to `generate` and text goes on from there. None if a negative
-            prompt longer than the prompts has moved them.
+            prompt longer than the prompts has moved them, and for several rows of frames, thoughts or interleaving.
     """
 
     sequences: torch.Tensor | None = None
@@ -131,11 +143,6 @@ def _check_sharing(
             f"{images_per_prefix}."
         )
     return prefix_scales, images_per_prefix
-
-
-def _split(items: list[Any], counts: Sequence[int]) -> list[list[Any]]:
-    remaining = iter(items)
-    return [[next(remaining) for _ in range(count)] for count in counts]
 
 
 def _stop_check(criteria: Any) -> StopCheck | None:
@@ -294,7 +301,10 @@ class NextFlowGenerationMixin(_GenerationMixin):
         mode = self._setting("generation_mode", generation_mode, generation_config, default="text")
         if mode in ("image", "interleaved"):
             arguments = {**image_arguments, **kwargs, "guidance_scale": guidance_scale}
-            thinking, num_frames = (arguments.pop(name) for name in ("thinking", "num_frames"))
+            del arguments["thinking"], arguments["num_frames"]
+            if mode == "image":
+                thinking = self._setting("thinking", thinking, generation_config)
+                num_frames = self._setting("num_frames", num_frames, generation_config)
             if mode == "interleaved" or thinking or num_frames is not None:
                 return self._generate_interleaved(inputs, generation_config, mode, thinking, num_frames, **arguments)
             if arguments.pop("max_new_images") is not None:
@@ -316,12 +326,14 @@ class NextFlowGenerationMixin(_GenerationMixin):
     def stream(self, inputs: torch.Tensor | None = None, **kwargs) -> Iterator[GenerationEvent]:
         """Interleaved generation (or image mode with `thinking` or `num_frames`), event by event as it happens.
 
+        The call itself checks the arguments and runs the prompts; what follows runs as the iterator is asked.
+
         Args:
             inputs (`torch.LongTensor` of shape `(B, L)`, *optional*): As for [`~NextFlowGenerationMixin.generate`].
             kwargs: What `generate` takes in these modes; `generation_mode` is `"interleaved"` by default.
 
-        Yields:
-            [`GenerationEvent`]: every token, every scale and every image, of all rows.
+        Returns:
+            An iterator over [`GenerationEvent`]: every token, every scale and every image, of all rows.
         """
         mode, thinking, num_frames = (kwargs.pop(name, None) for name in ("generation_mode", "thinking", "num_frames"))
         mode = mode or "interleaved"
@@ -333,7 +345,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         decoding, settings, _ = self._start_interleaved(
             inputs, kwargs.pop("generation_config", None), mode, thinking, num_frames, kwargs
         )
-        yield from decoding.run(settings)
+        return decoding.run(settings)
 
     def _setting(self, name: str, value: Any, generation_config: GenerationConfig | None, default: Any = None) -> Any:
         """The value of a setting: the argument, or `generation_config`'s, or the model's own, or the default."""
@@ -355,7 +367,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         size = {name: settings.pop(name, None) for name in ("height", "width", "num_scales")}
         counts = count_images(prompts[0].masked_fill(prompts[1] == 0, 0), self.config.text_vocab_size)
         if grids is not None and all(counts) and all(value is None for value in size.values()):
-            schedule = self._schedule_of_sources(grids, counts)
+            schedule = self._schedule_of_sources(prompts, grids)
         else:
             schedule = self._image_schedule(size, generation_config)
         # A stored one is for edits alone; one that is given must make sense.
@@ -382,9 +394,10 @@ class NextFlowGenerationMixin(_GenerationMixin):
             return schedule, plan, 3
         return schedule, plan, 2 if any(sampling.guidance_scale != 1 for sampling in plan) else 1
 
-    def _schedule_of_sources(self, grids: torch.Tensor, counts: list[int]) -> ScaleSchedule:
+    def _schedule_of_sources(self, prompts: Prompts, grids: torch.Tensor) -> ScaleSchedule:
         """An edit keeps the size of the image that it edits: the last one of its prompt."""
-        last = {tuple(rows[-1]) for rows in _split(grids.tolist(), counts)}
+        rows = split_grids(prompts[0] * prompts[1], grids, self.config.text_vocab_size)
+        last = {tuple(of_row[-1].tolist()) for of_row in rows}
         if len(last) > 1:
             sizes = sorted({(s.height, s.width) for s in map(ScaleSchedule.from_grid_shw, last)})
             raise ValueError(
@@ -416,7 +429,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
 
     def _refuse(self, settings: dict[str, Any], mode: str) -> None:
         if unknown := {name for name, value in settings.items() if value is not None}:
-            hints = [f"`image_{name}` for `{name}`" for name in ("temperature", "top_k", "top_p") if name in unknown]
+            hints = [f"`{INSTEAD[name]}` for `{name}`" for name in sorted(unknown) if name in INSTEAD]
             raise ValueError(
                 f"{mode} does not take {', '.join(f'`{name}`' for name in sorted(unknown))}."
                 + (f" Use {', '.join(hints)}." if hints else "")
@@ -541,8 +554,10 @@ class NextFlowGenerationMixin(_GenerationMixin):
             inputs, generation_config, mode, thinking, num_frames, arguments
         )
         num_rows = len(decoding.rows)
-        if streamer is not None and num_rows > 1:
-            raise ValueError(f"A `streamer` takes the text of one row, but there are {num_rows}. Use `stream`.")
+        if streamer is not None:
+            if num_rows > 1:
+                raise ValueError(f"A `streamer` takes the text of one row, but there are {num_rows}. Use `stream`.")
+            streamer.put(prompts[0].cpu())  # first, as transformers does: streamers may skip it
         thoughts: list[list[torch.Tensor]] = [[] for _ in range(num_rows)]
         codes: list[list[torch.Tensor]] = [[] for _ in range(num_rows)]
         scale: list[torch.Tensor] = []
@@ -550,7 +565,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
             if event.kind == "token":
                 thoughts[event.row].append(event.ids)
                 if streamer is not None:
-                    streamer.put(event.ids)
+                    streamer.put(event.ids.cpu())
             elif event.kind == "image":
                 codes[event.row].append(event.ids)
             elif on_scale_end is not None:
@@ -578,15 +593,18 @@ class NextFlowGenerationMixin(_GenerationMixin):
         grids = [grid for row in decoding.grids for grid in row]
         image_codes = None
         if mode == "image":
-            image_codes = torch.stack([torch.stack(row) for row in codes])
-            image_codes = image_codes if num_frames is not None else image_codes[:, 0]
+            # Rows have as many images each; a stopping criterion may have cut the last ones, or left none.
+            images = [image for row in codes for image in row]
+            image_codes = _stack(images, -1) if images else padded.new_empty(num_rows, 0)
+            if num_frames is not None:
+                image_codes = image_codes.unflatten(0, (num_rows, -1))
         return NextFlowGenerateOutput(
             sequences=padded,
             image_grid_shw=torch.tensor(grids, dtype=torch.long, device=padded.device).view(-1, 3),
             image_codes=image_codes,
             attention_mask=mask,
             thought_ids=_stack([torch.cat([padded[0, :0], *row]) for row in thoughts], pad) if thinking else None,
-            past_key_values=decoding.state.cache if num_rows == 1 else None,
+            past_key_values=decoding.cache_before_last() if num_rows == 1 else None,
         )
 
     def _start_interleaved(
@@ -603,7 +621,11 @@ class NextFlowGenerationMixin(_GenerationMixin):
             "pad_token_id", arguments.pop("pad_token_id", None), generation_config, self.config.eoi_token_id
         )
         prompts, grids = self._read_image_prompts(inputs, arguments, pad_token_id)
-        num_copies = arguments.pop("num_return_sequences", None) or 1
+        num_copies = self._setting(
+            "num_return_sequences", arguments.pop("num_return_sequences", None), generation_config, 1
+        )
+        if num_copies < 1:
+            raise ValueError(f"`num_return_sequences` must be at least 1, but got {num_copies}.")
         if not prompts[0].shape[1]:
             raise ValueError("There is no prompt: pass `input_ids` of at least one token.")
         rows: list[Any] = [[] for _ in prompts[0]]
@@ -632,7 +654,13 @@ class NextFlowGenerationMixin(_GenerationMixin):
         arguments: dict[str, Any],
     ) -> InterleavedSettings:
         """Reads the arguments of an interleaved generation; see [`~NextFlowGenerationMixin.generate`]."""
-        sample_text = bool(arguments.get("do_sample"))
+
+        def setting(name, default=None):
+            return self._setting(name, arguments.pop(name, None), generation_config, default)
+
+        if mode == "interleaved" and (thinking or num_frames is not None):
+            raise ValueError('`thinking` and `num_frames` are for `generation_mode="image"`; leave them out here.')
+        sample_text = bool(self._setting("do_sample", arguments.get("do_sample"), generation_config))
         schedule, plan, num_branches = self._read_plan(arguments, generation_config, prompts, grids)
         generators = make_generators(arguments.pop("generator", None), num_rows, prompts[0].device)
         should_stop = _stop_check(arguments.pop("stopping_criteria", None))
@@ -640,9 +668,10 @@ class NextFlowGenerationMixin(_GenerationMixin):
         for name in (*plain, "images_per_prefix"):
             if arguments.pop(name, None) is not None:
                 raise ValueError(f"`{name}` is for image mode without `thinking` and `num_frames`; leave it out here.")
-        opening, limit = "free", arguments.pop("max_new_images", None)
-        text_limit = arguments.pop("max_new_tokens", None)
-        if mode == "image":
+        opening, limit, text_limit = "free", arguments.pop("max_new_images", None), setting("max_new_tokens")
+        if mode == "interleaved":
+            limit = self._setting("max_new_images", limit, generation_config)
+        else:
             if limit is not None:
                 raise ValueError("Image mode does not take `max_new_images`; use `num_frames`.")
             opening, limit = ("must", 1) if num_frames is None else ("now", num_frames)
@@ -650,24 +679,31 @@ class NextFlowGenerationMixin(_GenerationMixin):
                 raise ValueError("`thinking` comes before one image: pass it or `num_frames`, not both.")
             if limit < 1:
                 raise ValueError(f"`num_frames` must be at least 1, but got {limit}.")
-        asked = limit is not None
-        limit = 4 if limit is None else limit
-        if text_limit is None:
-            free = self.config.max_position_embeddings - prompts[0].shape[1] - limit * (schedule.num_tokens + 1)
-            text_limit = max(0, min(128 if mode == "image" else 256, free))
-        if limit < 0 or text_limit < 0:
+        if (limit or 0) < 0 or (text_limit or 0) < 0:
             raise ValueError(
                 f"`max_new_images` and `max_new_tokens` must not be negative, but got {limit} and {text_limit}."
             )
-        limit = self._images_that_fit(prompts[0].shape[1], schedule, limit, text_limit * (opening != "now"), asked)
-        eos_token_id = self._setting(
-            "eos_token_id", arguments.pop("eos_token_id", None), generation_config, self.config.eos_token_id
+        self._check_context(prompts[0].shape[1], text_limit if text_limit and opening != "now" else 1, grids)
+        limit, text_limit = self._share_context(
+            self.config.max_position_embeddings - prompts[0].shape[1],
+            schedule,
+            limit,
+            0 if opening == "now" else text_limit,
+            128 if mode == "image" else 256,
         )
+        if not limit and (prompts[0][:, -1] == self.config.boi_token_id).any():
+            raise ValueError(
+                "A prompt ends with `<boi>`, so an image must follow, but `max_new_images` is 0, or none fits into the "
+                "context. Leave `<boi>` out, or make room for an image."
+            )
+        eos_token_id = setting("eos_token_id", self.config.eos_token_id)
         eos = eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]
-        text = {name: arguments.pop(name, None) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+        text = {name: setting(name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
         processors = arguments.pop("logits_processor", None) or []
-        if int(self._setting("num_beams", arguments.pop("num_beams", None), generation_config, 1)) > 1:
+        if setting("num_beams", 1) > 1:
             raise ValueError("Images can't be searched with beams: leave `num_beams` at 1.")
+        if not setting("use_cache", True):
+            raise ValueError("Images are decoded with a cache: `use_cache` must not be False.")
         allowed = TextOnlyLogitsProcessor(self.config, with_images=limit > 0 and opening != "now")
         text_config = GenerationConfig(
             do_sample=sample_text, **{name: value for name, value in text.items() if value is not None}
@@ -675,7 +711,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
         text_processors = self._get_logits_processor(
             text_config, logits_processor=LogitsProcessorList([*processors, allowed]), device=str(prompts[0].device)
         )
-        self._refuse({k: v for k, v in arguments.items() if k not in IGNORED_IN_IMAGE_MODE}, "Interleaved generation")
+        ignored = IGNORED_IN_IMAGE_MODE if mode == "image" else IGNORED_IN_INTERLEAVED_MODE
+        self._refuse({k: v for k, v in arguments.items() if k not in ignored}, "Interleaved generation")
         return InterleavedSettings(
             schedule=schedule,
             plan=plan,
@@ -692,19 +729,24 @@ class NextFlowGenerationMixin(_GenerationMixin):
             should_stop=should_stop,
         )
 
-    def _images_that_fit(
-        self, num_prompt: int, schedule: ScaleSchedule, wanted: int, num_text: int, asked: bool
-    ) -> int:
-        """How many images may follow; a number that was asked for must fit."""
-        free = self.config.max_position_embeddings - num_prompt - num_text
-        fitting = max(free, 0) // (schedule.num_tokens + 1)
-        if free < 0 or (asked and wanted > fitting):
+    @staticmethod
+    def _share_context(
+        free: int, schedule: ScaleSchedule, num_images: int | None, num_text: int | None, default_num_text: int
+    ) -> tuple[int, int]:
+        """How many images and text tokens may follow in `free` slots: what was asked for must fit, the rest shrinks."""
+        size = schedule.num_tokens + 1
+        wanted = 4 if num_images is None else num_images
+        if num_text is None:
+            # Where images are not asked for, text has a quarter of the room at least.
+            num_text = min(default_num_text, max(free - wanted * size, 0 if num_images is not None else free // 4))
+        fitting = (free - num_text) // size
+        if num_images is not None and wanted > fitting:
             raise ValueError(
-                f"The context holds {self.config.max_position_embeddings} tokens. Beside a prompt of {num_prompt} and "
-                f"{num_text} tokens of text, {fitting} images of {schedule.height} x {schedule.width} pixels fit "
-                f"({schedule.num_tokens + 1} tokens each), but {wanted} were asked for. Ask for fewer or smaller ones."
+                f"{free} slots of the context are free behind the prompt. Beside {num_text} tokens of text, {fitting} "
+                f"images of {schedule.height} x {schedule.width} pixels fit ({size} slots each), but {num_images} were "
+                "asked for. Ask for fewer or smaller ones, or for less text."
             )
-        return min(wanted, fitting)
+        return min(wanted, fitting), num_text
 
     def _image_schedule(
         self, given: dict[str, int | None], generation_config: GenerationConfig | None
@@ -799,7 +841,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
             image_grid_shw (`torch.LongTensor` of shape `(B, 3)` or `(1, 3)`, *optional*): The grid of the images.
 
         Returns:
-            [`NextFlowGenerateOutput`] with `sequences`, `image_grid_shw` `(B, 3)` and `image_codes` `(B, N)`.
+            [`NextFlowGenerateOutput`] with `sequences`, `image_grid_shw` `(B, 3)` and `image_codes` `(B, N)`; fewer
+            where a stopping criterion ended the images after a whole scale.
 
         Raises:
             `ValueError`: if the sequences don't end with images of the grid.
@@ -816,16 +859,16 @@ class NextFlowGenerationMixin(_GenerationMixin):
                 "`image_grid_shw`."
             )
         codes = tokens - self.config.text_vocab_size
-        num_codes = (codes >= 0).long().flip(-1).cumprod(-1).sum(-1)
-        if (num_codes != schedule.num_tokens).any():
+        found = (codes >= 0).long().flip(-1).cumprod(-1).sum(-1).tolist()
+        if len(set(found)) != 1 or found[0] not in schedule.offsets[1:]:
             raise ValueError(
-                f"The sequences end with {num_codes.tolist()} image codes, but an image with grid {schedule.grid_shw} "
-                f"has {schedule.num_tokens}."
+                f"The sequences end with {found} image codes, but an image with grid {schedule.grid_shw} has "
+                f"{schedule.num_tokens}, and only whole scales can be left off: {schedule.offsets[1:]}."
             )
         return NextFlowGenerateOutput(
             sequences=tokens,
             image_grid_shw=torch.tensor([schedule.grid_shw], device=tokens.device).repeat(len(tokens), 1),
-            image_codes=codes[:, -schedule.num_tokens :],
+            image_codes=codes[:, -found[0] :],
         )
 
     def _generate_text(self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, **kwargs):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList
 
 from .decoding_state import DecodingState
@@ -193,7 +194,10 @@ class InterleavedDecoding:
         """
         self.waiting = ids[:, -1:].eq(self.config.boi_token_id).any(-1)
         real = mask.bool()
-        real = torch.cat([real[:, :-1], real[:, -1:] & ~self.waiting[:, None]], dim=1)
+        if ids.shape[1] > 1 and self.waiting.all():  # no slot for what is not run
+            ids, real = ids[:, :-1], real[:, :-1]
+        else:
+            real = torch.cat([real[:, :-1], real[:, -1:] & ~self.waiting[:, None]], dim=1)
         self.ids, self.real = torch.cat([self.ids, ids], dim=1), torch.cat([self.real, real], dim=1)
         for row, new in zip(self.rows.tolist(), grids, strict=True):
             self.grids[row] += [tuple(grid) for grid in new]
@@ -219,8 +223,9 @@ class InterleavedDecoding:
 
     # Going on
 
+    @torch.no_grad()
     def run(self, settings: InterleavedSettings) -> Iterator[GenerationEvent]:
-        """Goes on until every row has ended; yields what comes as it comes."""
+        """Goes on until every row has ended; yields what comes as it comes. Closed early, it ends after a scale."""
         self.num_tokens, self.num_images = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
         self._stopped = False
         while len(self.rows):
@@ -242,6 +247,7 @@ class InterleavedDecoding:
         if not must:
             active = active & (self.num_tokens < settings.max_new_tokens)
         end = torch.tensor(settings.eos_token_ids, dtype=torch.long, device=self.ids.device)
+        numbers = self.rows.tolist()
         while active.any():
             if self.logits is None:
                 self.logits = self._run_columns(1, active=active)
@@ -251,12 +257,12 @@ class InterleavedDecoding:
                 opens = opens | ended | (self.num_tokens >= settings.max_new_tokens)
             self.waiting = self.waiting | (active & opens & (self.num_images < settings.max_new_images))
             taken = active & ~opens
-            if not taken.any():
+            indices = taken.nonzero().flatten().tolist()
+            if not indices:
                 break
             self._append(tokens[:, None], taken[:, None])
             self.num_tokens = self.num_tokens + taken
-            numbers = self.rows.tolist()
-            for i in taken.nonzero().flatten().tolist():
+            for i in indices:
                 yield GenerationEvent("token", numbers[i], tokens[i : i + 1])
             active = taken & ~ended
             if not must:
@@ -281,18 +287,21 @@ class InterleavedDecoding:
         generators = [settings.generators[row] for row in numbers]
         schedule, offset = settings.schedule, self.config.text_vocab_size
         codes = self.ids[:, :0]
-        for step, codes in draw_scales(states, torch.cat(logits), schedule, settings.plan, generators):
-            for i, row in enumerate(numbers):
-                yield GenerationEvent("scale", row, codes[i], schedule, step)
-            if settings.should_stop is not None and settings.should_stop(torch.cat([self.ids, codes + offset], dim=1)):
-                self._stopped = True
-                break
-        self._append(codes + offset)
-        for row in numbers:
-            self.grids[row].append(schedule.grid_shw)
-        self._num_run_images = self._num_run_images + settings.guided * (codes.shape[1] - 1)
-        self.num_images = self.num_images + 1
-        self.waiting = torch.zeros_like(self.waiting)
+        try:
+            for step, codes in draw_scales(states, torch.cat(logits), schedule, settings.plan, generators):
+                for i, row in enumerate(numbers):
+                    yield GenerationEvent("scale", row, codes[i], schedule, step)
+                should_stop = settings.should_stop
+                if should_stop is not None and should_stop(torch.cat([self.ids, codes + offset], dim=1)):
+                    self._stopped = True
+                    break
+        finally:  # also where the iterator is closed: ids and caches must agree
+            self._append(codes + offset)
+            for row in numbers:
+                self.grids[row].append(schedule.grid_shw)
+            self._num_run_images = self._num_run_images + settings.guided * (codes.shape[1] - 1)
+            self.num_images = self.num_images + 1
+            self.waiting = torch.zeros_like(self.waiting)
         for i, row in enumerate(numbers):
             yield GenerationEvent("image", row, codes[i], schedule, None)
 
@@ -328,7 +337,7 @@ class InterleavedDecoding:
         if active is not None:
             real = real & active[:, None]
         logits = self.state.run(
-            self._with_eoi(ids), None if real.all() else real.long(), _grid_rows(grids, ids.device), visual_logits
+            self._with_eoi(ids), None if real.all() else real.long(), _grid_rows(grids), visual_logits
         )
         self._last_is_unrun = False
         return logits
@@ -363,7 +372,7 @@ class InterleavedDecoding:
         grids = [self.grids[row][len(self.grids[row]) - n :] for row, n in zip(self.rows.tolist(), counts, strict=True)]
         self._num_run_images = total
         mask = None if is_new.all() else is_new.long()
-        return self._images_alone().run(ids, mask, _grid_rows(grids, ids.device), visual_logits=True)
+        return self._images_alone().run(ids, mask, _grid_rows(grids), visual_logits=True)
 
     def _keep(self, indices: torch.Tensor) -> None:
         """Goes on with some of the rows; the others have ended."""
@@ -380,6 +389,12 @@ class InterleavedDecoding:
         self.state.select(indices)
         if self._images is not None:
             self._images.select(indices)
+
+    def cache_before_last(self) -> Cache:
+        """The cache of all slots but the last, which whoever goes on from here runs first; for one row at the end."""
+        if not self._last_is_unrun:
+            self.state.cache.crop(-1)
+        return self.state.cache
 
     def mark(self) -> dict[str, Any]:
         """What [`~InterleavedDecoding.rewind`] needs to come back to this point."""
@@ -409,9 +424,10 @@ class InterleavedDecoding:
         return twin
 
 
-def _grid_rows(grids: Sequence[Sequence[Sequence[int]]] | None, device: torch.device) -> torch.Tensor | None:
+def _grid_rows(grids: Sequence[Sequence[Sequence[int]]] | None) -> torch.Tensor | None:
+    """On the CPU, where they are read."""
     rows = [list(grid) for row in grids or () for grid in row]
-    return torch.tensor(rows, device=device) if rows else None
+    return torch.tensor(rows) if rows else None
 
 
 __all__ = ["GenerationEvent", "InterleavedDecoding", "InterleavedSettings", "draw_scales"]

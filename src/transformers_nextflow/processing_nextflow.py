@@ -236,6 +236,11 @@ class NextFlowProcessor(ProcessorMixin):
             return texts, images
         if num_frames < 1:
             raise ValueError(f"`num_frames` must be at least 1, but got {num_frames}.")
+        if videos is not None and not _is_one_video(videos) and not hasattr(videos, "__len__"):
+            raise ValueError(
+                "A video is a list of pictures, an array of shape (frames, height, width, 3), a path or a URL, but "
+                f"`videos` is of type {type(videos).__name__}."
+            )
         given = [] if videos is None else [videos] if _is_one_video(videos) else list(videos)
         if len(given) != num_marks:
             raise ValueError(
@@ -446,9 +451,13 @@ class NextFlowProcessor(ProcessorMixin):
 
         Returns:
             `list[list[str | PIL.Image.Image]]`, one list a sequence; special tokens and blank texts are left out.
+
+        Raises:
+            `ValueError`: as for [`~NextFlowProcessor.decode_images`].
         """
         rows = _to_rows(token_ids)[0]
-        pictures = self.decode_images(rows, image_grid_shw) if len(image_grid_shw) else [[] for _ in rows]
+        has_images = len(image_grid_shw) or any(self._is_visual(token) for ids in rows for token in ids)
+        pictures = self.decode_images(rows, image_grid_shw) if has_images else [[] for _ in rows]
         segments: list[list[str | Image.Image]] = []
         for ids, of_row in zip(rows, pictures, strict=True):
             remaining = iter(of_row)
@@ -469,9 +478,18 @@ class NextFlowProcessor(ProcessorMixin):
 
         Returns:
             `list[list[str | PIL.Image.Image]]`: for each sequence what is new.
+
+        Raises:
+            `ValueError`: for what another mode generated, or without `return_dict_in_generate=True`.
         """
         _, offset = self._image_parts()
-        sequences, mask = generated_outputs.sequences, generated_outputs.attention_mask
+        mask = getattr(generated_outputs, "attention_mask", None)
+        if mask is None or generated_outputs.image_codes is not None:
+            raise ValueError(
+                'This takes what `generate(generation_mode="interleaved", return_dict_in_generate=True)` returns. For '
+                "the pictures of image mode use `decode_images(sequences, image_grid_shw)`."
+            )
+        sequences = generated_outputs.sequences
         old, new = (
             count_images(ids.masked_fill(real == 0, 0), offset)
             for ids, real in zip(

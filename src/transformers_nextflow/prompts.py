@@ -7,6 +7,8 @@ Letters: B rows, L slots a row.
 import torch
 import torch.nn.functional as F
 
+from .token_layout import check_grids
+
 Prompts = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -113,4 +115,6 @@ def split_grids(
     input_ids: torch.Tensor, image_grid_shw: torch.Tensor, text_vocab_size: int
 ) -> tuple[torch.Tensor, ...]:
     """The rows of `image_grid_shw` `(num_images, 3)` that belong to each row of token-view ids `(B, L)`."""
-    return image_grid_shw.split(count_images(input_ids, text_vocab_size))
+    counts = count_images(input_ids, text_vocab_size)
+    check_grids(image_grid_shw, sum(counts))
+    return image_grid_shw.split(counts)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .decoding_state import DecodingState
 from .interleaved_decoding import GenerationEvent, InterleavedDecoding
 from .modeling_nextflow import NextFlowForCausalLM
 from .processing_nextflow import NextFlowProcessor, StreamChunk
@@ -61,7 +62,9 @@ class NextFlowSession:
         self.model, self.processor, self.settings = model, processor, settings
         pad_token_id = model.config.eoi_token_id if model.config.pad_token_id is None else model.config.pad_token_id
         self._decoding = InterleavedDecoding(model, 1, pad_token_id)
-        self._marks: list[dict[str, Any]] = []
+        self._marks: list[dict[str, Any]] = []  # where each turn began, and where the answer did
+        self._answer: Iterator[GenerationEvent] | None = None  # that is being streamed
+        self.last_thought = ""
 
     # Turns
 
@@ -77,14 +80,24 @@ class NextFlowSession:
         ids = [int(event.ids) for event in events if event.kind == "token"]
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def draw(self, text: str, images: Sequence[Any] | Any = None, thinking: bool = False, **settings) -> Image.Image:
+    def draw(
+        self, text: str, images: Sequence[Any] | Any = None, thinking: bool | None = None, **settings
+    ) -> Image.Image:
         """A picture; an edit of the last one if there is any and nothing else is asked for.
 
         Args:
             text, images: As for [`~NextFlowSession.ask`].
-            thinking (`bool`, *optional*, defaults to `False`): Write a thought first; it stands in `last_thought`.
+            thinking (`bool`, *optional*): Write a thought first; it stands in `last_thought`.
             settings: As [`~NextFlowGenerationMixin.generate`] takes them.
+
+        Raises:
+            `ValueError`: for settings that don't fit, or if `stopping_criteria` end the turn before the picture begins.
         """
+        if {**self.settings, **settings}.get("num_frames") is not None:
+            raise ValueError(
+                "`draw` makes one picture, so it does not take `num_frames`. Call it again, or use `chat`."
+            )
+        thinking = self.settings.get("thinking") if thinking is None else thinking
         chosen = {"thinking": True} if thinking else {"num_frames": 1}
         codes = None
         thought: list[int] = []
@@ -93,32 +106,26 @@ class NextFlowSession:
                 thought.append(int(event.ids))
             elif event.kind == "image":
                 codes = event
-        assert codes is not None and codes.schedule is not None  # image mode always draws
         self.last_thought = self.processor.tokenizer.decode(thought, skip_special_tokens=True).strip()
+        if codes is None:
+            self.undo()
+            raise ValueError("The `stopping_criteria` ended the turn before the picture began, so it is forgotten.")
         return self.processor._decode_codes([codes.ids], [codes.schedule.grid_shw])[0]
 
     def chat(self, text: str, images: Sequence[Any] | Any = None, **settings) -> Segments:
         """Text and pictures as the model likes: a list of `str` and `PIL.Image.Image` in order."""
-        start = self._length_after(text, images)
         for _ in self._turn(text, images, "interleaved", settings):
             pass
-        grids = torch.tensor(self._decoding.grids[0][start[1] :]).view(-1, 3)
-        return self.processor.decode_segments(self._decoding.ids[0, start[0] :], grids)[0]
+        num_tokens, num_images = self._marks[-1]["answer"]
+        return self.processor.decode_segments(self.input_ids[0, num_tokens:], self.image_grid_shw[num_images:])[0]
 
     def stream(self, text: str, images: Sequence[Any] | Any = None, **settings) -> Iterator[StreamChunk]:
-        """As [`~NextFlowSession.chat`], piece by piece; the turn is over when the iterator is."""
+        """As [`~NextFlowSession.chat`], piece by piece; the turn ends with the iterator, or when another begins."""
         yield from self.processor.decode_stream(self._turn(text, images, "interleaved", settings))
 
-    def _length_after(self, text: str, images: Any) -> tuple[int, int]:
-        inputs = self._user_turn(text, images)
-        return (
-            self._decoding.ids.shape[1] + inputs["input_ids"].shape[1],
-            len(self._decoding.grids[0]) + len(inputs.get("image_grid_shw", ())),
-        )
-
-    def _user_turn(self, text: str, images: Any) -> Any:
-        pictures = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
-        content: list[Any] = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": text}]
+    def _read_turn(self, content: list[dict[str, Any]]) -> Any:
+        """What the processor makes of a user's turn and of what stands between it and the turn before."""
+        pictures = [part["image"] for part in content if part["type"] == "image"]
         message: Any = {"role": "user", "content": content}
         prompt = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
         if self._marks:
@@ -133,10 +140,20 @@ class NextFlowSession:
 
     @torch.no_grad()
     def _turn(self, text: str, images: Any, mode: str, settings: dict[str, Any]) -> Iterator[GenerationEvent]:
-        settings = {**self.settings, **settings}
-        thinking, num_frames = settings.pop("thinking", None), settings.pop("num_frames", None)
-        inputs = self._user_turn(text, images)
+        self._end_turn()
+        if not isinstance(text, str):
+            raise ValueError(f"The text of a turn must be a string, but got {type(text).__name__}.")
+        pictures = [] if images is None else images if isinstance(images, list | tuple) else [images]
+        content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
+        inputs = self._read_turn(content)
         decoding = self._decoding
+        # Defaults are for the turns that they can serve.
+        unfit = {"thinking", "max_new_images"} if mode == "image" else {"thinking"}
+        defaults = {name: value for name, value in self.settings.items() if name not in unfit}
+        if not decoding.grids[0] and "image_grid_shw" not in inputs:
+            defaults.pop("image_guidance_scale", None)  # until there is an image
+        settings = {**defaults, **settings}
+        thinking, num_frames = settings.pop("thinking", None), settings.pop("num_frames", None)
         ids = inputs["input_ids"].to(decoding.ids.device)
         new = inputs.get("image_grid_shw", torch.empty(0, 3, dtype=torch.long))
         whole = torch.cat([decoding.ids, ids], dim=1)
@@ -144,10 +161,24 @@ class NextFlowSession:
         plan = self.model.interleaved_settings(
             None, mode, thinking, num_frames, (whole, torch.ones_like(whole)), grids, 1, settings
         )
-        self._marks.append(decoding.mark())
-        self.onload()
-        decoding.extend(ids, torch.ones_like(ids), [new.tolist()])
-        yield from decoding.run(plan)
+        answer = whole.shape[1], len(decoding.grids[0]) + len(new)
+        self._marks.append({**decoding.mark(), "user": content, "answer": answer})
+        try:
+            self.onload()
+            decoding.extend(ids, torch.ones_like(ids), [new.tolist()])
+            self._answer = decoding.run(plan)
+            yield from self._answer
+        except GeneratorExit:
+            raise
+        except BaseException:  # interrupted by hand, out of memory: as if the turn had not been
+            decoding.rewind(self._marks.pop())
+            raise
+
+    def _end_turn(self) -> None:
+        """Ends a stream that is not over; an image that has begun stays at its last whole scale."""
+        if self._answer is not None:
+            self._answer.close()
+            self._answer = None
 
     # What is there
 
@@ -167,27 +198,43 @@ class NextFlowSession:
         return len(self._marks)
 
     @property
-    def messages(self) -> Segments:
-        """The conversation as text and pictures, in order."""
-        return self.processor.decode_segments(self.input_ids[0], self.image_grid_shw)[0]
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation as chat templates take it, with pictures as parts `{"type": "image", "image": ...}`."""
+        ends = [(mark["length"], mark["grids"][0]) for mark in self._marks[1:]]
+        ends.append((self.input_ids.shape[1], len(self.image_grid_shw)))
+        messages = []
+        for mark, (num_tokens, num_images) in zip(self._marks, ends, strict=True):
+            ids = self.input_ids[0, mark["answer"][0] : num_tokens]
+            segments = self.processor.decode_segments(ids, self.image_grid_shw[mark["answer"][1] : num_images])[0]
+            answer = [
+                {"type": "text", "text": segment} if isinstance(segment, str) else {"type": "image", "image": segment}
+                for segment in segments
+            ]
+            messages += [{"role": "user", "content": mark["user"]}, {"role": "assistant", "content": answer}]
+        return messages
 
     @property
     def memory(self) -> SessionMemory:
         """What the session holds; see [`SessionMemory`]."""
         length = self.input_ids.shape[1]
-        states = [state for state in (self._decoding.state, self._decoding._images) if state is not None]
         left = self.model.config.max_position_embeddings - length
-        return SessionMemory(length, len(self.image_grid_shw), sum(state.num_bytes for state in states), left)
+        return SessionMemory(length, len(self.image_grid_shw), sum(state.num_bytes for state in self._states), left)
+
+    @property
+    def _states(self) -> list[DecodingState]:
+        return [state for state in (self._decoding.state, self._decoding._images) if state is not None]
 
     def undo(self, num_turns: int = 1) -> None:
         """Forgets the last turns, the answers to them included."""
         if not 1 <= num_turns <= self.num_turns:
             raise ValueError(f"There are {self.num_turns} turns, so {num_turns} can't be undone.")
+        self._end_turn()
         self._decoding.rewind(self._marks[-num_turns])
         del self._marks[-num_turns:]
 
     def fork(self) -> "NextFlowSession":
         """A session that goes on from here by itself. The common beginning is held once."""
+        self._end_turn()
         twin = copy.copy(self)
         twin._decoding, twin._marks = self._decoding.fork(), list(self._marks)
         twin.settings = dict(self.settings)
@@ -195,16 +242,14 @@ class NextFlowSession:
 
     def offload(self) -> None:
         """Moves keys and values to the CPU until the next turn."""
-        self._move("cpu")
+        self._end_turn()
+        for state in self._states:
+            state.offload()
 
     def onload(self) -> None:
-        """Moves keys and values to the model's device; every turn begins so."""
-        self._move(self.model.device)
-
-    def _move(self, device: torch.device | str) -> None:
-        for state in (self._decoding.state, self._decoding._images):
-            if state is not None:
-                state.to(device)
+        """Moves keys and values back to the devices of their layers; every turn begins so."""
+        for state in self._states:
+            state.onload()
 
 
 __all__ = ["NextFlowSession", "SessionMemory"]

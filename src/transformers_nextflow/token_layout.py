@@ -107,6 +107,20 @@ def scale_position_ids(
     return torch.stack([depth, rows.expand_as(depth), columns.expand_as(depth)])
 
 
+def check_grids(image_grid_shw: torch.Tensor, num_images: int) -> None:
+    """A `ValueError` unless there is one row of three numbers an image."""
+    if image_grid_shw.ndim != 2 or image_grid_shw.shape[-1] != 3:
+        raise ValueError(
+            "`image_grid_shw` must have shape (num_images, 3), one row (number of scales, bucket height, bucket width) "
+            f"an image, but got shape {tuple(image_grid_shw.shape)}."
+        )
+    if len(image_grid_shw) != num_images:
+        raise ValueError(
+            f"`input_ids` hold {num_images} images, but `image_grid_shw` has {len(image_grid_shw)} rows. Pass one row "
+            "(number of scales, bucket height, bucket width) for each image, in reading order over the batch."
+        )
+
+
 def find_image_groups(
     input_ids: torch.Tensor,
     image_grid_shw: torch.Tensor,
@@ -132,11 +146,6 @@ def find_image_groups(
         `ValueError`: if codes don't follow a `<boi>`, if there are more or fewer images than grids, or if an image
         stops inside a scale, is longer than its grid or has more scales than the model.
     """
-    if image_grid_shw.ndim != 2 or image_grid_shw.shape[-1] != 3:
-        raise ValueError(
-            "`image_grid_shw` must have shape (num_images, 3), one row (number of scales, bucket height, bucket width) "
-            f"an image, but got shape {tuple(image_grid_shw.shape)}."
-        )
     length = input_ids.shape[1]
     is_code = input_ids >= text_vocab_size
     if attention_mask is not None:
@@ -158,11 +167,7 @@ def find_image_groups(
                 f"The image codes at row {row}, slot {column} don't follow a `<boi>` (id {boi_token_id}). An image is "
                 "`<boi>` and then all its codes, with nothing in between."
             )
-    if len(found) != len(image_grid_shw):
-        raise ValueError(
-            f"`input_ids` hold {len(found)} images, but `image_grid_shw` has {len(image_grid_shw)} rows. Pass one row "
-            "(number of scales, bucket height, bucket width) for each image, in reading order over the batch."
-        )
+    check_grids(image_grid_shw, len(found))
     members: dict[tuple[ScaleSchedule, int], list[int]] = {}
     for (row, (column, num_codes, _)), grid in zip(found, image_grid_shw.tolist(), strict=True):
         schedule = ScaleSchedule.from_grid_shw(grid)

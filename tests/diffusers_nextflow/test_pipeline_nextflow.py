@@ -213,6 +213,20 @@ def test_frames_are_lists_of_pictures_that_export(pipe, tmp_path):
         assert animation.n_frames == 3
 
 
+def test_an_interrupted_story_keeps_its_frames(pipe):
+    whole = pipe([PROMPT, "two"], num_frames=2, generator=seeded())
+    steps = []
+
+    def callback(pipe, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = len(steps) == SCHEDULE.num_scales + 2
+
+    cut = pipe([PROMPT, "two"], num_frames=3, generator=seeded(), callback_on_step_end=callback)
+    assert [len(frames) for frames in cut.frames] == [2, 2]
+    for ours, theirs in zip(cut.frames, whole.frames, strict=True):
+        assert ours[0].tobytes() == theirs[0].tobytes() and ours[1].tobytes() != theirs[1].tobytes()
+
+
 def test_thoughts_are_given_beside_the_pictures(pipe):
     output = pipe([PROMPT, "two"], thinking=True, generator=seeded())
     assert len(output.images) == len(output.thoughts) == 2

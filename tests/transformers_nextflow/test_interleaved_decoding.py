@@ -1,10 +1,12 @@
 """Interleaved generation against one forward over the whole, batches against single rows, limits and stops."""
 
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
 from test_generation_nextflow import BOI, CODES, EOI, EOS, PAD, SCHEDULE, TEXT, N, build_model, seeded
+from transformers import GenerationConfig
 
 from transformers_nextflow import ScaleSchedule
 from transformers_nextflow.interleaved_decoding import InterleavedDecoding
@@ -267,6 +269,12 @@ def test_a_fork_does_not_touch_its_sibling(model):
         ({"negative_prompt_ids": PROMPTS}, "`negative_prompt_ids` is for image mode"),
         ({"num_beams": 2}, "beams"),
         ({"nonsense": 2}, "does not take `nonsense`"),
+        ({"max_length": 9}, "does not take `max_length`. Use `max_new_tokens`"),
+        ({"stop_strings": ["x"]}, "does not take `stop_strings`"),
+        ({"num_return_sequences": 0}, "`num_return_sequences` must be at least 1"),
+        ({"thinking": True}, "`thinking` and `num_frames` are for `generation_mode=.image.`"),
+        ({"num_frames": 2}, "`thinking` and `num_frames` are for `generation_mode=.image.`"),
+        ({"max_new_tokens": 4000}, "5 tokens, which with 4000 new ones is more than the model's context of 2048"),
         ({"generation_mode": "image", "num_frames": 0}, "`num_frames` must be at least 1"),
         ({"generation_mode": "image", "num_frames": 2, "thinking": True}, "not both"),
         ({"generation_mode": "image", "max_new_images": 2}, "Image mode draws one image a row"),
@@ -278,6 +286,84 @@ def test_misuse_is_explained(model, settings, message):
         model.generate(
             PROMPTS, attention_mask=MASK, **{"generation_mode": "interleaved", "max_new_tokens": 5, **settings}
         )
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved", "text"])
+@pytest.mark.parametrize("number", [1, 3])
+def test_grids_that_are_not_one_an_image_are_explained(model, mode, number):
+    image = torch.randint(TEXT, TEXT + CODES, (2, N), generator=seeded(0))
+    ids = torch.cat([torch.full((2, 1), BOI), image, torch.full((2, 1), 5)], dim=1)
+    with pytest.raises(ValueError, match=f"hold 2 images, but `image_grid_shw` has {number} rows"):
+        model.generate(ids, image_grid_shw=torch.tensor([GRID] * number), generation_mode=mode)
+    with pytest.raises(ValueError, match=r"must have shape \(num_images, 3\)"):
+        model.generate(ids, image_grid_shw=torch.tensor(GRID), generation_mode=mode)
+
+
+def test_a_prompt_that_opens_an_image_gets_one(model):
+    ids = torch.cat([PROMPTS[:1], torch.tensor([[BOI]])], dim=1)
+    frames = dict(generation_mode="image", num_frames=2, do_sample=False, return_dict_in_generate=True)
+    opened, plain = model.generate(ids, **frames), model.generate(PROMPTS[:1], **frames)
+    assert torch.equal(opened.sequences, plain.sequences)
+    assert opened.past_key_values.get_seq_length() == opened.sequences.shape[1] - 1
+    with pytest.raises(ValueError, match="A prompt ends with `<boi>`"):
+        interleave(model, ids, torch.ones_like(ids), max_new_images=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"logits_processor": [Raise(BOI, 1)], "max_new_images": 1}])
+def test_text_goes_on_from_the_cache(model, settings):
+    output = interleave(model, PROMPTS[:1], MASK[:1], **settings)
+    inputs = dict(image_grid_shw=output.image_grid_shw, max_new_tokens=4, do_sample=False)
+    expected = model.generate(output.sequences, **inputs)
+    assert torch.equal(model.generate(output.sequences, past_key_values=output.past_key_values, **inputs), expected)
+
+
+def test_stops_while_frames_or_thoughts_come(model):
+    def after(number):
+        return [lambda ids, scores: (ids >= TEXT).sum(-1) >= number]
+
+    settings = dict(generation_mode="image", return_dict_in_generate=True, generator=seeded(0))
+    frames = model.generate(PROMPTS[:2], num_frames=3, stopping_criteria=after(N + 2), **settings)
+    assert frames.image_codes.shape == (2, 2, N)
+    assert (frames.image_codes >= 0).sum(-1).tolist() == [[N, 5]] * 2
+    thought = model.generate(PROMPTS[:2], thinking=True, stopping_criteria=after(0), **settings)
+    assert thought.image_codes.shape == (2, 0) and thought.thought_ids.shape == (2, 1)
+    image = model.generate(PROMPTS[:2], stopping_criteria=after(2), **settings)
+    assert torch.equal(model.decode_image_tokens(image.sequences).image_codes, image.image_codes)
+
+
+def test_settings_may_stand_in_a_generation_config(model):
+    config = GenerationConfig(max_new_tokens=3, max_new_images=0, do_sample=True, temperature=2.0)
+    given = dict(max_new_tokens=3, max_new_images=0, do_sample=True, temperature=2.0)
+    stored, told = (
+        model.generate(PROMPTS[:1], *config, generation_mode="interleaved", generator=seeded(0), **settings)
+        for config, settings in ([(config,), {}], [(), given])
+    )
+    assert stored.shape == (1, 8) and torch.equal(stored, told)
+    thinks = GenerationConfig(thinking=True, max_new_tokens=2)
+    output = model.generate(PROMPTS[:1], thinks, generation_mode="image", return_dict_in_generate=True)
+    assert output.thought_ids.shape[1] <= 2
+
+
+def test_text_and_images_share_a_small_context():
+    small = build_model(max_position_embeddings=150)
+    output = small.generate(PROMPTS[:1], generation_mode="interleaved", logits_processor=[Raise(7, 1)])
+    assert output.shape[1] == 5 + 145 // 4
+    [row] = rows_of(interleave(small, PROMPTS[:1], MASK[:1], max_new_images=None, max_new_tokens=20))
+    assert images_in(row) == 2 and len(row) <= 150
+
+
+def test_a_streamer_gets_the_prompt_first_as_in_text_mode(model):
+    streams = [mock.Mock(), mock.Mock()]
+    settings = dict(max_new_tokens=3, do_sample=False)
+    model.generate(PROMPTS[:1], generation_mode="interleaved", max_new_images=0, streamer=streams[0], **settings)
+    model.generate(PROMPTS[:1], streamer=streams[1], **settings)
+    ours, theirs = ([c.args[0].tolist() for c in s.put.mock_calls] for s in streams)
+    assert ours == theirs and len(ours) == 4
+
+
+def test_a_stream_checks_its_arguments_when_it_is_made(model):
+    with pytest.raises(ValueError, match="does not take `nonsense`"):
+        model.stream(PROMPTS, nonsense=1)
 
 
 @pytest.mark.parametrize("mode", ["image", "text"])

@@ -413,3 +413,13 @@ def test_a_tokenizer_without_the_marks():
         NextFlowProcessor(NextFlowImageProcessor(), tokenizer)
     with pytest.raises(TypeError, match="NoneType"):
         NextFlowProcessor(tokenizer=tokenizer)
+
+
+def test_segments_and_videos_that_do_not_fit_are_explained(processor):
+    ids = processor("<image>x", images=[picture(9)], return_tensors="pt")["input_ids"]
+    with pytest.raises(ValueError, match="The ids hold 1 images, but `image_grid_shw` has 0 rows"):
+        processor.decode_segments(ids, torch.empty(0, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="`videos` is of type Image"):
+        processor("<video>", videos=picture(9))
+    with pytest.raises(ValueError, match="use `decode_images"):
+        processor.post_process_interleaved(NextFlowGenerateOutput(sequences=ids), 1)

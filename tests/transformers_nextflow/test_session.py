@@ -31,7 +31,7 @@ def seeded(seed):
 
 def logits_of_next_turn(session):
     """Those behind one more turn of the user, by the cache and by one forward over the whole."""
-    inputs = session._user_turn("and now?", None)
+    inputs = session._read_turn([{"type": "text", "text": "and now?"}])
     ids = inputs["input_ids"]
     cached = session._decoding.extend(ids, torch.ones_like(ids), [[]])
     with torch.no_grad():
@@ -104,7 +104,10 @@ def test_chat_and_stream_give_the_same(session):
     pictures = [segment for segment in segments if not isinstance(segment, str)]
     assert len(pictures) == 1 and pictures[0].tobytes() == chunks[-1].value.tobytes()
     assert torch.equal(session.input_ids, twin.input_ids)
-    assert any(isinstance(segment, str) and "a story" in segment for segment in session.messages)
+    user, answer = session.messages
+    assert user == {"role": "user", "content": [{"type": "text", "text": "a story"}]}
+    assert answer["role"] == "assistant"
+    assert [part["type"] for part in answer["content"]] == ["image" if s in pictures else "text" for s in segments]
 
 
 def test_streamed_text_is_the_text(session):
@@ -118,3 +121,80 @@ def test_thinking_is_kept_apart(session):
     session.draw("two more than one", thinking=True, generator=seeded(0))
     assert isinstance(session.last_thought, str)
     assert session.memory.num_images == 1
+
+
+def test_a_stream_that_is_left_ends_after_a_scale(session):
+    always = [lambda ids, scores: scores.index_fill(1, torch.tensor([session.model.config.boi_token_id]), 1e4)]
+    settings = dict(max_new_images=1, max_new_tokens=4, logits_processor=always, generator=seeded(0))
+    stream = session.stream("a story", **settings)
+    assert [next(stream).step for _ in range(3)] == [0, 1, 2]
+    session.ask("what is it?")  # the turn before ends here
+    assert list(stream) == []
+    assert session.memory.num_images == 1 and session.num_turns == 2
+    torch.testing.assert_close(*logits_of_next_turn(session), atol=1e-4, rtol=1e-4)
+
+
+def test_messages_read_as_the_conversation(parts, session):
+    session.ask("what is it?", PICTURE)
+    picture = session.draw("a circle", generator=seeded(0))
+    session.ask("and now?")
+    messages = session.messages
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 3
+    assert messages[0]["content"][0]["image"] is PICTURE
+    assert messages[3]["content"][0]["image"].tobytes() == picture.tobytes()
+    text = parts[1].apply_chat_template(messages, tokenize=False)
+    assert text.count("<image>") == session.memory.num_images == 2
+
+
+def test_defaults_serve_the_turns_that_they_fit(parts):
+    session = NextFlowSession(*parts, thinking=True, image_guidance_scale=2.0, max_new_images=1, max_new_tokens=4)
+    session.ask("hello")  # neither thinks nor has images
+    session.draw("a circle", generator=seeded(0))
+    assert session.draw("a square", thinking=False, generator=seeded(0)).size == (80, 80)
+    assert session.last_thought == ""
+
+
+def test_misuse_is_explained_and_leaves_the_session_alone(session):
+    session.ask("hello")
+    before = session.input_ids.clone()
+    for call, message in [
+        (lambda: session.draw("x", num_frames=2), "does not take `num_frames`"),
+        (lambda: session.chat("x", thinking=True), "for `generation_mode=.image.`"),
+        (lambda: session.ask("x", nonsense=1), "does not take `nonsense`"),
+        (lambda: session.ask(3), "must be a string, but got int"),
+        (lambda: session.ask("<image>"), "but there are no `images`"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert torch.equal(session.input_ids, before) and session.num_turns == 1
+    with pytest.raises(ValueError, match="before the picture began"):
+        session.draw("x", thinking=True, stopping_criteria=[lambda ids, scores: True])
+    assert torch.equal(session.input_ids, before)
+
+
+def test_a_turn_that_fails_leaves_the_session_as_it_was(parts, session):
+    session.draw("a circle", generator=seeded(0))
+    twin, before = session.fork(), session.input_ids.clone()
+    calls = []
+
+    def fail(*_):
+        calls.append(None)
+        if len(calls) == 6:  # inside the image; the first layer has its keys already
+            raise KeyboardInterrupt
+
+    hook = parts[0].model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        session.draw("edit", generator=seeded(1))
+    hook.remove()
+    assert torch.equal(session.input_ids, before) and session.num_turns == 1
+    assert session.draw("edit", generator=seeded(1)).tobytes() == twin.draw("edit", generator=seeded(1)).tobytes()
+
+
+def test_layers_come_back_to_their_own_devices(session):
+    session.ask("hello")
+    for layer in session._decoding.state.cache.layers[1:]:
+        layer.device = torch.device("meta")
+    session.offload()
+    assert {layer.keys.device.type for layer in session._decoding.state.cache.layers} == {"cpu"}
+    session.onload()
+    assert [layer.keys.device.type for layer in session._decoding.state.cache.layers] == ["cpu", "meta"]
