@@ -236,12 +236,7 @@ class NextFlowProcessor(ProcessorMixin):
             return texts, images
         if num_frames < 1:
             raise ValueError(f"`num_frames` must be at least 1, but got {num_frames}.")
-        if videos is not None and not _is_one_video(videos) and not hasattr(videos, "__len__"):
-            raise ValueError(
-                "A video is a list of pictures, an array of shape (frames, height, width, 3), a path or a URL, but "
-                f"`videos` is of type {type(videos).__name__}."
-            )
-        given = [] if videos is None else [videos] if _is_one_video(videos) else list(videos)
+        given = [] if videos is None else _flatten_videos(videos)
         if len(given) != num_marks:
             raise ValueError(
                 f"`text` has {num_marks} `{VIDEO_MARK}` marks, but `videos` has {len(given)} videos. Put one mark into "
@@ -633,11 +628,22 @@ class NextFlowProcessor(ProcessorMixin):
         )
 
 
-def _is_one_video(videos: Any) -> bool:
-    """One video is a path, an array of frames, or a list of pictures (and not of videos)."""
-    if isinstance(videos, list | tuple):
-        return bool(videos) and (isinstance(videos[0], Image.Image) or getattr(videos[0], "ndim", 0) == 3)
-    return isinstance(videos, str | os.PathLike) or getattr(videos, "ndim", 0) == 4
+def _flatten_videos(videos: Any) -> list[Any]:
+    """Videos one by one, however they are nested (each chat has a list); a video is a path, or frames."""
+    if isinstance(videos, str | os.PathLike) or getattr(videos, "ndim", 0) == 4:
+        return [videos]
+    if isinstance(videos, list | tuple) and videos and _is_frame(videos[0]):
+        return [videos]
+    if not isinstance(videos, list | tuple) and getattr(videos, "ndim", 0) != 5:
+        raise ValueError(
+            "A video is a list of pictures, an array of shape (frames, height, width, 3), a path or a URL, but "
+            f"`videos` holds an object of type {type(videos).__name__}."
+        )
+    return [video for entry in videos for video in _flatten_videos(entry)]
+
+
+def _is_frame(item: Any) -> bool:
+    return isinstance(item, Image.Image) or getattr(item, "ndim", 0) == 3
 
 
 def _sample_frames(video: Any, number: int) -> list[Any]:

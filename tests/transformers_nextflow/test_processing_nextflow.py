@@ -393,6 +393,15 @@ def test_a_video_is_its_frames(processor):
         [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what happens?"}]}], tokenize=False
     )
     assert "<video>what happens?" in chat
+    content = [
+        {"type": "video", "video": frames},
+        {"type": "video", "video": frames[:1]},
+        {"type": "text", "text": "?"},
+    ]
+    turn = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt", num_frames=3
+    )
+    assert len(turn["image_grid_shw"]) == 4
     for text, videos in (("<video><video>", [frames]), ("no mark", [frames])):
         with pytest.raises(ValueError, match=r"`<video>` marks, but `videos` has 1 videos"):
             processor(text, videos=videos)
@@ -419,7 +428,7 @@ def test_segments_and_videos_that_do_not_fit_are_explained(processor):
     ids = processor("<image>x", images=[picture(9)], return_tensors="pt")["input_ids"]
     with pytest.raises(ValueError, match="The ids hold 1 images, but `image_grid_shw` has 0 rows"):
         processor.decode_segments(ids, torch.empty(0, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match="`videos` is of type Image"):
+    with pytest.raises(ValueError, match="`videos` holds an object of type Image"):
         processor("<video>", videos=picture(9))
     with pytest.raises(ValueError, match="use `decode_images"):
         processor.post_process_interleaved(NextFlowGenerateOutput(sequences=ids), 1)
