@@ -841,8 +841,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
             image_grid_shw (`torch.LongTensor` of shape `(B, 3)` or `(1, 3)`, *optional*): The grid of the images.
 
         Returns:
-            [`NextFlowGenerateOutput`] with `sequences`, `image_grid_shw` `(B, 3)` and `image_codes` `(B, N)`; fewer
-            where a stopping criterion ended the images after a whole scale.
+            [`NextFlowGenerateOutput`] with `sequences`, `image_grid_shw` `(B, 3)` and `image_codes` `(B, N)`; with
+            `image_grid_shw`, fewer where a stopping criterion ended the images.
 
         Raises:
             `ValueError`: if the sequences don't end with images of the grid.
@@ -860,10 +860,13 @@ class NextFlowGenerationMixin(_GenerationMixin):
             )
         codes = tokens - self.config.text_vocab_size
         found = (codes >= 0).long().flip(-1).cumprod(-1).sum(-1).tolist()
-        if len(set(found)) != 1 or found[0] not in schedule.offsets[1:]:
+        # With a grid that is merely remembered, fewer codes would rather be another grid's.
+        legal = (schedule.num_tokens,) if image_grid_shw is None else schedule.offsets[1:]
+        if len(set(found)) != 1 or found[0] not in legal:
             raise ValueError(
                 f"The sequences end with {found} image codes, but an image with grid {schedule.grid_shw} has "
-                f"{schedule.num_tokens}, and only whole scales can be left off: {schedule.offsets[1:]}."
+                f"{schedule.num_tokens}. For images that stop after an earlier scale, all the same one, pass "
+                "`image_grid_shw`."
             )
         return NextFlowGenerateOutput(
             sequences=tokens,

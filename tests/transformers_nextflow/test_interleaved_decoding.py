@@ -328,7 +328,9 @@ def test_stops_while_frames_or_thoughts_come(model):
     thought = model.generate(PROMPTS[:2], thinking=True, stopping_criteria=after(0), **settings)
     assert thought.image_codes.shape == (2, 0) and thought.thought_ids.shape == (2, 1)
     image = model.generate(PROMPTS[:2], stopping_criteria=after(2), **settings)
-    assert torch.equal(model.decode_image_tokens(image.sequences).image_codes, image.image_codes)
+    assert torch.equal(model.decode_image_tokens(image.sequences, image.image_grid_shw).image_codes, image.image_codes)
+    with pytest.raises(ValueError, match="For images that stop after an earlier scale"):
+        model.decode_image_tokens(image.sequences)
 
 
 def test_settings_may_stand_in_a_generation_config(model):
