@@ -144,7 +144,10 @@ class NextFlowSession:
         if not isinstance(text, str):
             raise ValueError(f"The text of a turn must be a string, but got {type(text).__name__}.")
         pictures = [] if images is None else images if isinstance(images, list | tuple) else [images]
-        content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
+        content: list[dict[str, Any]] = [
+            *({"type": "image", "image": picture} for picture in pictures),
+            {"type": "text", "text": text},
+        ]
         inputs = self._read_turn(content)
         decoding = self._decoding
         # Defaults are for the turns that they can serve.
