@@ -124,7 +124,7 @@ def measure(
     mmdit = make_mmdit(hidden_size, num_layers, side, device, dtype)
     draw(model, prompt, ScaleSchedule(num_scales=8))
     # Without a cache all slots run in one piece under a boolean mask: two sizes below, or it would take minutes.
-    uncached = schedule.prefix(max(8, schedule.num_scales - 2))
+    uncached = schedule.prefix(schedule.num_scales - 2) if schedule.num_scales > 8 else schedule
     runs = {
         "ours": lambda: draw(model, prompt, schedule),
         "mmdit step": mmdit,
