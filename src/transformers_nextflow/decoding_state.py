@@ -126,7 +126,8 @@ class DecodingState:
         """Forgets all slots but the first `num_slots`; `position` `(B,)` is what it was then."""
         if not 0 <= num_slots <= self.num_slots:
             raise ValueError(f"A cache of {self.num_slots} slots can't be cropped to {num_slots}.")
-        for layer in self.cache.layers:  # by their own lengths: a forward that failed reached some of them only
+        layers: list[Any] = list(self.cache.layers)
+        for layer in layers:  # by their own lengths: a forward that failed reached some of them only
             if (extra := int(layer.get_seq_length()) - num_slots) > 0:
                 layer.crop(-extra)
         self.mask, self.position = self.mask[:, :num_slots], position.clone()

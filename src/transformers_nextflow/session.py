@@ -63,7 +63,7 @@ class NextFlowSession:
         pad_token_id = model.config.eoi_token_id if model.config.pad_token_id is None else model.config.pad_token_id
         self._decoding = InterleavedDecoding(model, 1, pad_token_id)
         self._marks: list[dict[str, Any]] = []  # where each turn began, and where the answer did
-        self._answer: Iterator[GenerationEvent] | None = None  # that is being streamed
+        self._answer: Any = None  # that is being streamed
         self.last_thought = ""
 
     # Turns
