@@ -188,7 +188,8 @@ def rollout_speed(options: argparse.Namespace, runs: int = 3) -> str:
         start = time.perf_counter()
         batch = processor(prompts, padding=True, return_tensors="pt")
         with torch.no_grad(), trainer.accelerator.autocast():
-            model.generate(**batch, generation_mode="image", num_return_sequences=GROUP)
+            settings = {"num_return_sequences": GROUP, "image_top_k": trainer.top_k}
+            model.generate(**batch, generation_mode="image", **settings)
         between = time.perf_counter()
         trainer._roll_out(rows, trainer._stage())
         seconds["generate"].append(between - start)
