@@ -302,7 +302,9 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
         patch = config.semantic_config.patch_size
         if config.image_size is None and patch != config.stride:
             size = tuple(cells * patch for cells in grid)
-            pixel_values = F.interpolate(pixel_values, size=size, mode="bicubic", antialias=True)
+            # In float32: CPUs have no antialiased resize of bfloat16.
+            pixel_values = F.interpolate(pixel_values.float(), size=size, mode="bicubic", antialias=True)
+            pixel_values = pixel_values.to(self.dtype)
         if config.semantic_image_mean is not None:
             mean, std = (
                 pixel_values.new_tensor(values).view(3, 1, 1)

@@ -12,7 +12,7 @@ from transformers_nextflow import NextFlowImageTokenizer, NextFlowImageTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from conversion.siglip2 import convert_to_image_tokenizer, main, new_weights, plan_image_tokenizer
-from conversion.streaming import StoredTensor
+from conversion.streaming import StoredTensor, read_checkpoint
 
 VISION = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_patches=36)
 TEXT = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
@@ -110,6 +110,26 @@ def test_bad_input(source, tmp_path):
     refused('no place for "encoder.layers.2.x"', lambda w: w.update({"encoder.layers.2.x": torch.ones(1)}))
     (folder / "config.json").write_text('{"model_type": "siglip"}')
     refused('states the model type "siglip"; expected siglip2 or siglip2_vision_model', lambda w: None)
+
+
+def test_bad_files(source, tmp_path):
+    folder, _ = source
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r'model.safetensors" is truncated or damaged: its header promises'):
+        convert_to_image_tokenizer(folder, tmp_path / "out", **TOKENIZER)
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"holds only pickled weights \(pytorch_model.bin\)"):
+        convert_to_image_tokenizer(folder, tmp_path / "out", **TOKENIZER)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_another_dtype_leaves_the_codebooks_alone(source, tmp_path):
+    output = convert_to_image_tokenizer(source[0], tmp_path / "out", torch.float16, **TOKENIZER)
+    dtypes = {name: tensor.dtype for name, tensor in read_checkpoint(output).items()}
+    assert dtypes.pop("quantizer.semantic_codebook.weight") == torch.float32
+    assert dtypes.pop("quantizer.pixel_codebook.weight") == torch.float32
+    assert set(dtypes.values()) == {torch.float16}
 
 
 def test_the_command_refuses_to_overwrite(source, tmp_path, capsys):

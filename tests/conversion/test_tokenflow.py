@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_qwen2_5 import RANKS, save_source
 
-from transformers_nextflow import NextFlowImageTokenizer, ScaleSchedule
+from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizer, NextFlowProcessor, ScaleSchedule
 from transformers_nextflow.image_processing_pil_nextflow import to_pil
 from transformers_nextflow.semantic_branch import semantic_tokens
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from conversion.qwen2_5 import convert_to_nextflow
 from conversion.streaming import StoredTensor, map_keys, read_checkpoint
 from conversion.tokenflow import (
     LAYOUTS,
+    PAPER_SCHEDULES,
     SIGN_OF_ENHANCED,
     SIGNS,
     TOKENFLOW_KEYS,
@@ -293,14 +296,27 @@ class TestTheTokenizer:
     @pytest.mark.parametrize("name", GOLDEN_SETTINGS)
     def test_it_takes_the_papers_schedules(self, converted, name):
         """The start of a NextFlow training: TokenFlow's weights, the paper's grids and aspects."""
-        tokenizer = NextFlowImageTokenizer.from_pretrained(
-            converted[name], scale_sides=None, image_size=None, num_scales=18, dtype=torch.float32
-        )
+        tokenizer = NextFlowImageTokenizer.from_pretrained(converted[name], **PAPER_SCHEDULES, dtype=torch.float32)
         wide = ScaleSchedule((8, 32), 6)
         encoded = tokenizer.encode(torch.zeros(2, 3, wide.height, wide.width))
         assert encoded.codes.shape == (2, wide.num_tokens) and encoded.image_grid_shw.tolist() == [[6, 8, 32]] * 2
         assert tokenizer.decode(encoded.codes, encoded.image_grid_shw).shape == (2, 3, wide.height, wide.width)
         assert tokenizer.decode_semantic(encoded.codes, encoded.image_grid_shw).isfinite().all()
+
+    @pytest.mark.parametrize("name", GOLDEN_SETTINGS)
+    def test_a_language_model_is_made_for_it(self, name, tmp_path):
+        """From TokenFlow and Qwen to a model that draws on the paper's grids with TokenFlow's decoder."""
+        images = convert_tokenflow(WEIGHTS[name], tmp_path / "images", **{**GOLDEN_SETTINGS[name], **PAPER_SCHEDULES})
+        output = convert_to_nextflow(save_source(tmp_path / "qwen", "untied"), tmp_path / "out", images, RANKS)
+        model = NextFlowForCausalLM.from_pretrained(output, dtype=torch.float32)
+        processor = NextFlowProcessor.from_pretrained(output)
+        batch = processor("a cat", return_tensors="pt")
+        settings = dict(generation_mode="image", height=64, width=80, return_dict_in_generate=True)
+        drawn = model.generate(**batch, **settings)
+        picture = processor.decode_images(drawn.sequences, drawn.image_grid_shw)[0][0]
+        assert picture.size == (80, 64)
+        batch = processor("<image>What is it?", images=[picture], height=64, width=80, return_tensors="pt")
+        assert model(**batch).logits.isfinite().all()
 
     @torch.no_grad()
     def test_semantic_images_are_clamped_and_normalised(self, tokenizers):
