@@ -1,5 +1,6 @@
 """Pictures and captions to a file of codes, once: the language model trains on codes and never sees a pixel."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,26 +43,31 @@ def extract_codes(
 
     `shard=(i, n)` does every n-th chunk only, for n processes side by side.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(shard[0], -(-num_samples // CHUNK), shard[1]):
-        path = folder / f"{number:05d}.npz"
-        if path.exists():
-            continue
-        rng = np.random.default_rng((seed, number))
-        generator = torch.Generator().manual_seed(seed * 100_003 + number)
-        count = min(CHUNK, num_samples - number * CHUNK)
+    for path, count, rng, generator in missing_chunks(folder, num_samples, CHUNK, seed, shard):
         captions, pictures, families = zip(*(mixed_sample(rng, weights, cache) for _ in range(count)), strict=True)
         arrays = encode_pictures(tokenizer, np.stack(pictures), generator)
-        temporary = path.with_suffix(".part.npz")
-        np.savez(
-            temporary,
-            captions=np.array(captions),
-            families=np.array(families),
-            **arrays,
-        )
-        temporary.rename(path)
-        print(f"[codes] {path.name} {min((number + 1) * CHUNK, num_samples)}/{num_samples}", flush=True)
+        save_chunk(path, captions=np.array(captions), families=np.array(families), **arrays)
     return load_codes(folder)
+
+
+def missing_chunks(
+    folder: Path, num_samples: int, chunk: int, seed: int, shard: tuple[int, int]
+) -> Iterator[tuple[Path, int, np.random.Generator, torch.Generator]]:
+    """The chunks of a folder that are still to be made: file, number of samples, and both sources of randomness."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(shard[0], -(-num_samples // chunk), shard[1]):
+        path = folder / f"{number:05d}.npz"
+        if not path.exists():
+            generator = torch.Generator().manual_seed(seed * 100_003 + number)
+            yield path, min(chunk, num_samples - number * chunk), np.random.default_rng((seed, number)), generator
+
+
+def save_chunk(path: Path, **arrays: np.ndarray) -> None:
+    """Writes a chunk; a kill while writing leaves none."""
+    temporary = path.with_suffix(".part.npz")
+    np.savez(temporary, **arrays)  # type: ignore[arg-type]
+    temporary.rename(path)
+    print(f"[codes] {path}", flush=True)
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ Rewards look at every rollout, so they must be cheap; and what is trained must b
 """
 
 from collections import Counter
-from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -12,7 +11,8 @@ from scipy import ndimage
 
 from transformers_nextflow.trainer import DetectedObject
 
-from .shapes import COLOURS, SHAPES, Scene, shape_mask
+from .judge import shape_template, unit_area
+from .shapes import COLOURS, SHAPES, Scene
 
 REDUCTION = 2
 MIN_CONTRAST = 60  # Euclidean RGB distance from the background
@@ -63,7 +63,7 @@ def _shape_of(mask: np.ndarray) -> str:
     ious = {}
     y, x = ndimage.center_of_mass(mask)
     for shape in SHAPES:
-        template, (ty, tx) = _template(shape, max(round((area / _area(shape)) ** 0.5), 4))
+        template, (ty, tx) = shape_template(shape, max(round((area / unit_area(shape)) ** 0.5), 4))
         side = len(template)
         padded = np.pad(mask, side)
         top, left = round(y - ty) + side, round(x - tx) + side
@@ -71,15 +71,3 @@ def _shape_of(mask: np.ndarray) -> str:
         ious[shape] = both / (area + int(template.sum()) - both)
     best = max(ious, key=ious.__getitem__)
     return best if ious[best] >= MIN_IOU else "unknown"
-
-
-@lru_cache(maxsize=1024)
-def _template(shape: str, size: int) -> tuple[np.ndarray, tuple[float, float]]:
-    template = shape_mask(shape, size) >= 0.5
-    return template, ndimage.center_of_mass(template)
-
-
-@lru_cache
-def _area(shape: str) -> float:
-    """Area of a shape in units of its squared size."""
-    return float(shape_mask(shape, 64).sum()) / 64**2

@@ -131,11 +131,11 @@ def _describe(mask: np.ndarray, colour: np.ndarray, shapes: Sequence[str]) -> De
 def _fit(mask: np.ndarray, shape: str) -> tuple[float, int]:
     """The best overlap of a mask with drawings of a shape near its area and centre: `(iou, size)`."""
     area = int(mask.sum())
-    guess = (area / _area(shape)) ** 0.5
+    guess = (area / unit_area(shape)) ** 0.5
     y, x = ndimage.center_of_mass(mask)
     best = (0.0, 0)
     for size in {max(round(guess * scale), 8) for scale in (0.94, 1.0, 1.06)}:
-        template, (ty, tx) = _template(shape, size)
+        template, (ty, tx) = shape_template(shape, size)
         side = len(template)
         padded = np.pad(mask, side)
         for dy in (-1, 0, 1):
@@ -147,13 +147,13 @@ def _fit(mask: np.ndarray, shape: str) -> tuple[float, int]:
 
 
 @lru_cache(maxsize=2048)
-def _template(shape: str, size: int) -> tuple[np.ndarray, tuple[float, float]]:
+def shape_template(shape: str, size: int) -> tuple[np.ndarray, tuple[float, float]]:
     template = shape_mask(shape, size) >= 0.5
     return template, ndimage.center_of_mass(template)
 
 
 @lru_cache
-def _area(shape: str) -> float:
+def unit_area(shape: str) -> float:
     """Area of a shape in units of its squared size."""
     return float(shape_mask(shape, 64).sum()) / 64**2
 

@@ -10,7 +10,7 @@ import torch
 from transformers_nextflow import NextFlowConfig, NextFlowProcessor
 from transformers_nextflow.trainer import drop_condition, expand_sample
 
-from .codes import encode_pictures
+from .codes import encode_pictures, missing_chunks, save_chunk
 from .tasks import TASKS
 from .train_language_model import SCHEDULE, Batch
 
@@ -31,24 +31,15 @@ def extract_task_codes(
 
     `shard=(i, n)` does every n-th chunk only, for n processes side by side.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(shard[0], -(-num_samples // CHUNK), shard[1]):
-        path = folder / f"{number:05d}.npz"
-        if path.exists():
-            continue
-        rng = np.random.default_rng((seed, number))
-        generator = torch.Generator().manual_seed(seed * 100_003 + number)
+    for path, count, rng, generator in missing_chunks(folder, num_samples, CHUNK, seed, shard):
         conversations, pictures = [], []
-        for task in rng.choice(list(MIXTURE), min(CHUNK, num_samples - number * CHUNK), p=list(MIXTURE.values())):
+        for task in rng.choice(list(MIXTURE), count, p=list(MIXTURE.values())):
             sample = TASKS[str(task)](rng, "train")
             for message in sample.messages:
                 pictures += [part.pop("image") for part in message["content"] if part["type"] == "image"]
             conversations.append(json.dumps([sample.task, sample.messages]))
         arrays = encode_pictures(processor.image_tokenizer, np.stack(pictures), generator)
-        temporary = path.with_suffix(".part.npz")
-        np.savez(temporary, conversations=np.array(conversations), **arrays)
-        temporary.rename(path)
-        print(f"[task codes] {path.name}", flush=True)
+        save_chunk(path, conversations=np.array(conversations), **arrays)
 
 
 class TaskBatches:
@@ -56,13 +47,13 @@ class TaskBatches:
 
     def __init__(self, folder: Path, processor: NextFlowProcessor, config: NextFlowConfig):
         self.config = config
-        self.codes: dict[str, list[np.ndarray]] = {"clean": [], "corrected": [], "targets": []}
+        parts: dict[str, list[np.ndarray]] = {"clean": [], "corrected": [], "targets": []}
         self.members: dict[str, list[dict[str, Any]]] = {}
         num_images = 0
         for path in sorted(folder.glob("[0-9]*.npz")):
             chunk = np.load(path)
-            for name, parts in self.codes.items():
-                parts.append(chunk[name])
+            for name, arrays in parts.items():
+                arrays.append(chunk[name])
             for text in chunk["conversations"]:
                 task, messages = json.loads(str(text))
                 entry = {"chat": _tokenize(messages, processor, True), "first": num_images}
@@ -72,7 +63,7 @@ class TaskBatches:
                 self.members.setdefault(task.split(":")[0], []).append(entry)
         if not num_images:
             raise ValueError(f"{folder} holds no codes; run `extract_task_codes` first.")
-        self.joined = {name: np.concatenate(parts).astype(np.int64) for name, parts in self.codes.items()}
+        self.codes = {name: np.concatenate(arrays).astype(np.int64) for name, arrays in parts.items()}
         weights = np.array([DRAWN[task] for task in self.members])
         self.shares = weights / weights.sum()
 
@@ -110,10 +101,10 @@ class TaskBatches:
         sample = {
             **text,
             "codes": [
-                self.joined[seen[c]][i, : cut.num_tokens].tolist() for i, c in zip(images, corrected, strict=True)
+                self.codes[seen[c]][i, : cut.num_tokens].tolist() for i, c in zip(images, corrected, strict=True)
             ],
             "target_codes": [
-                self.joined[wanted[c]][i, : cut.num_tokens].tolist() for i, c in zip(images, corrected, strict=True)
+                self.codes[wanted[c]][i, : cut.num_tokens].tolist() for i, c in zip(images, corrected, strict=True)
             ],
             "image_grid_shw": [cut.grid_shw] * len(answers),
             "codebook_size": self.config.visual_codebook_size,

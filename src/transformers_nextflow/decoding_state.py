@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .scale_schedule import ScaleSchedule
-from .token_layout import find_image_groups, get_token_layout, scale_position_ids
+from .token_layout import scale_position_ids
 
 
 class DecodingState:
@@ -59,14 +59,7 @@ class DecodingState:
         Returns:
             `torch.FloatTensor` of shape `(B, vocab_size)`, or `(B, K)`.
         """
-        config, groups = self.model.config, []
-        if image_grid_shw is not None:
-            groups = find_image_groups(
-                ids, image_grid_shw, mask, config.text_vocab_size, config.boi_token_id, config.num_scales
-            )
-        position_ids = get_token_layout(
-            ids, groups, mask, config.rope_spatial_range, self.position[:, None]
-        ).position_ids
+        position_ids = self.model._token_position_ids(ids, image_grid_shw, mask, self.position[:, None])
         real = torch.ones_like(ids) if mask is None else mask.long()
         self._all_real = self._all_real and (mask is None or bool(mask.all()))
         self.mask = torch.cat([self.mask, real], dim=1)

@@ -817,15 +817,19 @@ class NextFlowGenerationMixin(_GenerationMixin):
         )
 
     def _token_position_ids(
-        self, ids: torch.Tensor, grids: torch.Tensor | None, mask: torch.Tensor | None
+        self,
+        ids: torch.Tensor,
+        grids: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        start: int | torch.Tensor = 0,
     ) -> torch.Tensor:
-        """Positions `(3, B, L)` of token-view ids."""
+        """Positions `(3, B, L)` of token-view ids; `start` as in [`get_token_layout`]."""
         config, groups = self.config, []
         if grids is not None:
             groups = find_image_groups(
                 ids, grids, mask, config.text_vocab_size, config.boi_token_id, max_num_scales=config.num_scales
             )
-        return get_token_layout(ids, groups, mask, config.rope_spatial_range).position_ids
+        return get_token_layout(ids, groups, mask, config.rope_spatial_range, start).position_ids
 
     def decode_image_tokens(
         self, tokens: torch.LongTensor, image_grid_shw: torch.LongTensor | None = None
