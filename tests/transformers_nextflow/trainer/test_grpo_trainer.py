@@ -527,7 +527,7 @@ def test_other_misuse_is_explained(make_trainer, tiny_random_checkpoint, tmp_pat
 # --- Processes ---
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 import numpy as np, torch, datasets
 from transformers_nextflow.trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer
 
@@ -541,7 +541,9 @@ trainer.train()
 if trainer.accelerator.is_main_process:
     print("HISTORY", json.dumps(trainer.state.log_history), flush=True)
 if torch.distributed.is_initialized():
+    torch.distributed.barrier()  # neither process may take the group away from the other
     torch.distributed.destroy_process_group()
+    os._exit(0)  # torch's own threads now and then abort an interpreter that is taken down in order
 """
 
 
