@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from .shapes import (
     Scene,
     Thing,
     article,
+    draw_background,
     render,
     sample_scene,
 )
@@ -254,31 +255,78 @@ def sample_question(rng: np.random.Generator, split: str = "train", kind: str | 
 
 def _ask(rng: np.random.Generator, scene: Scene, kind: str) -> tuple[str, str]:
     things = scene.objects
+    thing = things[int(rng.integers(len(things)))]
     if kind == "count":
         noun = PLURALS.get(things[0].shape, things[0].shape + "s")
         return f"How many {noun} are there?", NUMBERS[len(things)]
     if kind == "colour":
-        thing = things[int(rng.integers(len(things)))]
         return f"What colour is the {thing.shape}?", thing.colour
-    one, other = (things[i] for i in rng.permutation(2))
+    if kind == "shape":
+        return f"What shape is {thing.colour}?", thing.shape
+    if kind == "thing":
+        return f"What is {_place(thing, scene)}?", article(_describe(thing))
+    if kind == "place":
+        return f"Where is the {thing.shape}?", _place(thing, scene)
+    if kind == "list":
+        in_order = sorted(things, key=lambda thing: (round(thing.cy / 32), thing.cx))
+        return "List all things.", ", ".join(_describe(thing) for thing in in_order)
+    one, other = (things[i] for i in rng.permutation(len(things))[:2])
     dx, dy = one.cx - other.cx, one.cy - other.cy
     answer = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("below" if dy > 0 else "above")
     return f"Where is the {one.shape}, seen from the {other.shape}: left, right, above or below?", answer
 
 
+def _place(thing: Thing, scene: Scene) -> str:
+    """Where a thing stands among the others: "on the left", "at the top", "at the bottom right"."""
+    rows, columns = ({round(getattr(other, axis) / 32) for other in scene.objects} for axis in ("cy", "cx"))
+    row = "" if len(rows) == 1 else "top" if thing.cy < SIDE / 2 else "bottom"
+    middle = len(columns) == 1 or abs(thing.cx - SIDE / 2) < 10
+    column = "" if middle else "left" if thing.cx < SIDE / 2 else "right"
+    return f"at the {row} {column}".strip() if row else f"on the {column}"
+
+
 def sample_look(rng: np.random.Generator, split: str = "train") -> TaskSample:
-    """One picture, and all that can be asked about it, turn by turn in any order."""
-    kind = str(rng.choice(["colour", "count", "position", "attribution"]))
-    scene = sample_scene(rng, split, kind)
-    kinds = {"colour": ["colour"], "count": ["count"], "attribution": ["colour"], "position": ["position", "colour"]}
-    asked = [_ask(rng, scene, question) for question in kinds[kind]]
-    asked.append((str(rng.choice(DESCRIBE)), describe(scene)))
-    asked = [asked[i] for i in rng.permutation(len(asked))]
+    """One picture, and much that can be asked about it, turn by turn in any order.
+
+    Many answers to a picture teach more than one: telling things apart is what takes longest to learn.
+    """
+    kind = str(rng.choice(list(_LOOKS), p=[0.08, 0.16, 0.24, 0.24, 0.28]))
+    scene = _crowd(rng, split) if kind == "crowd" else sample_scene(rng, split, kind)
+    asked = {_ask(rng, scene, str(question)) for question in rng.permutation(_LOOKS[kind])}
+    if kind != "crowd":
+        asked.add((str(rng.choice(DESCRIBE)), describe(scene)))
+    asked = [sorted(asked)[i] for i in rng.permutation(len(asked))]
     messages = [
         message for question, answer in asked for message in (_message("user", question), _message("assistant", answer))
     ]
     messages[0] = _message("user", render(scene), asked[0][0])
     return TaskSample("look", tuple(messages), _word_judge(asked[-1][1]))
+
+
+# Questions about each kind of scene.
+_LOOKS = {
+    "colour": ["colour", "shape"],
+    "count": ["count"],
+    "position": ["position", "position", "colour", "thing", "shape"],
+    "attribution": ["colour", "colour", "shape", "thing", "place"],
+    "crowd": ["colour", "colour", "shape", "thing", "place", "position", "list"],
+}
+
+
+def _crowd(rng: np.random.Generator, split: str) -> Scene:
+    """Three or four things, all different: harder to tell apart than the scenes of captions."""
+    while True:
+        number = int(rng.integers(3, 5))
+        shapes, colours = (rng.permutation(list(names))[:number] for names in (SHAPES, COLOURS))
+        background = draw_background(rng)[0]
+        places = [tuple(int(c + rng.integers(-2, 3)) for c in place) for place in DICE[number]]
+        things = [
+            Thing(str(s), str(c), *place, GROUP_SIZE) for s, c, place in zip(shapes, colours, places, strict=True)
+        ]
+        pairs = [Scene("", "crowd", pair, background) for pair in combinations(things, 2)]
+        scene = Scene("", "crowd", tuple(things), background)
+        if not any(pair.held_out for pair in pairs) and _split_of(scene, split):
+            return scene
 
 
 # Stories
@@ -364,20 +412,42 @@ def _riddle(rng: np.random.Generator, kind: str, scene: Scene) -> tuple[str, str
 
 
 def sample_turns(rng: np.random.Generator, split: str = "train") -> TaskSample:
-    """Draw, edit, ask: three turns of one conversation, of which the judge hears the last."""
-    edit = sample_edit(rng, split, str(rng.choice(["recolour", "replace", "add", "move"])))
-    source, target = edit.scenes
-    things = target.objects
-    if len({thing.shape for thing in things}) < len(things):
-        question, answer = "How many things are there?", NUMBERS[len(things)]
-    else:
-        thing = things[int(rng.integers(len(things)))]
-        question, answer = f"What colour is the {thing.shape}?", thing.colour
-    draw = (_message("user", describe(source)), _message("assistant", render(source)))
-    instruction = edit.messages[0]["content"][1]["text"]
-    change = (_message("user", instruction), _message("assistant", render(target)))
-    ask = (_message("user", question), _message("assistant", answer))
-    return TaskSample("turns", (*draw, *change, *ask), _word_judge(answer), scenes=(source, target))
+    """Draw or show, ask, edit, ask, edit, ask: one conversation, of which the judge hears the last answer."""
+    while True:
+        first = sample_edit(rng, "train", str(rng.choice(EDITS)))
+        scenes = list(first.scenes)
+        instructions = [first.messages[0]["content"][1]["text"]]
+        if len(scenes[1].objects) == 2 and rng.random() < 0.5:
+            instruction, target, _ = _EDITS[str(rng.choice(["recolour", "remove", "replace"]))](rng, scenes[1])
+            scenes.append(target)
+            instructions.append(instruction)
+        if not any(scene.held_out for scene in scenes) and _split_of(scenes[-1], split):
+            break
+    messages: list[Message] = []
+    show = render(scenes[0])
+    shown = rng.random() < 0.5
+    if not shown:
+        messages += [_message("user", describe(scenes[0])), _message("assistant", show)]
+    for scene, instruction in zip(scenes, [*instructions, ""], strict=True):
+        asked = [_ask_any(rng, scene) for _ in range(int(rng.integers(0, 3)) if instruction else 1)]
+        for question, answer in asked:
+            messages += [_message("user", question), _message("assistant", answer)]
+        if instruction:
+            target = scenes[scenes.index(scene) + 1]
+            messages += [_message("user", instruction), _message("assistant", render(target))]
+    if shown:
+        messages[0] = _message("user", show, messages[0]["content"][0]["text"])
+    return TaskSample("turns", tuple(messages), _word_judge(messages[-1]["content"][0]["text"]), scenes=tuple(scenes))
+
+
+def _ask_any(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+    """A question that the scene of an edit has one answer to."""
+    things = scene.objects
+    if len(things) == 1:
+        return _ask(rng, scene, str(rng.choice(["colour", "shape"])))
+    if len({thing.shape for thing in things}) < 2 or len({thing.colour for thing in things}) < 2:
+        return "How many things are there?", NUMBERS[len(things)]
+    return _ask(rng, scene, str(rng.choice(["colour", "shape", "thing", "place", "position"])))
 
 
 def sample_example(rng: np.random.Generator, split: str = "train") -> TaskSample:

@@ -74,6 +74,7 @@ class Batch:
     attention_mask: torch.Tensor
     labels: torch.Tensor
     image_grid_shw: torch.Tensor
+    task: str = "captions"
 
 
 class Batches:

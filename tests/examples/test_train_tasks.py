@@ -74,7 +74,7 @@ def test_a_kill_loses_nothing(parts, folder, tmp_path, monkeypatch):
         return task_training.train(fresh, pictures, tasks, tmp_path / "run", seconds=seconds)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, task_training, "batch_loss", 5)
+        kill_after(patch, task_training, "batch_loss", 2 * (1 + task_training.TASK_BATCHES) + 1)
         train(60.0)
     saved = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert saved["step"] == 2
