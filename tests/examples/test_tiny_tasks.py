@@ -10,7 +10,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 pytest.importorskip("scipy", reason="the judge needs the [tiny] extra")
 
-from tiny_world.tasks import EDITS, QUESTIONS, TASKS, THOUGHTS, attributes, sample_edit, sample_question, sample_thought
+from tiny_world.tasks import (
+    EDITS,
+    QUESTIONS,
+    TASKS,
+    THOUGHTS,
+    attributes,
+    sample_edit,
+    sample_look,
+    sample_question,
+    sample_thought,
+)
 
 
 def answer(sample):
@@ -50,6 +60,20 @@ def test_train_and_test_share_no_target():
         return {sample_edit(rng, split, "recolour").messages[-1]["content"][0]["image"].tobytes() for _ in range(40)}
 
     assert not targets("train") & targets("test")
+
+
+def test_a_picture_of_many_things_has_one_answer_to_each_question():
+    rng = np.random.default_rng(4)
+    for _ in range(40):
+        messages = sample_look(rng).messages
+        texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+        asked = texts[::2]
+        assert len(set(asked)) == len(asked)  # no question twice, so no two answers to one
+        answers = dict(zip(asked, texts[1::2], strict=True))
+        for question, answer in answers.items():
+            place = question.removeprefix("What is ").removesuffix("?")
+            if place.startswith(("on ", "at ")):  # the thing that stands there is said to stand there
+                assert answers.get(f"Where is the {answer.split()[-1]}?", place) == place
 
 
 @pytest.mark.parametrize("sample, kinds", [(sample_question, QUESTIONS), (sample_thought, THOUGHTS)])
