@@ -67,6 +67,13 @@ def test_processes_and_kills_change_nothing(run, pictures, tmp_path):
     assert shards[0].stat().st_mtime_ns == before
 
 
+def test_what_datasets_keeps_beside_the_shards_is_not_read_as_samples(run, pictures, tmp_path):
+    dataset = run("--data", str(pictures))
+    dataset.map(lambda sample: {"codebook_size": 1})
+    assert list((tmp_path / "codes").glob("cache-*.arrow"))
+    assert load_coded_dataset(tmp_path / "codes")[:] == dataset[:]
+
+
 def test_broken_pictures_are_left_out_and_listed(run, pictures, tmp_path, capsys):
     folder = tmp_path / "pictures"
     folder.mkdir()

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from datasets import Dataset
 from peft import PeftModel
 from PIL import Image
 
 from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor
+from transformers_nextflow.trainer import encode_messages
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import sft
@@ -58,6 +60,50 @@ def test_lora(run, tmp_path, tiny_random_checkpoint):
     tuned = PeftModel.from_pretrained(base, str(tmp_path / "out"))
     adapters = [parameter for name, parameter in tuned.named_parameters() if "lora_B" in name]
     assert adapters and all(torch.any(adapter != 0) for adapter in adapters)
+
+
+def test_lora_on_four_bits(run):
+    """The layers' matrices are quantised and frozen; head and connector are not."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
+    config = Path(sft.__file__).parent / "configs" / "lora.yaml"
+    trainer = run("--config", str(config), "--load_in_4bit", "true", "--max_length", "2000", "--max_steps", "4")
+    quantised = {
+        name.split(".base_layer")[0].split(".")[-1]
+        for name, module in trainer.model.named_modules()
+        if type(module).__name__ == "Linear4bit"
+    }
+    assert quantised == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or "modules_to_save" in name for name in trained)
+    assert {"connector", "scale_embedding"} == {name.split(".")[3] for name in trained if "lora_" not in name}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_four_bits_without_the_library_are_refused(run, monkeypatch):
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda *_: False)
+    with pytest.raises(ImportError, match="requires bitsandbytes"):
+        run("--use_peft", "true", "--load_in_4bit", "true")
+
+
+def test_true_resumes_the_last_checkpoint(run, tmp_path):
+    saved = ["--save_strategy", "steps", "--save_steps", "2"]
+    run("--max_steps", "2", *saved)
+    trainer = run("--max_steps", "3", *saved, "--resume_from_checkpoint", "true")
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
+
+
+def test_codes_of_another_image_tokenizer_are_refused(tmp_path, tiny_random_checkpoint):
+    """Of the same size, and by a model that has never been trained on codes of any."""
+    processor = NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
+    with torch.no_grad():
+        processor.image_tokenizer.quantizer.pixel_codebook.weight[0] += 1
+    image = [{"type": "image", "image": Image.new("RGB", (80, 80))}]
+    sample = encode_messages([{"role": "assistant", "content": image}], processor)
+    Dataset.from_list([sample]).save_to_disk(tmp_path / "codes")
+    options = ["--model_name_or_path", str(tiny_random_checkpoint), "--output_dir", str(tmp_path / "out"), *CPU]
+    with pytest.raises(ValueError, match=f"come from the image tokenizer {sample['image_tokenizer_hash']}, but"):
+        sft.main(["--codes", str(tmp_path / "codes"), *options])
 
 
 @pytest.mark.parametrize("name", ["alignment", "pretraining", "sft", "lora"])

@@ -72,7 +72,8 @@ def load_coded_dataset(folder: str | Path):
     """
     from datasets import Dataset, concatenate_datasets
 
-    shards = sorted(Path(folder).glob("*.arrow"))
+    # What datasets keeps of `map` and `filter` stands beside the shards that they read.
+    shards = sorted(path for path in Path(folder).glob("*.arrow") if not path.name.startswith("cache-"))
     if not shards:
         raise ValueError(f"{folder} has no shards (*.arrow) of coded samples; `examples/extract_codes.py` makes them.")
     return concatenate_datasets([Dataset.from_file(str(shard)) for shard in shards])
