@@ -93,8 +93,12 @@ def main(arguments: list[str] | None = None) -> NextFlowSFTTrainer:
         peft_config=get_peft_config(model_config),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
+    if (
+        trainer.is_fsdp_enabled
+    ):  # checkpoints stay in shards, which `save_model` would not gather: it would save nothing
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
-    if not model_config.use_peft:
+    if not model_config.use_peft and trainer.is_world_process_zero():
         processor.save_pretrained(settings.output_dir)
     return trainer
 
