@@ -1,20 +1,24 @@
 """Tokens a second for padded batches, packs of fixed length and packs of a fixed compute budget, on a mix of tasks.
 
     python benchmarks/packing.py
-    python benchmarks/packing.py --timed 64 --batch-size 16 --ranks 32
+    python benchmarks/packing.py --timed 64 --batch-size 16 --ranks 32 --runs 5
 
 The mix is of the paper's kind (arXiv 2601.02204, sections 3 and 4; the shares are ours): a quarter text, drawing and
 describing at 256, 512 and 1024 pixels, editing, interleaved stories, with codes and words drawn at random.
 
 *tokens/s* is measured here: a small model trains on the same samples in all three ways, forward and backward, step by
-step in turn, so that a machine that slows down slows all of them. Padding counts for nothing. Images are made a few
-scales smaller, so that attention's share of the work is about that of the 7B at the paper's sizes. *imbalance* is
-predicted by the paper's cost model for the 7B, the paper's sizes and `--ranks` ranks: the costliest rank of a step over
-the mean, all steps together. Ranks wait for each other, so a rank of many gets *tokens/s* divided by it. The paper's
-figures are beside ours: its hardware, model and mix are other ones.
+step in turn, so that a machine that slows down slows all of them; of `--runs` such runs it is the median, with the
+least and the greatest beside *x padded*. Padded batches are what a collator gets from shuffled data; padding counts for
+nothing. Images are made a few scales smaller, so that attention's share of the work is about that of the 7B at the
+paper's sizes. Smaller images pad less, and few samples are a matter of luck, so the line above the table tells how many
+slots a token takes here and in `--samples` samples at the paper's sizes. *imbalance* is predicted by the paper's cost
+model for the 7B, the paper's sizes and `--ranks` ranks: the costliest rank of a step over the mean, all steps together.
+Ranks wait for each other, so a rank of many gets *tokens/s* divided by it. The paper's figures are beside ours: its
+hardware, model and mix are other ones.
 """
 
 import argparse
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -113,6 +117,12 @@ def predict_imbalances(samples: list[dict[str, Any]], num_ranks: int, batch_size
     return imbalances
 
 
+def padding(measure: np.ndarray, batch_size: int) -> float:
+    """What shuffled samples cost in padded batches over what they cost alone; of lengths, slots a token."""
+    batches = measure[: len(measure) // batch_size * batch_size].reshape(-1, batch_size)
+    return float(batch_size * batches.max(1).sum() / batches.sum())
+
+
 def main(arguments: Sequence[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=4000, help="samples of the prediction")
@@ -122,14 +132,19 @@ def main(arguments: Sequence[str] | None = None):
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=8, help="ranks of the prediction")
     parser.add_argument("--drop-scales", type=int, default=5, help="make timed images this many scales smaller")
+    parser.add_argument("--runs", type=int, default=5, help="times that every way is timed, by turns")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu bears a busy machine")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    if options.runs < 1:
+        parser.error("--runs must be at least 1")
     if options.samples < options.batch_size * options.ranks or options.timed < options.batch_size:
         parser.error("--samples must be at least --batch-size times --ranks, and --timed at least --batch-size")
 
     samples = draw_samples(np.random.default_rng(options.seed), options.samples, LEVELS)
     imbalances = predict_imbalances(samples, options.ranks, options.batch_size, options.seed)
+
+    wanted = [padding(sample_costs(samples, MARK, size), options.batch_size) for size in (None, HIDDEN_SIZE_7B)]
 
     smaller = {level: scales - options.drop_scales for level, scales in LEVELS.items()}
     samples = draw_samples(np.random.default_rng(options.seed), options.timed, smaller)
@@ -141,28 +156,36 @@ def main(arguments: Sequence[str] | None = None):
         "length": make_packs(lengths, 2 * lengths.max(), seed=options.seed),
         "compute": make_packs(costs, 2 * costs.max(), seed=options.seed),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    train_step(model, NextFlowDataCollator(model.config, False, 0)(samples[:1]), options.clock)  # warms up
-    for number in range(max(map(len, steps.values()))):
-        for name, batches in steps.items():
-            if number < len(batches):
-                model.set_attn_implementation("sdpa" if name == "padded" else "sdpa_varlen")
-                collate = NextFlowDataCollator(model.config, False, 0, packing=name != "padded")
-                batch = collate([samples[index] for index in batches[number]])
-                seconds[name].append(train_step(model, batch, options.clock))
+    collates = {name: NextFlowDataCollator(model.config, False, 0, packing=name != "padded") for name in steps}
+    train_step(model, collates["padded"](samples[:1]), options.clock)  # warms up
+    runs: list[dict[str, float]] = []  # seconds of every way
+    for _ in range(options.runs):
+        runs.append(dict.fromkeys(steps, 0.0))
+        for number in range(max(map(len, steps.values()))):
+            for name, batches in steps.items():
+                if number < len(batches):
+                    model.set_attn_implementation("sdpa" if name == "padded" else "sdpa_varlen")
+                    batch = collates[name]([samples[index] for index in batches[number]])
+                    runs[-1][name] += train_step(model, batch, options.clock)
 
     print(
         f"{options.timed} samples, mean {lengths.mean():.0f} and longest {lengths.max():.0f} tokens; model of "
         f"{options.layers} layers, width {options.hidden_size}; padded in batches of {options.batch_size}; "
-        f"{options.ranks} ranks; {options.clock} seconds\n"
+        f"{options.ranks} ranks; {options.clock} seconds, median of {options.runs} runs\n"
     )
-    tokens = {name: lengths.sum() / sum(spent) for name, spent in seconds.items()}
+    print(
+        f"Padded, a token takes {padding(lengths, options.batch_size):.2f} slots here, and {wanted[0]:.2f} in "
+        f"{options.samples} samples at the paper's sizes, {wanted[1]:.2f} times the work by the cost model of the 7B.\n"
+    )
+    tokens = {name: lengths.sum() / statistics.median(run[name] for run in runs) for name in steps}
+    ratios = {name: sorted(run["padded"] / run[name] for run in runs) for name in steps}
     many = {name: tokens[name] / imbalances[name] for name in tokens}
     print("| way | steps | tokens/s | x padded | imbalance | tokens/s, a rank of many | x padded | paper | x padded |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name in steps:
         print(
-            f"| {name} | {len(steps[name])} | {tokens[name]:.0f} | {tokens[name] / tokens['padded']:.2f} "
+            f"| {name} | {len(steps[name])} | {tokens[name]:.0f} | {statistics.median(ratios[name]):.2f} "
+            f"({ratios[name][0]:.2f} to {ratios[name][-1]:.2f}) "
             f"| {imbalances[name]:.3f} | {many[name]:.0f} | {many[name] / many['padded']:.2f} | {PAPER[name]} "
             f"| {PAPER[name] / PAPER['padded']:.1f} |"
         )

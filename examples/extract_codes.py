@@ -127,6 +127,8 @@ def make_messages(row: dict[str, Any], extraction: Extraction) -> list[dict[str,
             raise ValueError("The row has more pictures than its messages have image parts.")
         return messages
     text = row[extraction.text_column]
+    if text is None:
+        raise ValueError("The row has no text.")
     if row.get(extraction.image_column) is None:
         return [{"role": "assistant", "content": text}]
     image = [{"type": "image", "image": open_picture(row[extraction.image_column])}]
@@ -199,14 +201,19 @@ def extract_on_ray(extraction: Extraction, output: str, num_shards: int, device:
 def check_manifest(extraction: Extraction, output: Path) -> None:
     """An output folder belongs to one extraction: codes of two image tokenizers must not mix."""
     processor = load_processor(extraction.checkpoint, "cpu")
-    facts = {**asdict(extraction), "image_tokenizer_hash": hash_image_tokenizer(processor.image_tokenizer)}
+    facts = {
+        **asdict(extraction),
+        "image_tokenizer_hash": hash_image_tokenizer(processor.image_tokenizer),
+        "num_rows": len(load_source(extraction)),  # shards that are there would go without rows that came since
+    }
     path = output / MANIFEST
     if path.exists():
         then = json.loads(path.read_text(encoding="utf-8"))
         if changed := [name for name in facts if then.get(name) != facts[name]]:
             raise ValueError(
-                f"{output} holds an extraction with other settings ({', '.join(changed)}). Run it as it was, or choose "
-                "another `--output`."
+                f"{output} holds an extraction with other settings or data ("
+                + ", ".join(f"{name} was {then.get(name)!r}, now {facts[name]!r}" for name in changed)
+                + "). Run it as it was, or choose another `--output`."
             )
     output.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

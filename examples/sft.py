@@ -18,10 +18,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, tiny_checkpoint
-from transformers_nextflow.trainer import NextFlowSFTConfig, NextFlowSFTTrainer, encode_messages, load_coded_dataset
+from transformers_nextflow.trainer import (
+    NextFlowSFTConfig,
+    NextFlowSFTTrainer,
+    encode_messages,
+    hash_image_tokenizer,
+    load_coded_dataset,
+)
 
 
 @dataclass
@@ -65,16 +71,34 @@ def main(arguments: list[str] | None = None) -> NextFlowSFTTrainer:
     data, settings, model_config = TrlParser((Data, NextFlowSFTConfig, ModelConfig)).parse_args_and_config(arguments)
     path = model_config.model_name_or_path or str(tiny_checkpoint())
     processor = NextFlowProcessor.from_pretrained(path)
+    quantization = get_quantization_config(model_config)
+    if quantization is not None:  # small, read by every code, and trained whole: not worth four bits
+        quantization.llm_int8_skip_modules = ["lm_head", "model.connector"]
+    model = NextFlowForCausalLM.from_pretrained(
+        path,
+        revision=model_config.model_revision,
+        dtype=model_config.dtype,
+        attn_implementation=model_config.attn_implementation,
+        quantization_config=quantization,
+    )
+    model.config.image_tokenizer_hash = hash_image_tokenizer(processor.image_tokenizer)  # codes of others are refused
+    # The command line and YAML give text; `true` is the last checkpoint of `--output_dir`.
+    checkpoint: Any = settings.resume_from_checkpoint
+    checkpoint = {"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint)
     trainer = NextFlowSFTTrainer(
-        NextFlowForCausalLM.from_pretrained(path, dtype=torch.float32),
+        model,
         settings,
         train_dataset=load_samples(data, processor),
         processing_class=processor.tokenizer,
         peft_config=get_peft_config(model_config),
     )
-    trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if (
+        trainer.is_fsdp_enabled
+    ):  # checkpoints stay in shards, which `save_model` would not gather: it would save nothing
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
-    if not model_config.use_peft:
+    if not model_config.use_peft and trainer.is_world_process_zero():
         processor.save_pretrained(settings.output_dir)
     return trainer
 

@@ -27,10 +27,12 @@ def test_fused_loss():
 def test_packing():
     options = ["--samples", "64", "--timed", "4", "--batch-size", "2", "--hidden-size", "64", "--layers", "1"]
     command = [sys.executable, str(ROOT / "benchmarks" / "packing.py"), *options, "--drop-scales", "10", "--ranks", "2"]
+    command += ["--runs", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
     assert [row[0].strip() for row in rows] == ["padded", "length", "compute"]
+    assert "median of 2 runs" in done.stdout and rows[0][3].split() == ["1.00", "(1.00", "to", "1.00)"]
     imbalance = [float(row[4]) for row in rows]
     assert imbalance[2] < imbalance[1] < imbalance[0]
 

@@ -149,7 +149,10 @@ class ScaleSchedule:
     @classmethod
     def from_grid_shw(cls, row: Iterable[int], stride: int = 16, sides: Sequence[int] = BASE_SIDES) -> "ScaleSchedule":
         """The schedule that one row `(num_scales, h, w)` of `image_grid_shw` stands for."""
-        num_scales, h, w = row
+        numbers = tuple(row)
+        if len(numbers) != 3:
+            raise ValueError(f"A row of `image_grid_shw` is (number of scales, height, width), but got {numbers}.")
+        num_scales, h, w = numbers
         return cls((h, w), num_scales, stride, tuple(sides))
 
     @classmethod

@@ -67,6 +67,13 @@ def test_processes_and_kills_change_nothing(run, pictures, tmp_path):
     assert shards[0].stat().st_mtime_ns == before
 
 
+def test_what_datasets_keeps_beside_the_shards_is_not_read_as_samples(run, pictures, tmp_path):
+    dataset = run("--data", str(pictures))
+    dataset.map(lambda sample: {"codebook_size": 1})
+    assert list((tmp_path / "codes").glob("cache-*.arrow"))
+    assert load_coded_dataset(tmp_path / "codes")[:] == dataset[:]
+
+
 def test_broken_pictures_are_left_out_and_listed(run, pictures, tmp_path, capsys):
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -130,10 +137,38 @@ def test_bad_input(run, pictures, tmp_path):
         run("--data", str(pictures), "--text-column", "caption")
     extract_codes.load_source.cache_clear()
     run("--data", str(pictures), output="other")
-    with pytest.raises(ValueError, match=r"other settings \(seed\)"):
+    with pytest.raises(ValueError, match=r"other settings or data \(seed was 0, now 1\)"):
         run("--data", str(pictures), "--seed", "1", output="other")
     with pytest.raises(ValueError, match="has no shards"):
         load_coded_dataset(tmp_path / "nothing")
+
+
+def test_rows_that_came_since_are_not_passed_over(run, pictures, tmp_path):
+    run("--data", str(_copy(pictures, tmp_path / "growing", 3)))
+    extract_codes.load_source.cache_clear()
+    with pytest.raises(ValueError, match="num_rows was 3, now 5"):
+        run("--data", str(_copy(pictures, tmp_path / "growing", 5)))
+
+
+def _copy(pictures: Path, folder: Path, number: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    for index in range(number):
+        (folder / f"{index}.png").write_bytes((pictures / f"{index}.png").read_bytes())
+    lines = (pictures / "metadata.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metadata.jsonl").write_text("".join(lines[:number]))
+    return folder
+
+
+def test_rows_without_text_or_picture(run, tmp_path, pictures):
+    """No caption is listed, and not learned as the word None; no picture is a text."""
+    file = {"bytes": (pictures / "0.png").read_bytes(), "path": None}
+    rows = [{"image": file, "text": None}, {"image": None, "text": "words"}, {"image": {"bytes": b""}, "text": "words"}]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    dataset = run("--source", "parquet", "--data", str(tmp_path / "rows.parquet"))
+    assert dataset["id"] == ["1"] and dataset[0]["codes"] == []
+    bad = [json.loads(line) for line in (tmp_path / "codes" / "bad.jsonl").read_text().splitlines()]
+    assert [entry["row"] for entry in bad] == [0, 2] and "has no text" in bad[0]["error"]
 
 
 def test_on_ray(run, pictures):

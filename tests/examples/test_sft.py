@@ -1,17 +1,23 @@
 """The fine-tuning script on a folder of pictures: whole and with LoRA, and what comes out draws."""
 
+import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from datasets import Dataset
 from peft import PeftModel
 from PIL import Image
 
+from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor
+from transformers_nextflow.trainer import encode_messages
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import sft
@@ -60,6 +66,50 @@ def test_lora(run, tmp_path, tiny_random_checkpoint):
     assert adapters and all(torch.any(adapter != 0) for adapter in adapters)
 
 
+def test_lora_on_four_bits(run):
+    """The layers' matrices are quantised and frozen; head and connector are not."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
+    config = Path(sft.__file__).parent / "configs" / "lora.yaml"
+    trainer = run("--config", str(config), "--load_in_4bit", "true", "--max_length", "2000", "--max_steps", "4")
+    quantised = {
+        name.split(".base_layer")[0].split(".")[-1]
+        for name, module in trainer.model.named_modules()
+        if type(module).__name__ == "Linear4bit"
+    }
+    assert quantised == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or "modules_to_save" in name for name in trained)
+    assert {"connector", "scale_embedding"} == {name.split(".")[3] for name in trained if "lora_" not in name}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_four_bits_without_the_library_are_refused(run, monkeypatch):
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda *_: False)
+    with pytest.raises(ImportError, match="requires bitsandbytes"):
+        run("--use_peft", "true", "--load_in_4bit", "true")
+
+
+def test_true_resumes_the_last_checkpoint(run, tmp_path):
+    saved = ["--save_strategy", "steps", "--save_steps", "2"]
+    run("--max_steps", "2", *saved)
+    trainer = run("--max_steps", "3", *saved, "--resume_from_checkpoint", "true")
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
+
+
+def test_codes_of_another_image_tokenizer_are_refused(tmp_path, tiny_random_checkpoint):
+    """Of the same size, and by a model that has never been trained on codes of any."""
+    processor = NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
+    with torch.no_grad():
+        processor.image_tokenizer.quantizer.pixel_codebook.weight[0] += 1
+    image = [{"type": "image", "image": Image.new("RGB", (80, 80))}]
+    sample = encode_messages([{"role": "assistant", "content": image}], processor)
+    Dataset.from_list([sample]).save_to_disk(tmp_path / "codes")
+    options = ["--model_name_or_path", str(tiny_random_checkpoint), "--output_dir", str(tmp_path / "out"), *CPU]
+    with pytest.raises(ValueError, match=f"come from the image tokenizer {sample['image_tokenizer_hash']}, but"):
+        sft.main(["--codes", str(tmp_path / "codes"), *options])
+
+
 @pytest.mark.parametrize("name", ["alignment", "pretraining", "sft", "lora"])
 def test_settings_of_every_stage_train(run, name):
     config = Path(sft.__file__).parent / "configs" / f"{name}.yaml"
@@ -68,16 +118,69 @@ def test_settings_of_every_stage_train(run, name):
     assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == 2
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """What `accelerate launch --config_file` tells the processes that it starts, told to this one."""
+
+    def launch(name: str) -> argparse.Namespace:
+        path = Path(sft.__file__).parent / "accelerate" / f"{name}.yaml"
+        parser = launch_command_parser()
+        args, config, _ = _validate_launch_command(parser.parse_args(["--config_file", str(path), "sft.py"]))
+        if args.use_deepspeed:
+            args.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)
+            _, environment = prepare_deepspeed_cmd_env(args)
+        else:
+            environment = prepare_multi_gpu_env(args)
+        for variable in set(environment) - set(os.environ):
+            monkeypatch.setenv(variable, environment[variable])
+        return args
+
+    return launch
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
-def test_accelerate_reads_its_settings(name, tiny_random_checkpoint):
-    path = Path(sft.__file__).parent / "accelerate" / f"{name}.yaml"
-    config = load_config_from_file(str(path))
-    assert config.mixed_precision == "bf16" and config.num_processes == 8
-    if name == "fsdp2":
-        model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint)
-        layer = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"]
-        assert layer in {type(module).__name__ for module in model.modules()}
-        assert config.fsdp_config["fsdp_version"] == 2
+def test_accelerate_launches_what_a_file_says(launched, name):
+    args = launched(name)
+    assert (args.mixed_precision, args.num_processes) == ("bf16", 8)
+    assert [args.multi_gpu, args.use_fsdp, args.use_deepspeed] == [name == "ddp", name == "fsdp2", "deep" in name]
+
+
+def test_fsdp_wraps_the_layers(launched, tiny_random_checkpoint):
+    launched("fsdp2")
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward
+    plugin.set_auto_wrap_policy(model := NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint))
+    wrapped = [
+        module for module in model.modules() if plugin.auto_wrap_policy(module, recurse=False, nonwrapped_numel=0)
+    ]
+    assert wrapped == list(model.model.layers)
+    plugin.set_state_dict_type("FULL_STATE_DICT")  # what sft.py does before it saves the result
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_gets_its_settings(launched, stage, monkeypatch):
+    launched(f"deepspeed_zero{stage}")
+    settings = DeepSpeedPlugin().deepspeed_config
+    assert settings["zero_optimization"]["stage"] == stage and settings["gradient_clipping"] == 1.0
+    assert settings["gradient_accumulation_steps"] == "auto"  # the trainer's
+    assert settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)
+
+
+def test_a_sharded_model_is_saved_whole(run, monkeypatch):
+    """With checkpoints in shards transformers' `save_model` writes nothing at all."""
+    chosen = []
+
+    class Plugin:
+        set_state_dict_type = staticmethod(chosen.append)
+
+    def train(trainer, **_):
+        trainer.is_fsdp_enabled = True
+        trainer.accelerator.state.fsdp_plugin = Plugin()
+
+    monkeypatch.setattr(sft.NextFlowSFTTrainer, "train", train)
+    monkeypatch.setattr(sft.NextFlowSFTTrainer, "save_model", lambda self: chosen.append("saved"))
+    run()
+    assert chosen == ["FULL_STATE_DICT", "saved"]
 
 
 def test_one_source_of_samples(run):

@@ -72,7 +72,8 @@ def load_coded_dataset(folder: str | Path):
     """
     from datasets import Dataset, concatenate_datasets
 
-    shards = sorted(Path(folder).glob("*.arrow"))
+    # What datasets keeps of `map` and `filter` stands beside the shards that they read.
+    shards = sorted(path for path in Path(folder).glob("*.arrow") if not path.name.startswith("cache-"))
     if not shards:
         raise ValueError(f"{folder} has no shards (*.arrow) of coded samples; `examples/extract_codes.py` makes them.")
     return concatenate_datasets([Dataset.from_file(str(shard)) for shard in shards])
@@ -172,6 +173,46 @@ def drop_condition(sample: CodedSample, image_token_id: int) -> CodedSample:
     return {**sample, **{name: [sample[name][i] for i in kept] for name in ("token_ids", "completion_mask")}}
 
 
+def check_sample(sample: CodedSample, config: NextFlowConfig) -> list[tuple[list[int], list[int], list[int]]]:
+    """Codes, targets and grid of each image of a sample that fits together and fits the model.
+
+    Raises:
+        `ValueError`: otherwise.
+    """
+    if missing := [name for name in COLUMNS if name not in sample]:
+        raise ValueError(f"A coded sample needs the columns {', '.join(COLUMNS)}; {', '.join(missing)} is missing.")
+    parts = [sample[name] for name in ("codes", "target_codes", "image_grid_shw")]
+    if len({len(part) for part in parts}) > 1:
+        raise ValueError(
+            "The sample has {} images in `codes`, {} in `target_codes` and {} in `image_grid_shw`.".format(
+                *map(len, parts)
+            )
+        )
+    images = list(zip(*parts, strict=True))
+    if images and sample["codebook_size"] != config.visual_codebook_size:
+        raise ValueError(
+            f"The codes come from a codebook of {sample['codebook_size']} codes, but the model's has "
+            f"{config.visual_codebook_size}. Extract the codes with the model's own image tokenizer."
+        )
+    ours, theirs = getattr(config, "image_tokenizer_hash", None), sample.get("image_tokenizer_hash")
+    if images and ours and theirs and ours != theirs:
+        raise ValueError(
+            f"The codes come from the image tokenizer {theirs}, but the model was trained on codes of {ours}: the same "
+            "number means another picture. Extract the codes with the model's own image tokenizer."
+        )
+    num_tokens = len(sample["token_ids"])
+    if len(sample["completion_mask"]) != num_tokens:
+        raise ValueError(
+            f"The sample has {num_tokens} `token_ids`, but a `completion_mask` of {len(sample['completion_mask'])}."
+        )
+    num_marks = list(sample["token_ids"]).count(config.image_token_id)
+    if num_marks != len(images):
+        raise ValueError(f"The sample has {num_marks} image marks, but codes of {len(images)} images.")
+    if not num_tokens:
+        raise ValueError("The sample has no tokens.")
+    return images
+
+
 def expand_sample(
     sample: CodedSample, config: NextFlowConfig, completion_only: bool = True
 ) -> dict[str, list[int] | list[list[int]]]:
@@ -189,24 +230,7 @@ def expand_sample(
     Raises:
         `ValueError`: if the codes are another image tokenizer's, or don't fit their marks or grids.
     """
-    if missing := [name for name in COLUMNS if name not in sample]:
-        raise ValueError(f"A coded sample needs the columns {', '.join(COLUMNS)}; {', '.join(missing)} is missing.")
-    images = list(zip(sample["codes"], sample["target_codes"], sample["image_grid_shw"], strict=True))
-    if images and sample["codebook_size"] != config.visual_codebook_size:
-        raise ValueError(
-            f"The codes come from a codebook of {sample['codebook_size']} codes, but the model's has "
-            f"{config.visual_codebook_size}. Extract the codes with the model's own image tokenizer."
-        )
-    ours, theirs = getattr(config, "image_tokenizer_hash", None), sample.get("image_tokenizer_hash")
-    if images and ours and theirs and ours != theirs:
-        raise ValueError(
-            f"The codes come from the image tokenizer {theirs}, but the model was trained on codes of {ours}: the same "
-            "number means another picture. Extract the codes with the model's own image tokenizer."
-        )
-    num_marks = list(sample["token_ids"]).count(config.image_token_id)
-    if num_marks != len(images):
-        raise ValueError(f"The sample has {num_marks} image marks, but codes of {len(images)} images.")
-
+    images = check_sample(sample, config)
     offset, remaining = config.text_vocab_size, iter(images)
     input_ids: list[int] = []
     labels: list[int] = []

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..configuration_nextflow import NextFlowConfig
-from .coded_dataset import CodedSample, drop_condition, expand_sample, invert_task
+from .coded_dataset import CodedSample, check_sample, drop_condition, expand_sample, invert_task
 
 
 @dataclass
@@ -49,6 +49,22 @@ class NextFlowDataCollator:
         marks = zip(sample["token_ids"], sample["completion_mask"], strict=True)
         return any(answer and token == self.config.image_token_id for token, answer in marks)
 
+    def _expand(self, sample: CodedSample) -> dict[str, Any]:
+        """The token view of a sample after the draws."""
+        check_sample(sample, self.config)
+        if self.task_inversion and torch.rand(()) < self.task_inversion:
+            sample = invert_task(sample)
+        if self._draws(sample) and torch.rand(()) < self.condition_dropout:
+            sample = drop_condition(sample, self.config.image_token_id)
+        row = expand_sample(sample, self.config, self.completion_only)
+        length, limit = len(row["input_ids"]), self.max_length or self.config.max_position_embeddings
+        if length > limit:
+            raise ValueError(
+                f"It takes {length} tokens with its images, more than `max_length` ({limit}). Leave it out, raise "
+                "`max_length`, or encode its images with fewer scales."
+            )
+        return row
+
     def __call__(self, samples: Sequence[CodedSample]) -> dict[str, Any]:
         """
         Returns:
@@ -57,22 +73,16 @@ class NextFlowDataCollator:
             each slot) stands in place of `attention_mask`.
 
         Raises:
-            `ValueError`: for a sample that is longer than `max_length`; an image can't be cut.
+            `ValueError`: for a sample that is longer than `max_length` (an image can't be cut) or doesn't fit together;
+                it is named by its `id`.
         """
         rows = []
         for sample in samples:
-            if self.task_inversion and torch.rand(()) < self.task_inversion:
-                sample = invert_task(sample)
-            if self._draws(sample) and torch.rand(()) < self.condition_dropout:
-                sample = drop_condition(sample, self.config.image_token_id)
-            rows.append(expand_sample(sample, self.config, self.completion_only))
+            try:
+                rows.append(self._expand(sample))
+            except ValueError as error:
+                raise ValueError(f"Sample {sample.get('id', '(no id)')}: {error}") from error
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        limit = self.max_length or self.config.max_position_embeddings
-        if (lengths > limit).any():
-            raise ValueError(
-                f"A sample takes {int(lengths.max())} tokens with its images, more than `max_length` ({limit}). Leave "
-                "it out, raise `max_length`, or encode its images with fewer scales."
-            )
 
         grids = [grid for row in rows for grid in row["image_grid_shw"]]
         extras: dict[str, Any] = {"image_grid_shw": torch.tensor(grids)} if grids else {}

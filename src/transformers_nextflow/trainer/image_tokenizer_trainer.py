@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
 from .image_tokenizer_config import NextFlowImageTokenizerTrainingConfig
 
+STATE_FILE = "image_tokenizer_trainer.pt"
 USAGE_DECAY = 0.97  # a step; a code is dead when its running count falls below one half
 
 
@@ -86,6 +88,9 @@ class NextFlowImageTokenizerTrainer(Trainer):
             loss, by an optimizer of its own at the run's learning rate.
         kwargs: Everything else that `Trainer` takes. A sample of `train_dataset` is a dict with `pixel_values`
             `(3, H, W)` in [-1, 1]; images of a batch have one size.
+
+    Raises:
+        `ValueError`: while training, if a loss is not finite, with its terms.
 
     Example:
 
@@ -167,6 +172,13 @@ class NextFlowImageTokenizerTrainer(Trainer):
             (value for name, value in parts.items() if name != "discriminator"), start=pixels.new_zeros(())
         )
         if model.training:
+            if not torch.isfinite(loss):
+                terms = ", ".join(f"{name} {float(value):.4g}" for name, value in parts.items())
+                raise ValueError(
+                    f"The loss is {float(loss)} at step {self.state.global_step}: {terms}. Pixels reach from "
+                    f"{float(pixels.min()):.3g} to {float(pixels.max()):.3g} and should be in [-1, 1]. Look at the "
+                    "pictures, or lower the learning rate; the last checkpoint is from before."
+                )
             parts["psnr"] = psnr(prediction.detach(), pixels).mean()
             for name, value in parts.items():
                 self._parts[name].append(value.detach())
@@ -191,6 +203,9 @@ class NextFlowImageTokenizerTrainer(Trainer):
     def _train_discriminator(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
         loss = F.relu(1 - self.discriminator(real)).mean() + F.relu(1 + self.discriminator(fake)).mean()
         self.accelerator.backward(loss)
+        for parameter in self.discriminator.parameters():  # it is not wrapped in DDP: ranks would drift apart
+            if parameter.grad is not None:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         self._discriminator_optimizer.step()
         self._discriminator_optimizer.zero_grad()
         return loss
@@ -206,6 +221,14 @@ class NextFlowImageTokenizerTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
+        # Ranks count apart and add up when codes are revived: each goes on with the mean.
+        state: dict[str, Any] = {"counts": self.accelerator.reduce(self._counts, "mean")}
+        if self.discriminator is not None:
+            state["discriminator"] = self.discriminator.state_dict()
+            state["discriminator_optimizer"] = self._discriminator_optimizer.state_dict()
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            torch.save(state, Path(self._get_output_dir(trial=trial), folder, STATE_FILE))
         if self.args.should_save and self._shown is not None and self.args.num_logged_images:
             folder = Path(self.args.output_dir, "reconstructions")
             folder.mkdir(parents=True, exist_ok=True)
@@ -214,6 +237,18 @@ class NextFlowImageTokenizerTrainer(Trainer):
             )
             pixels = ((rows.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
             Image.fromarray(pixels).save(folder / f"{self.state.global_step:06d}.png")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Weights, what was counted, and the discriminator: without the counts live codes would be taken for dead."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint, STATE_FILE)
+        if not path.exists():
+            return
+        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        self._counts = state["counts"]
+        if self.discriminator is not None and "discriminator" in state:
+            self.discriminator.load_state_dict(state["discriminator"])
+            self._discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
 
 
 class _Codebook(TrainerCallback):
@@ -230,7 +265,7 @@ class _Codebook(TrainerCallback):
         counts = trainer.accelerator.reduce(trainer._counts, "sum")
         generator = torch.Generator(counts.device).manual_seed(args.seed + state.global_step)
         moved = revive_dead_codes(trainer.accelerator.unwrap_model(trainer.model), counts, generator)
-        trainer._parts["revived"].append(torch.tensor(float(moved)))
+        trainer._parts["revived"].append(torch.tensor(float(moved), device=counts.device))
 
 
 __all__ = [

@@ -45,11 +45,18 @@ def sequence_flops(blocks: Iterable[int], hidden_size: int, num_layers: int = 1)
 
 
 def sample_costs(samples: Iterable[CodedSample], image_token_id: int, hidden_size: int | None) -> np.ndarray:
-    """Cost of each sample in tokens of linear work, float64; plain lengths if `hidden_size` is None."""
+    """Cost of each sample in tokens of linear work, float64; plain lengths if `hidden_size` is None.
+
+    Raises:
+        `ValueError`: for a sample whose marks and grids don't fit together, which it names.
+    """
     per_token = 12 * hidden_size**2 if hidden_size is not None else 0
     costs = []
-    for sample in samples:
-        blocks = block_lengths(sample, image_token_id)
+    for index, sample in enumerate(samples):
+        try:
+            blocks = block_lengths(sample, image_token_id)
+        except ValueError as error:
+            raise ValueError(f"Sample {sample.get('id', index)}: {error}") from error
         costs.append(sum(blocks) if hidden_size is None else sequence_flops(blocks, hidden_size) / per_token)
     return np.array(costs, dtype=np.float64)
 

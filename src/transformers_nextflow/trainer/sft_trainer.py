@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -18,7 +20,7 @@ from trl import SFTTrainer
 from ..modeling_nextflow import NextFlowForCausalLM
 from ..token_layout import find_image_groups, scale_of_tokens
 from ..varlen_attention import SDPA_VARLEN
-from .coded_dataset import COLUMNS
+from .coded_dataset import COLUMNS, invert_task
 from .data_collator import NextFlowDataCollator
 from .packing import PackSampler, make_packs, sample_costs
 from .sft_config import NextFlowSFTConfig
@@ -67,6 +69,7 @@ class NextFlowSFTTrainer(SFTTrainer):
         args: NextFlowSFTConfig | None = None,
         data_collator=None,
         train_dataset=None,
+        eval_dataset=None,
         peft_config=None,
         **kwargs,
     ):
@@ -89,6 +92,10 @@ class NextFlowSFTTrainer(SFTTrainer):
         self._pack_sampler: PackSampler | None = None
         self._loss_sums: torch.Tensor | None = None
         train_dataset, self._packing_costs = self._prepare_samples(train_dataset, network.config, args)
+        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        for dataset in held_out.values():
+            if isinstance(dataset, datasets.Dataset):
+                _check_samples(dataset, network.config)
         if data_collator is None:
             data_collator = NextFlowDataCollator(
                 network.config,
@@ -100,7 +107,13 @@ class NextFlowSFTTrainer(SFTTrainer):
                 return_ids=True,
             )
         super().__init__(
-            network, args, data_collator=data_collator, train_dataset=train_dataset, peft_config=peft_config, **kwargs
+            network,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            peft_config=peft_config,
+            **kwargs,
         )
         self._model_config = network.config
         self._refuse_sharded_rows()
@@ -127,40 +140,38 @@ class NextFlowSFTTrainer(SFTTrainer):
                     f"`train_dataset` is a {type(dataset).__name__}."
                 )
             return dataset, None
-        if missing := [name for name in COLUMNS if name not in dataset.column_names]:
-            raise ValueError(
-                f"Coded samples need the columns {', '.join(COLUMNS)}, but the data set has "
-                f"{', '.join(dataset.column_names)}: {', '.join(missing)} is missing. `encode_messages` makes them of "
-                "conversations, examples/extract_codes.py of data sets."
-            )
-        if "image_tokenizer_hash" in dataset.column_names:
-            hashes = {value for value in dataset.unique("image_tokenizer_hash") if value}
-            ours = getattr(config, "image_tokenizer_hash", None)
-            if len(hashes | ({ours} if ours else set())) > 1:
-                raise ValueError(
-                    f"The codes of the data set come from the image tokenizer {', '.join(sorted(hashes))}"
-                    + (f", but the model was trained on codes of {ours}" if ours else "")
-                    + ". The same number means another picture: extract all codes with the model's own image tokenizer."
-                )
-            if hashes:
-                config.image_tokenizer_hash = hashes.pop()  # saved with the model, for the next training
+        _check_samples(dataset, config)
         if "id" not in dataset.column_names:
             dataset = dataset.add_column("id", [str(index) for index in range(len(dataset))])
-        if not args.packing and args.overlong_samples == "error":
-            return dataset, None  # the collator tells
         args.max_length = args.max_length or config.max_position_embeddings
+        costs = self._measure(dataset, config, args)
+        overlong = (costs > args.max_length).nonzero()[0]
+        if not len(overlong):
+            return dataset, costs
+        longest = int(costs.argmax())
+        if args.overlong_samples == "error" or len(overlong) == len(dataset):
+            unit = "of linear work" if args.packing and args.packing_strategy == "compute" else "with its images"
+            raise ValueError(
+                f"{len(overlong)} of {len(dataset)} samples are over `max_length` ({args.max_length}): the longest, "
+                f"{dataset[longest]['id']}, takes {costs[longest]:.0f} tokens {unit}. Raise `max_length`, encode their "
+                'images with fewer scales, or leave them out with `overlong_samples="skip"`.'
+            )
+        self.num_skipped_samples = len(overlong)
+        logger.warning("%d of %d samples are skipped: too long.", len(overlong), len(dataset))
+        fits = (costs <= args.max_length).nonzero()[0]
+        return dataset.select(fits), costs[fits]
+
+    @staticmethod
+    def _measure(dataset, config, args: NextFlowSFTConfig) -> np.ndarray:
+        """What each sample costs, whichever way round it is drawn."""
         hidden_size = config.hidden_size if args.packing and args.packing_strategy == "compute" else None
-        columns = dataset.select_columns(["token_ids", "image_grid_shw"])
-        costs = sample_costs(columns, config.image_token_id, hidden_size)
-        if args.overlong_samples == "skip":
-            fits = (costs <= args.max_length).nonzero()[0]
-            self.num_skipped_samples = len(dataset) - len(fits)
-            if not len(fits):
-                raise ValueError(f"All {len(dataset)} samples are over `max_length` ({args.max_length}): raise it.")
-            if self.num_skipped_samples:
-                logger.warning("%d of %d samples are skipped: too long.", self.num_skipped_samples, len(dataset))
-                dataset, costs = dataset.select(fits), costs[fits]
-        return dataset, costs
+        columns = ["token_ids", "image_grid_shw"]
+        if not args.task_inversion:
+            return sample_costs(dataset.select_columns(columns), config.image_token_id, hidden_size)
+        columns += ["completion_mask", "inverse_token_ids", "inverse_completion_mask"]
+        samples = dataset.select_columns([name for name in columns if name in dataset.column_names])
+        both = (sample_costs(rows, config.image_token_id, hidden_size) for rows in (samples, map(invert_task, samples)))
+        return np.maximum(*both)
 
     def _make_pack_sampler(self) -> PackSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -182,6 +193,16 @@ class NextFlowSFTTrainer(SFTTrainer):
             persistent_workers=self.args.dataloader_persistent_workers,
         )
         return self.accelerator.prepare(loader)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """The stock loader, of samples as they are: what is measured must not depend on draws."""
+        collate = self.data_collator
+        if isinstance(collate, NextFlowDataCollator):
+            self.data_collator = replace(collate, condition_dropout=0.0, task_inversion=0.0)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collate
 
     # Loss
 
@@ -271,6 +292,35 @@ class NextFlowSFTTrainer(SFTTrainer):
                     "Resume it as it was, or start a new run from its weights."
                 )
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+
+def _check_samples(dataset: datasets.Dataset, config) -> None:
+    """Refuses what is not a data set of coded samples, or holds codes of another image tokenizer than the model's."""
+    if missing := [name for name in COLUMNS if name not in dataset.column_names]:
+        raise ValueError(
+            f"Coded samples need the columns {', '.join(COLUMNS)}, but the data set has "
+            f"{', '.join(dataset.column_names)}: {', '.join(missing)} is missing. `encode_messages` makes them of "
+            "conversations, examples/extract_codes.py of data sets."
+        )
+    if not len(dataset):
+        raise ValueError("The data set has no samples.")
+    sizes = {size for size in dataset.unique("codebook_size") if size}  # 0: text, without an image tokenizer
+    if sizes - {config.visual_codebook_size}:
+        raise ValueError(
+            f"The codes of the data set come from codebooks of {', '.join(map(str, sorted(sizes)))} codes, but the "
+            f"model's has {config.visual_codebook_size}. Extract all codes with the model's own image tokenizer."
+        )
+    if "image_tokenizer_hash" in dataset.column_names:
+        hashes = {value for value in dataset.unique("image_tokenizer_hash") if value}
+        ours = getattr(config, "image_tokenizer_hash", None)
+        if len(hashes | ({ours} if ours else set())) > 1:
+            raise ValueError(
+                f"The codes of the data set come from the image tokenizer {', '.join(sorted(hashes))}"
+                + (f", but the model was trained on codes of {ours}" if ours else "")
+                + ". The same number means another picture: extract all codes with the model's own image tokenizer."
+            )
+        if hashes:
+            config.image_tokenizer_hash = hashes.pop()  # saved with the model, for the next training
 
 
 class _EpochOfPacks(TrainerCallback):

@@ -52,3 +52,20 @@ def test_bad_input(samples, tiny_random_checkpoint):
         NextFlowDataCollator(config, condition_dropout=2)
     with pytest.raises(ValueError, match=r"takes \d+ tokens with its images, more than `max_length` \(60\)"):
         NextFlowDataCollator(config, condition_dropout=0, max_length=60)(samples)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"token_ids": [], "completion_mask": [], "codes": [], "target_codes": [], "image_grid_shw": []}, "no tokens"),
+        ({"completion_mask": [1]}, r"\d+ `token_ids`, but a `completion_mask` of 1"),
+        ({"codes": [[]], "target_codes": [[]]}, "has 55 codes, but the sample has 0 and 0 targets"),
+        ({"codes": []}, "0 images in `codes`, 1 in `target_codes` and 1 in `image_grid_shw`"),
+        ({"image_grid_shw": [[]]}, r"is \(number of scales, height, width\), but got \(\)"),
+    ],
+)
+@pytest.mark.parametrize("condition_dropout", [0.0, 1.0])
+def test_samples_that_do_not_fit_are_named(samples, tiny_random_checkpoint, change, message, condition_dropout):
+    collate = NextFlowDataCollator(NextFlowConfig.from_pretrained(tiny_random_checkpoint), True, condition_dropout)
+    with pytest.raises(ValueError, match=f"Sample picture-7: .*{message}"):
+        collate([samples[2], {**samples[0], **change, "id": "picture-7"}])

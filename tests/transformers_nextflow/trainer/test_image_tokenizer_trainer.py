@@ -128,6 +128,28 @@ def test_pictures_are_written_and_a_resumed_run_goes_on(make_trainer, tmp_path):
     assert logged(resumed, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-4)
 
 
+def test_revival_and_the_discriminator_go_on_too(make_trainer, tmp_path):
+    def make():
+        torch.manual_seed(0)
+        discriminator = nn.Conv2d(3, 1, 16, stride=16)
+        settings = dict(save_strategy="steps", save_steps=3, max_steps=6, revive_steps=2, revive_until=1.0)
+        return make_trainer("pixel", discriminator=discriminator, **settings)
+
+    whole, resumed = make(), make()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert logged(resumed, "revived")[-1] == logged(whole, "revived")[-1]
+    assert logged(resumed, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-4)
+    torch.testing.assert_close(resumed.discriminator.weight, whole.discriminator.weight)
+
+
+def test_a_loss_that_is_not_finite_stops_and_tells_its_terms(make_trainer):
+    trainer = make_trainer("pixel")
+    trainer.train_dataset = [{"pixel_values": torch.full_like(trainer.train_dataset[0]["pixel_values"], torch.inf)}] * 4
+    with pytest.raises(ValueError, match=r"The loss is nan at step 0: reconstruction .*Pixels reach from inf to inf"):
+        trainer.train()
+
+
 def test_psnr_is_the_textbooks():
     target = torch.zeros(2, 3, 4, 4)
     prediction = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 3.0)])

@@ -24,7 +24,7 @@ SETTINGS = dict(
 @pytest.fixture
 def make_trainer(samples, tiny_random_checkpoint, tmp_path):
     def make(**changes) -> NextFlowSFTTrainer:
-        kwargs = {name: changes.pop(name) for name in ("peft_config",) if name in changes}
+        kwargs = {name: changes.pop(name) for name in ("peft_config", "eval_dataset") if name in changes}
         rows = changes.pop("samples", samples)
         return NextFlowSFTTrainer(
             changes.pop("model", str(tiny_random_checkpoint)),
@@ -174,8 +174,10 @@ def test_packed_loss_is_the_padded_one(make_trainer):
 
 
 def test_overlong_samples_stop_or_are_skipped(make_trainer, caplog):
-    with pytest.raises(ValueError, match=r"costs \d+ tokens, more than the budget of a pack \(60\)"):
-        make_trainer(packing=True, max_length=60)
+    told = r"\d of 3 samples are over `max_length` \(60\): the longest, \d, takes \d+ .*`overlong_samples=\"skip\"`"
+    for packing in (False, True):
+        with pytest.raises(ValueError, match=told):
+            make_trainer(packing=packing, max_length=60)
     for packing in (False, True):
         trainer = make_trainer(
             packing=packing, packing_strategy="length", max_length=60, overlong_samples="skip", max_steps=1
@@ -183,8 +185,47 @@ def test_overlong_samples_stop_or_are_skipped(make_trainer, caplog):
         assert trainer.num_skipped_samples == 2 and len(trainer.train_dataset) == 1
         assert "2 of 3 samples are skipped" in caplog.text
         trainer.train()
-    with pytest.raises(ValueError, match=r"All 3 samples are over `max_length` \(10\)"):
+    with pytest.raises(ValueError, match=r"3 of 3 samples are over `max_length` \(10\)"):
         make_trainer(max_length=10, overlong_samples="skip")
+
+
+def test_a_sample_must_fit_both_ways_round(make_trainer, samples):
+    """Described instead of drawn it may be longer; that must not come out in the middle of a run."""
+    words = samples[0]["inverse_token_ids"]
+    longer = {
+        **samples[0],
+        "inverse_token_ids": words + [5] * 40,
+        "inverse_completion_mask": [*samples[0]["inverse_completion_mask"], *[1] * 40],
+    }
+    length = len(samples[0]["token_ids"]) + 55
+    for settings in ({}, {"packing": True, "packing_strategy": "length"}):
+        settings |= {"samples": [longer, samples[2]], "max_length": length + 10, "max_steps": 1}
+        make_trainer(**settings).train()
+        with pytest.raises(ValueError, match=r"1 of 2 samples are over `max_length`"):
+            make_trainer(task_inversion=0.5, **settings)
+        assert make_trainer(task_inversion=0.5, overlong_samples="skip", **settings).num_skipped_samples == 1
+
+
+# --- Evaluation ---
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_evaluation_is_not_drawn(make_trainer, samples, packing):
+    held_out = datasets.Dataset.from_list(samples)
+    trainer = make_trainer(condition_dropout=1.0, task_inversion=0.5, eval_dataset=held_out, packing=packing)
+    batch = NextFlowDataCollator(trainer.model.config, condition_dropout=0)(samples)
+    with torch.no_grad():
+        expected = float(trainer.model.eval()(**batch).loss)
+    assert [trainer.evaluate()["eval_loss"] for _ in range(2)] == pytest.approx([expected] * 2, rel=1e-4)
+    drawn = trainer.data_collator
+    assert (drawn.condition_dropout, drawn.task_inversion) == (1.0, 0.5)
+
+
+def test_what_is_evaluated_on_is_checked_at_once(make_trainer, samples):
+    foreign = datasets.Dataset.from_list([{**sample, "image_tokenizer_hash": "0123456789abcdef"} for sample in samples])
+    for held_out in (foreign, {"a": foreign}):
+        with pytest.raises(ValueError, match="come from the image tokenizer 0123456789abcdef"):
+            make_trainer(eval_dataset=held_out)
 
 
 # --- What is logged, what is trained ---
@@ -270,6 +311,21 @@ def test_codes_of_another_image_tokenizer_are_refused(make_trainer, samples, tmp
 def test_a_missing_column_is_named_at_once(make_trainer, samples):
     with pytest.raises(ValueError, match="target_codes is missing"):
         make_trainer(samples=[{name: sample[name] for name in sample if name != "target_codes"} for sample in samples])
+
+
+def test_codebooks_of_other_sizes_are_named_at_once(make_trainer, samples):
+    mixed = [{**samples[0], "codebook_size": 77, "image_tokenizer_hash": ""}, *samples]
+    size = samples[0]["codebook_size"]
+    with pytest.raises(ValueError, match=f"codebooks of {min(77, size)}, {max(77, size)} codes, but the model's has"):
+        make_trainer(samples=mixed)
+    make_trainer(samples=[samples[0], {**samples[2], "codebook_size": 0}])  # text, coded without an image tokenizer
+
+
+def test_no_samples(tiny_random_checkpoint, make_trainer, samples):
+    trainer = make_trainer()
+    empty = trainer.train_dataset.select([])
+    with pytest.raises(ValueError, match="has no samples"):
+        NextFlowSFTTrainer(str(tiny_random_checkpoint), trainer.args, train_dataset=empty)
 
 
 def test_another_number_of_processes_does_not_resume(make_trainer, tmp_path):
