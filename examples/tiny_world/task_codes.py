@@ -16,9 +16,11 @@ from .train_language_model import SCHEDULE, Batch
 
 CHUNK = 1000
 # How many samples of each task; what a sample costs differs, see `TaskBatches.draw`.
-MIXTURE = {"look": 0.46, "editing": 0.24, "turns": 0.14, "thought": 0.06, "story": 0.06, "example": 0.04}
+MIXTURE = {
+    "look": 0.40, "editing": 0.20, "plan": 0.16, "turns": 0.12, "thought": 0.04, "story": 0.05, "example": 0.03
+}  # fmt: skip
 # How often a batch is of a task: telling things apart is learned by reading, and takes longest.
-DRAWN = {"look": 0.36, "edit": 0.28, "turns": 0.2, "thought": 0.03, "story": 0.08, "example": 0.05}
+DRAWN = {"look": 0.15, "edit": 0.36, "plan": 0.2, "turns": 0.18, "thought": 0.02, "story": 0.05, "example": 0.04}
 USE_CORRECTED, DROP_TEXT, USE_PLAIN = 0.6, 0.1, 0.4
 PLAIN_TASKS = ("edit",)  # prompts that also come without chat marks, as `"<image>make the star red"`
 MAX_SLOTS = 2560  # of a batch

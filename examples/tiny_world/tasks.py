@@ -38,6 +38,7 @@ FRAME_STEP = 22  # pixels a frame
 MOVE = 30  # pixels that an edit moves a thing
 IN_PLACE = 14  # pixels that a thing's centre may be off
 EDITS = ("recolour", "move", "add", "remove", "replace")
+PLAN = ". What will the picture show?"
 QUESTIONS = ("count", "colour", "position")
 DESCRIBE = ("What is in the picture?", "Describe the picture.", "What do you see?")
 THOUGHTS = ("sum", "difference", "analogy")
@@ -186,6 +187,15 @@ def _replace(rng: np.random.Generator, source: Scene) -> tuple[str, Scene, tuple
     old = source.objects[index]
     new = replace(old, shape=_draw(rng, SHAPES, [thing.shape for thing in source.objects]))
     return f"replace the {_describe(old)} with {article(new.shape)}", _with(source, index, new), (old, new)
+
+
+def sample_plan(rng: np.random.Generator, split: str = "train") -> TaskSample:
+    """An edit that is told instead of drawn: the same understanding, taught by words, at half of the length."""
+    edit = sample_edit(rng, split)
+    source, instruction = (part for part in edit.messages[0]["content"])
+    text = describe(edit.scenes[1])
+    messages = (_message("user", source["image"], instruction["text"], PLAN), _message("assistant", text))
+    return TaskSample("plan", messages, _word_judge(text), scenes=edit.scenes)
 
 
 _EDITS = {"recolour": _recolour, "move": _move, "add": _add, "remove": _remove, "replace": _replace}
@@ -468,6 +478,7 @@ def sample_example(rng: np.random.Generator, split: str = "train") -> TaskSample
 
 TASKS: dict[str, Callable[..., TaskSample]] = {
     "editing": sample_edit,
+    "plan": sample_plan,
     "captioning": sample_caption,
     "question": sample_question,
     "look": sample_look,

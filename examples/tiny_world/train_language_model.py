@@ -137,10 +137,18 @@ class Batches:
 
 
 def batch_loss(
-    model: NextFlowForCausalLM, batch: Batch, whole_vocabulary: bool, text_weight: float = TEXT_WEIGHT
+    model: NextFlowForCausalLM,
+    batch: Batch,
+    whole_vocabulary: bool,
+    text_weight: float = TEXT_WEIGHT,
+    alpha: float | None = None,
 ) -> tuple[torch.Tensor, float, float]:
-    """Loss of a batch, and the plain mean cross-entropies of text and of image codes for the log."""
+    """Loss of a batch, and the plain mean cross-entropies of text and of image codes for the log.
+
+    `alpha` is the model's own by default.
+    """
     config = model.config
+    alpha = float(config.scale_reweight_alpha) if alpha is None else alpha
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(
             input_ids=batch.input_ids,
@@ -164,7 +172,7 @@ def batch_loss(
         config.boi_token_id,
         config.num_scales,
     )
-    weights = scale_loss_weights(groups, batch.labels.shape, hidden.device, float(config.scale_reweight_alpha))
+    weights = scale_loss_weights(groups, batch.labels.shape, hidden.device, alpha)
     code_losses = F.cross_entropy(code_logits.float(), wanted, reduction="none")
     text_loss = F.cross_entropy(text_logits.float(), targets[is_text], reduction="sum") / max(1, int(is_text.sum()))
     num_codes = max(1, len(code_losses))

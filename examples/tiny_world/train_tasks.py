@@ -20,6 +20,7 @@ WARM_UP_STEPS, DECAY_FROM = 40, 0.3
 CURRICULUM = ((0.25, 5), (0.35, 7), (1.0, 8))
 PICTURES = 10  # captions a step and process
 TASK_BATCHES = 2  # of different tasks, a step and process
+TASK_ALPHA = 1.0  # of the scale weights: each scale of an edit counts alike
 PICTURE_MIXTURE = {"shapes": 0.5, "emoji": 0.38, "words": 0.12}
 
 
@@ -57,11 +58,12 @@ def train(
                 group["lr"] = peak * factor
         num_scales = next(scales for until, scales in CURRICULUM if progress < until)
         whole = progress > FULL_VOCABULARY_FROM
-        for batch, text_weight in (
-            (pictures.draw(rng, PICTURES, pictures.config.num_scales, PICTURE_MIXTURE), TEXT_WEIGHT),
-            *((tasks.draw(rng, num_scales), 1.0) for _ in range(TASK_BATCHES)),  # their texts are answers, not captions
-        ):
-            loss, text_loss, code_loss = batch_loss(model, batch, whole, text_weight)
+        batches = [pictures.draw(rng, PICTURES, pictures.config.num_scales, PICTURE_MIXTURE)]
+        batches += [tasks.draw(rng, num_scales) for _ in range(TASK_BATCHES)]
+        for index, batch in enumerate(batches):
+            # The texts of tasks are answers, not captions; what tells things apart is in their coarse scales.
+            text_weight, alpha = (1.0, TASK_ALPHA) if index else (TEXT_WEIGHT, None)
+            loss, text_loss, code_loss = batch_loss(model, batch, whole, text_weight, alpha)
             loss.backward()
             log.setdefault(batch.task, []).append((text_loss, code_loss))
         flat = torch.cat([p.grad.flatten() for p in parameters] + [torch.tensor([spent + time.time() - last])])
