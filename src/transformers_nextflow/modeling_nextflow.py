@@ -92,6 +92,8 @@ class NextFlowPreTrainedModel(WholeCheckpointMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # Not for the precision: quantizers leave these alone, and none can take rows of 40 numbers in groups of 32 or 64.
+    _keep_in_fp32_modules = ["connector", "model.connector"]
     _can_record_outputs = {"hidden_states": Qwen2_5_VLDecoderLayer, "attentions": Qwen2_5_VLAttention}
 
     def resize_token_embeddings(self, *args, **kwargs):
@@ -362,7 +364,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         maps = scale_feature_maps(vectors, schedule, scales, self.config.visual_feature_mode == "accumulated")
         cells = slice(schedule.offsets[scales.start], schedule.offsets[scales.stop])
         scale_of_code = code_coordinates_on(schedule, codes.device)[0][cells]
-        features = self.connector(maps.to(self.scale_embedding.weight.dtype))
+        # Beside fp16 or quantised weights the connector stays in fp32.
+        features = self.connector(maps.to(next(self.connector.parameters()).dtype)).to(self.scale_embedding.weight.dtype)
         # These modules may be on several devices, and the ids on another (`device_map="auto"`).
         features = features + self.scale_embedding(scale_of_code).to(features.device)
         features = features + self._scale_length_embedding(schedule.num_scales, features.device).to(features)
