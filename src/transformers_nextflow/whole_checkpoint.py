@@ -26,9 +26,7 @@ class WholeCheckpointMixin:
             raise ValueError("NextFlow loads safetensors only (pickled weights can run code): drop `use_safetensors`.")
         if getattr(kwargs.get("quantization_config"), "untie_embedding_weights", False):
             # transformers would overwrite the head with the smaller table of text, without a word
-            raise ValueError(
-                "NextFlow's head and input embeddings are not tied: leave `untie_embedding_weights` False."
-            )
+            raise ValueError("NextFlow's head and input embeddings aren't tied: leave `untie_embedding_weights` False.")
         accept_mismatches = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]  # PreTrainedModel's

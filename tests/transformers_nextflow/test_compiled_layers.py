@@ -10,7 +10,7 @@ from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, ScaleCach
 from transformers_nextflow.decoding_state import DecodingState
 
 TEXT, CODES, BOI, PAD = 40, 32, 30, 33
-SCHEDULE = ScaleSchedule(num_scales=12)  # more scales than torch compiles of one function by default
+SCHEDULE = ScaleSchedule(num_scales=10)  # more scales than torch compiles of one function by default
 PROMPTS = torch.tensor([[5, 6, 7, 8, 9, BOI], [PAD, PAD, 10, 11, 12, BOI]])
 MASK = (PROMPTS != PAD).long()
 
