@@ -150,7 +150,7 @@ def test_speed(tmp_path):
         "--device",
         "cpu",
     ]
-    parts = ["floor", "roofline", "growth", "peers", "memory", "training"]
+    parts = ["floor", "roofline", "growth", "peers", "memory", "tokenizer", "start", "training"]
     command = [
         sys.executable,
         str(ROOT / "benchmarks" / "speed.py"),
