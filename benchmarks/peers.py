@@ -163,7 +163,7 @@ def measure_raster(
 ) -> Iterator[Row]:
     """Token by token over scale by scale: measured, beside what this machine's rates say, and what an H100's say.
 
-    Steps are timed at a few lengths of the cache, which stand for all of a grid's. `known` has the largest image's time.
+    Steps are timed at a few lengths of the cache, which stand for all of a grid's. `known` has times of ours.
     """
     raster, size = Raster(config, device, dtype), size_of(config)
     machine = Machine(size, device, dtype, repeats)
