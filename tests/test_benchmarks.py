@@ -167,7 +167,7 @@ def test_speed(tmp_path):
     assert {row["part"] for row in rows} == set(parts)
     assert done.stdout.count("\n| ") == len(rows) + 1
     assert (tmp_path / "table").read_text() == done.stdout
-    for part in ("growth", "peers", "roofline", "training"):
+    for part in ("growth", "peers"):
         assert all(row["ratio"] > 0 for row in rows if row["part"] == part and row["target"]), part
     shares = [row["ratio"] for row in rows if row["name"].endswith("the rest")]
     assert len(shares) == 1
