@@ -1,10 +1,12 @@
 """Growth: seconds over image sizes and batches, beside what the cost model says."""
 
 import statistics
+from collections.abc import Iterator
 
 import torch
-from floor import Cost, Size, image_costs
-from measure import Rates, Row, alternate, make_config, make_model, make_prompt, measure_rates
+from floor import Size
+from measure import PROMPT_LENGTH, Row, alternate, make_config, make_model, make_prompt
+from predict import Machine
 from roofline import draw
 
 from transformers_nextflow import ScaleSchedule
@@ -22,37 +24,30 @@ def size_of(config) -> Size:
     )
 
 
-def predict(costs: list[Cost], rates: Rates) -> float:
-    """Seconds of some steps at a machine's own rates: as long as their FLOPs or their bytes take."""
-    return sum(
-        max((cost.linear + cost.head) / rates.linear + cost.attention / rates.attention, cost.bytes / rates.bandwidth)
-        for cost in costs
-    )
-
-
 def measure(
     schedule: ScaleSchedule, hidden_size: int, num_layers: int, device: str, dtype: torch.dtype, repeats: int
-) -> list[Row]:
+) -> Iterator[Row]:
     """Seconds over those of the smallest case, measured and predicted."""
     config = make_config(hidden_size, num_layers)
-    model, rates = make_model(config, device, dtype), measure_rates(hidden_size, device, dtype, repeats)
+    model, machine = make_model(config, device, dtype), Machine(size_of(config), device, dtype, repeats)
     small = schedule.prefix(min(12, schedule.num_scales))
     cases = {(small, 1): "", (schedule.prefix(min(16, schedule.num_scales)), 1): "", (schedule, 1): ""}
     cases |= {(small, batch): "" for batch in (2, 4, 8)}
     runs = {case: lambda case=case: draw(model, make_prompt(case[1], device), case[0]) for case in cases}
     runs[small, 1]()
     times = {case: statistics.median(values) for case, values in alternate(runs, repeats, device).items()}
-    predicted = {
-        (drawn, batch): predict(image_costs(size_of(config), drawn, True, batch, dtype.itemsize), rates)
-        for drawn, batch in cases
-    }
     first = (small, 1)
-    rows = []
     for drawn, batch in cases:
         if (drawn, batch) == first:
             continue
         growth = times[drawn, batch] / times[first]
+        predicted = {case: machine.image(case[0], PROMPT_LENGTH, case[1]) for case in ((drawn, batch), first)}
         expected = predicted[drawn, batch] / predicted[first]
-        name = f"growth to {drawn.height} x {drawn.width}, batch {batch}, {dtype}".replace("torch.", "")
-        rows.append(Row(name, f"{growth:.3g} times", f"{expected:.3g} by FLOPs", growth / expected, "0.9 to 1.1"))
-    return rows
+        name = f"growth to {drawn.height} x {drawn.width}, batch {batch}, {num_layers} layers, {dtype}"
+        yield Row(
+            f"{name}: {times[drawn, batch]:.3g} s, {predicted[drawn, batch]:.3g} predicted".replace("torch.", ""),
+            f"{growth:.3g} times",
+            f"{expected:.3g} by FLOPs",
+            growth / expected,
+            "0.9 to 1.1",
+        )

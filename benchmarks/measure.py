@@ -200,25 +200,22 @@ class Row(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What this machine does with bare operations of one dtype: FLOP/s, and bytes/s of weights read for two rows."""
+    """What this machine does with bare operations of one dtype: FLOP/s."""
 
     linear: float
     attention: float
-    bandwidth: float
 
 
 def measure_rates(hidden_size: int, device: str, dtype: torch.dtype, repeats: int) -> Rates:
-    """Rates at the shapes of a large scale: 1024 rows, 1024 queries on 4096 keys; two rows on 256 MB of weights."""
+    """Rates at large shapes: 1024 rows, 1024 queries on 4096 keys."""
     inter = round(hidden_size * 8 / 3 / 128) * 128
     rows = torch.randn(1024, hidden_size, device=device).to(dtype)
     up = torch.randn(inter, hidden_size, device=device).to(dtype)
-    large = torch.randn(2**28 // rows.element_size() // hidden_size, hidden_size, device=device).to(dtype)
     query = torch.randn(1, 1024, hidden_size // 128, 128, device=device).to(dtype).transpose(1, 2)
     key = torch.randn(1, hidden_size // 128, 4096, 128, device=device).to(dtype)
     runs = {
         "linear": lambda: F.linear(rows, up),
         "attention": lambda: F.scaled_dot_product_attention(query, key, key),
-        "bandwidth": lambda: F.linear(rows[:2], large),
     }
     with torch.no_grad():
         alternate(runs, 1, device)
@@ -226,7 +223,6 @@ def measure_rates(hidden_size: int, device: str, dtype: torch.dtype, repeats: in
     return Rates(
         2 * rows.numel() * inter / times["linear"],
         4 * query.numel() * key.shape[2] / times["attention"],
-        large.nbytes / times["bandwidth"],
     )
 
 

@@ -1,13 +1,15 @@
 """Speed and memory: one command, one table of ratios, markdown and JSON. README.md says what each row means.
 
 python benchmarks/speed.py                                       # everything, at sizes for two CPU cores
-python benchmarks/speed.py roofline --num-layers 8 --dtype float32 bfloat16
+python benchmarks/speed.py roofline --num-layers 8 --dtype float32 bfloat16 --json rows.json --markdown rows.md
 python benchmarks/speed.py --device cuda --dtype bfloat16 --hidden-size 3584 --num-layers 28
 """
 
 import argparse
 import json
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterable
 
 import floor
 import growth
@@ -22,6 +24,11 @@ import training
 
 from transformers_nextflow import ScaleSchedule
 
+# What two CPU cores measure five times in half an hour; options overrule it. Peers need layers enough that the head,
+# which only ours has, is a small part.
+NUM_LAYERS = {"roofline": 8, "growth": 2, "peers": 4, "memory": 4, "training": 2}
+DTYPES = {"roofline": ["float32", "bfloat16"], "peers": ["bfloat16"]}
+SIZES = {"memory": 512}
 PARTS = ("floor", "roofline", "growth", "peers", "memory", "tokenizer", "start", "training")
 
 
@@ -29,13 +36,16 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"any of {', '.join(PARTS)}; all by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], help="a part's own by default"
+    )
     parser.add_argument("--hidden-size", type=int, default=1024)
-    parser.add_argument("--num-layers", type=int, default=8)
-    parser.add_argument("--size", type=int, default=1024, help="pixels a side of the largest image")
+    parser.add_argument("--num-layers", type=int, help="a part's own by default, 2 to 8")
+    parser.add_argument("--size", type=int, help="pixels a side of the largest image; 1024, and 512 for memory")
     parser.add_argument("--repeats", type=int, default=5, help="runs that medians are taken of")
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: for a machine that others use")
-    parser.add_argument("--json", help="file for the rows, too")
+    parser.add_argument("--json", help="file for the rows, written anew after each")
+    parser.add_argument("--markdown", help="file for the table, written row by row")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"unknown parts {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
@@ -44,40 +54,49 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def rows_of(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callable[[], list[measure.Row]]]:
-    schedule = ScaleSchedule.from_size(options.size, options.size)
-    model = (options.hidden_size, options.num_layers, options.device, dtype)
+def rows_of(options: argparse.Namespace, part: str, dtype: torch.dtype) -> Iterable[measure.Row]:
+    size = options.size or SIZES.get(part, 1024)
+    schedule = ScaleSchedule.from_size(size, size)
+    model = (options.hidden_size, options.num_layers or NUM_LAYERS.get(part, 8), options.device, dtype)
     timed = (*model, options.repeats)
-    return {
+    parts: dict[str, Callable[[], Iterable[measure.Row]]] = {
         "floor": floor.measure,
         "roofline": lambda: roofline.measure(schedule, *timed),
         "growth": lambda: growth.measure(schedule, *timed),
         "peers": lambda: peers.measure(schedule, *timed),
         "memory": lambda: memory.measure(schedule, *model),
-        "tokenizer": lambda: tokenizer.measure(options.size, options.device, dtype, options.repeats),
+        "tokenizer": lambda: tokenizer.measure(size, options.device, dtype, options.repeats),
         "start": lambda: start.measure(options.repeats),
         "training": lambda: training.measure(*timed),
     }
+    return parts[part]()
 
 
 def main():
     options = parse_options()
     measure.use_clock(options.clock)
-    print(
-        f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, {options.clock} time, ",
-        end="",
-    )
-    print(f"median of {options.repeats}\n\n| row | measured | beside | ratio | target |\n|---|---|---|---:|---|")
-    rows = []
+    machine = f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, {options.clock} time"
+    rows: list[dict] = []
+
+    def write(text: str, mode: str = "a"):
+        print(text, flush=True)
+        if options.markdown:
+            with open(options.markdown, mode) as file:
+                file.write(text + "\n")
+
+    write(f"{machine}, median of {options.repeats}\n", "w")
+    write("| row | measured | beside | ratio | target |\n|---|---|---|---:|---|")
     for part in options.parts or PARTS:
-        dtypes = options.dtype if part not in ("floor", "start") else options.dtype[:1]
-        for dtype in dtypes:
-            for row in rows_of(options, getattr(torch, dtype))[part]():
-                print(row.markdown(), flush=True)
-                rows.append({"part": part, **row._asdict()})
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"torch": torch.__version__, **vars(options), "rows": rows}, file, indent=1)
+        dtypes = options.dtype or DTYPES.get(part, ["float32"])
+        for dtype in dtypes if part not in ("floor", "start") else dtypes[:1]:
+            begin = time.perf_counter()
+            for row in rows_of(options, part, getattr(torch, dtype)):
+                write(row.markdown())
+                rows.append({"part": part, "dtype": dtype, **row._asdict()})
+                if options.json:  # after each row: a run that is cut short loses nothing
+                    with open(options.json, "w") as file:
+                        json.dump({"machine": machine, **vars(options), "rows": rows}, file, indent=1)
+            print(f"{part}, {dtype}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

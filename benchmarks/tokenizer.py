@@ -1,4 +1,4 @@
-"""Image tokenizer: encoding and decoding a picture, whole and in tiles, a megapixel."""
+"""Image tokenizer: encoding and decoding a picture, whole and in strips, a megapixel."""
 
 import statistics
 
@@ -17,10 +17,17 @@ def measure(size: int, device: str, dtype: torch.dtype, repeats: int) -> list[Ro
     pixels = (torch.rand(1, 3, size, size) * 2 - 1).to(device)
     encoded = tokenizer.encode(pixels)
     features = encoded.quantized
+
+    def decode_in_strips():
+        tokenizer.enable_tiling()
+        tokenizer.decode(encoded.codes, encoded.image_grid_shw)
+        tokenizer.disable_tiling()
+
     runs = {
         "encode": lambda: tokenizer.encode(pixels),
         "quantize": lambda: tokenizer.quantize(features, schedule),
         "decode": lambda: tokenizer.decode(encoded.codes, encoded.image_grid_shw),
+        "strips": decode_in_strips,
     }
     times = {name: statistics.median(values) for name, values in alternate(runs, repeats, device).items()}
     megapixels = size * size / 1e6
@@ -34,4 +41,10 @@ def measure(size: int, device: str, dtype: torch.dtype, repeats: int) -> list[Ro
             times["quantize"] / times["encode"],
         ),
         Row(f"{name}: decode", f"{times['decode'] / megapixels:.3g} s a megapixel", "", 0.0),
+        Row(
+            f"{name}: decode in strips",
+            f"{times['strips']:.3g} s",
+            f"{times['decode']:.3g} s whole",
+            times["strips"] / times["decode"],
+        ),
     ]

@@ -102,6 +102,39 @@ def test_a_floor_is_the_longer_of_flops_and_bytes(benchmarks):
     assert floor_seconds(costs, flops=10, bandwidth=10) == 10 + 100
 
 
+@pytest.mark.parametrize(("batch_size", "num_scales"), [(1, 5), (2, 12), (8, 12)])
+def test_a_prediction_counts_all_that_is_in_the_cost_model(benchmarks, batch_size, num_scales):
+    import measure
+    import torch
+    from floor import image_costs
+    from growth import size_of
+    from predict import Machine
+
+    class Counter(Machine):
+        """A machine that does one FLOP a second."""
+
+        _linear = lambda self, slots: 2 * slots * self.size.num_layers * self.size.layer_parameters  # noqa: E731
+        _head = lambda self, slots: 2 * slots * self.size.hidden_size * self.size.codebook_size  # noqa: E731
+        _attention = lambda self, n, length: 4 * n * length * self.size.hidden_size * self.size.num_layers  # noqa: E731
+        sampling = overhead = lambda self: 0
+
+    size, schedule = size_of(measure.make_config(128, 2, codebook_size=64)), ScaleSchedule(num_scales=num_scales)
+    costs = image_costs(size, schedule, guided=True, batch_size=batch_size)
+    counted = Counter(size, "cpu", torch.float32, 1).image(schedule, measure.PROMPT_LENGTH, batch_size)
+    # Of the first scale the prediction has one code, the cost model one a prompt.
+    assert counted == pytest.approx(sum(cost.flops for cost in costs), rel=1e-3)
+
+
+def test_a_token_reads_what_a_cache_holds(benchmarks):
+    import torch
+    from growth import size_of
+    from measure import make_config
+    from predict import Machine
+
+    machine = Machine(size_of(make_config(128, 2, codebook_size=64)), "cpu", torch.float32, 3)
+    assert machine.token(20000) > 5 * machine.token(20)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak of a process")
 def test_speed(tmp_path):
@@ -119,7 +152,7 @@ def test_speed(tmp_path):
         "--device",
         "cpu",
     ]
-    parts = ["floor", "roofline", "growth", "peers", "memory", "training"]
+    parts = ["floor", "roofline", "growth", "peers", "memory", "tokenizer", "start", "training"]
     command = [
         sys.executable,
         str(ROOT / "benchmarks" / "speed.py"),
@@ -127,12 +160,17 @@ def test_speed(tmp_path):
         *options,
         "--json",
         str(tmp_path / "rows"),
+        "--markdown",
+        str(tmp_path / "table"),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows").read_text())["rows"]
     assert {row["part"] for row in rows} == set(parts)
     assert done.stdout.count("\n| ") == len(rows) + 1
+    assert (tmp_path / "table").read_text() == done.stdout
+    for part in ("growth", "peers"):
+        assert all(row["ratio"] > 0 for row in rows if row["part"] == part and row["target"]), part
     shares = [row["ratio"] for row in rows if row["name"].endswith("the rest")]
     assert len(shares) == 1
     assert 0 < shares[0] < 1

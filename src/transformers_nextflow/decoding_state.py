@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.generation import CompileConfig
 
 from .scale_schedule import ScaleSchedule
 from .token_layout import scale_position_ids
@@ -26,10 +27,18 @@ class DecodingState:
         num_rows (`int`): B.
         cache (`Cache`, *optional*): An empty cache; a `DynamicCache` by default.
         device (`torch.device`, *optional*): Of the ids; the model's by default.
+        compile_config (`CompileConfig`, *optional*): Compiles the layers of scale steps; needs a [`ScaleCache`].
     """
 
-    def __init__(self, model: Any, num_rows: int, cache: Cache | None = None, device: torch.device | None = None):
-        self.model = model
+    def __init__(
+        self,
+        model: Any,
+        num_rows: int,
+        cache: Cache | None = None,
+        device: torch.device | None = None,
+        compile_config: CompileConfig | None = None,
+    ):
+        self.model, self.compile_config = model, compile_config
         self.cache = DynamicCache(config=model.config) if cache is None else cache
         device = model.device if device is None else device
         self.mask = torch.ones(num_rows, 0, dtype=torch.long, device=device)
@@ -105,6 +114,7 @@ class DecodingState:
             use_cache=True,
             scale_index=scale_index,
             code_sampler=code_sampler,
+            compile_config=self.compile_config,
         ).image_codes
 
     def select(self, rows: torch.Tensor) -> None:

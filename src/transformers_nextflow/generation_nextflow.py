@@ -261,10 +261,11 @@ class NextFlowGenerationMixin(_GenerationMixin):
                 Image mode takes `attention_mask` `(B, L)`, `image_grid_shw` `(num_images, 3)` (for images in the
                 prompts), `do_sample` (*defaults to `True`* for images), `num_return_sequences` (images a prompt),
                 `past_key_values` (an empty cache), `cache_implementation` (`"preallocated"`, the default,
-                `"quantized"` for 8 bits, `"dynamic"`, `"static"` or an offloaded one), `pad_token_id`,
-                `stopping_criteria` (asked after each scale; when all rows say so the images end with that scale),
-                `return_dict_in_generate`, `return_past_key_values` (False saves memory if nothing goes on from the
-                image) and `streamer` (which gets nothing but its `end()`); it ignores lengths and
+                `"quantized"` for 8 bits, `"dynamic"`, `"static"` or an offloaded one), `compile_config` (a
+                `CompileConfig` compiles the layers once for each scale; `disable_compile` overrules it),
+                `pad_token_id`, `stopping_criteria` (asked after each scale; when all rows say so the images end with
+                that scale), `return_dict_in_generate`, `return_past_key_values` (False saves memory if nothing goes on
+                from the image) and `streamer` (which gets nothing but its `end()`); it ignores lengths and
                 other stopping. Interleaved mode and `thinking` take those but for the cache, and what shapes text:
                 `max_new_tokens` (text tokens a row, 256 by default), `do_sample` (text is greedy by default, images
                 sampled), `temperature`, `top_k`, `top_p`, `repetition_penalty`, `logits_processor`, `eos_token_id`;
@@ -465,6 +466,9 @@ class NextFlowGenerationMixin(_GenerationMixin):
         return_cache = setting("return_past_key_values", True)
         keeps_cache = past_key_values is not None or (return_dict and return_cache)
         cache_implementation = setting("cache_implementation", "preallocated")
+        compile_config = setting("compile_config")
+        if setting("disable_compile", False):
+            compile_config = None
         if setting("num_beams", 1) > 1:
             raise ValueError(
                 "Image mode can't search with beams: leave `num_beams` at 1 (`num_return_sequences` draws more)."
@@ -495,9 +499,14 @@ class NextFlowGenerationMixin(_GenerationMixin):
         cache = self._image_cache(past_key_values, cache_implementation, length, num_unstored)
         if isinstance(cache, ScaleCache):
             cache.set_padding(None if mask.all() else mask)
+        elif compile_config is not None:
+            raise ValueError(
+                'Only steps on a `ScaleCache` are compiled: use `cache_implementation="preallocated"` (the default) or '
+                '"quantized", or turn `compile_config` off with `disable_compile=True`.'
+            )
         generators = make_generators(generator, len(prompt_ids) * num_images, ids.device)
         should_stop = _stop_check(stopping_criteria)
-        state = DecodingState(self, len(ids), cache, ids.device)
+        state = DecodingState(self, len(ids), cache, ids.device, compile_config)
         logits = state.run(ids, None if mask.all() else mask, grids, visual_logits=True)
         # The prompts were run once; from here on every image (or shared prefix) has its row in each branch.
         rows = torch.arange(len(ids), device=ids.device).repeat_interleave(num_images // sharing[1])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import CompileConfig
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
@@ -27,6 +28,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .compiled_layers import compiled_layer
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
 from .head_loss import head_cross_entropy, is_plain_linear
@@ -92,6 +94,8 @@ class NextFlowPreTrainedModel(WholeCheckpointMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # Not for the precision: quantizers leave these alone, and none can take rows of 40 numbers in groups of 32 or 64.
+    _keep_in_fp32_modules = ["connector", "model.connector"]
     _can_record_outputs = {"hidden_states": Qwen2_5_VLDecoderLayer, "attentions": Qwen2_5_VLAttention}
 
     def resize_token_embeddings(self, *args, **kwargs):
@@ -148,6 +152,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         use_cache: bool | None = None,
         scale_index: int | None = None,
         seq_idx: torch.LongTensor | None = None,
+        compile_config: CompileConfig | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         r"""
@@ -169,6 +174,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
             seq_idx (`torch.LongTensor` of shape `(B, L)`, *optional*):
                 Packed rows: the number of the sequence that each slot belongs to. Sequences don't see each other, and
                 positions restart where it changes. Padding is a sequence of its own, so there is no `attention_mask`.
+            compile_config (`CompileConfig`, *optional*):
+                With `scale_index` and a [`ScaleCache`]: compiles the layers, once for each length of a scale.
 
         Raises:
             `ValueError`: if ids, grids and arguments don't fit each other.
@@ -236,8 +243,14 @@ class NextFlowModel(NextFlowPreTrainedModel):
             )
 
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        run_layer = _call
+        if scale_index is not None and compile_config is not None and isinstance(past_key_values, ScaleCache):
+            run_layer = compiled_layer(compile_config)
+            groups = ScaleCache.equal_groups(groups or [RowGroup(0, len(hidden_states), 0)])
         if groups is not None:
-            hidden_states = self._run_groups(groups, hidden_states, position_embeddings, past_key_values, **kwargs)
+            hidden_states = self._run_groups(
+                groups, hidden_states, position_embeddings, past_key_values, run_layer, attention_mask=mask, **kwargs
+            )
         for layer in self.layers if groups is None else ():
             hidden_states = layer(
                 hidden_states,
@@ -253,7 +266,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
         )
 
     def _run_groups(
-        self, groups: list[RowGroup], hidden_states: torch.Tensor, position_embeddings, cache: Any, **kwargs
+        self,
+        groups: list[RowGroup],
+        hidden_states: torch.Tensor,
+        position_embeddings,
+        cache: Any,
+        run_layer: Callable[..., torch.Tensor],
+        **kwargs,
     ) -> torch.Tensor:
         """The layers on a few rows at a time: no mask, and less memory than for all. `(B, n, H)` to `(B, n, H)`."""
         rows = [slice(group.start, group.stop) for group in groups]
@@ -262,9 +281,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
         caches = [CacheRows(cache, group) for group in groups]
         for layer in self.layers:
             for i, cache_rows in enumerate(caches):
-                states[i] = layer(
+                states[i] = run_layer(
+                    layer,
                     states[i],
-                    attention_mask=None,
                     position_embeddings=embeddings[i],
                     past_key_values=cache_rows,
                     use_cache=True,
@@ -362,7 +381,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
         maps = scale_feature_maps(vectors, schedule, scales, self.config.visual_feature_mode == "accumulated")
         cells = slice(schedule.offsets[scales.start], schedule.offsets[scales.stop])
         scale_of_code = code_coordinates_on(schedule, codes.device)[0][cells]
-        features = self.connector(maps.to(self.scale_embedding.weight.dtype))
+        # Beside fp16 or quantised weights the connector stays in fp32.
+        features = self.connector(maps.to(next(self.connector.parameters()).dtype)).to(
+            self.scale_embedding.weight.dtype
+        )
         # These modules may be on several devices, and the ids on another (`device_map="auto"`).
         features = features + self.scale_embedding(scale_of_code).to(features.device)
         features = features + self._scale_length_embedding(schedule.num_scales, features.device).to(features)
@@ -559,6 +581,10 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         if is_plain_linear(head):
             return F.linear(hidden_states, head.weight[first:])
         return head(hidden_states)[..., first:]
+
+
+def _call(layer: nn.Module, *args, **kwargs) -> torch.Tensor:
+    return layer(*args, **kwargs)
 
 
 def _row_groups(cache: Cache | None, attention_mask, hidden_states: torch.Tensor) -> list[RowGroup] | None:

@@ -3,6 +3,7 @@
 Letters: R rows, h key-value heads, L slots, d width of a head.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -47,15 +48,18 @@ class Workspace:
     def __init__(self):
         self.buffers: dict[Any, torch.Tensor] = {}
 
-    def get(self, like: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two buffers `(R, h, length, d)` of the device, dtype and other sizes of `like`."""
-        rows, heads, _, width = like.shape
-        needed = 2 * rows * heads * length * width
-        key = (like.device, like.dtype)
+    def get(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two buffers of a shape `(R, h, length, d)`, views as those of a layer are."""
+        *rows, length, width = shape
+        with_spare = (*rows, length + 1, width)
+        needed = 2 * math.prod(with_spare)
+        key = (device, dtype)
         if key not in self.buffers or self.buffers[key].numel() < needed:
             self.buffers.pop(key, None)
-            self.buffers[key] = like.new_empty(needed)
-        keys, values = self.buffers[key][:needed].view(2, rows, heads, length, width)
+            self.buffers[key] = torch.empty(needed, dtype=dtype, device=device)
+        keys, values = self.buffers[key][:needed].view(2, *with_spare)[..., :length, :]
         return keys, values
 
 
@@ -85,7 +89,8 @@ class ScaleCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _allocate(self, rows: int, heads: int, width: int):
-        shape = (rows, heads, max(self.capacity - self.num_unstored, self.length), width)
+        # With a spare slot what is read is always a view with gaps: a compiler would make another graph of one without.
+        shape = (rows, heads, max(self.capacity - self.num_unstored, self.length) + 1, width)
         dtype = self.dtype if self.storage is None else getattr(torch, self.storage)
         self._buffers = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(2)]
         self._factors: list[torch.Tensor | None] = [None, None]
@@ -108,28 +113,45 @@ class ScaleCacheLayer(CacheLayerMixin):
 
     def update_rows(self, group: RowGroup, *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds keys and values of some rows; returns theirs, without padding. [`advance`] comes after the last rows."""
-        length, new = self.length, states[0].shape[-2]
-        stored = length + new <= self.capacity - self.num_unstored
-        if not stored and not self.num_unstored:
-            self._grow(length + new)
-            stored = True
-        rows = slice(group.start, group.stop)
-        if stored:
-            for buffer, factors, state in zip(self._buffers, self._factors, states, strict=True):
-                self._write(buffer, factors, rows, slice(length, length + new), state)
-            if self.as_read:
-                keys, values = (buffer[rows, :, group.padding : length + new] for buffer in self._buffers)
-                return keys, values
-        spaces = self.workspace.get(states[0], length + new - group.padding)
-        past = length - group.padding
-        for space, buffer, factors, state in zip(spaces, self._buffers, self._factors, states, strict=True):
-            old = buffer[rows, :, group.padding : length]
-            if factors is None:
-                space[:, :, :past] = old
-            else:
-                space[:, :, :past] = Int8(old, factors[rows, :, group.padding : length]).read(space.dtype)
-            space[:, :, past:] = state
+        new = states[0].shape[-2]
+        spaces = self.open_rows(group, new)
+        for space, state in zip(spaces, states, strict=True):
+            space[:, :, space.shape[2] - new :] = state
+        self.close_rows(group, new, spaces)
         return spaces
+
+    def open_rows(self, group: RowGroup, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of some rows, without padding, as attention reads them: the last `new` are to be written.
+
+        [`close_rows`] must come before the next layer's are opened.
+        """
+        rows, slots = slice(group.start, group.stop), slice(group.padding, self.length)
+        if self._stores(new) and self.as_read:
+            keys, values = (buffer[rows, :, group.padding : self.length + new] for buffer in self._buffers)
+            return keys, values
+        _, heads, _, width = self._buffers[0].shape
+        past = self.length - group.padding
+        spaces = self.workspace.get((group.stop - group.start, heads, past + new, width), self.dtype, self.device)
+        for space, buffer, factors in zip(spaces, self._buffers, self._factors, strict=True):
+            old = buffer[rows, :, slots]
+            space[:, :, :past] = old if factors is None else Int8(old, factors[rows, :, slots]).read(space.dtype)
+        return spaces
+
+    def close_rows(self, group: RowGroup, new: int, spaces: tuple[torch.Tensor, torch.Tensor]):
+        """Keeps what was written into the end of the spaces, if it is kept at all."""
+        if not self._stores(new) or self.as_read:
+            return
+        rows, slots = slice(group.start, group.stop), slice(self.length, self.length + new)
+        for buffer, factors, space in zip(self._buffers, self._factors, spaces, strict=True):
+            self._write(buffer, factors, rows, slots, space[:, :, space.shape[2] - new :])
+
+    def _stores(self, new: int) -> bool:
+        """Whether the next `new` slots are kept; there is room for them then."""
+        fits = self.length + new <= self.capacity - self.num_unstored
+        if not fits and not self.num_unstored:
+            self._grow(self.length + new)
+            fits = True
+        return fits
 
     def _write(self, buffer, factors, rows: slice, slots: slice, state: torch.Tensor):
         if factors is not None:
@@ -240,6 +262,16 @@ class ScaleCache(Cache):
                 groups.append(RowGroup(row, row + 1, number))
         return None if len(groups) == 1 and not groups[0].padding else groups
 
+    @staticmethod
+    def equal_groups(groups: list[RowGroup]) -> list[RowGroup]:
+        """The same rows in groups of one size, for code that is compiled for a number of rows."""
+        size = math.gcd(*(group.stop - group.start for group in groups))
+        return [
+            RowGroup(start, start + size, group.padding)
+            for group in groups
+            for start in range(group.start, group.stop, size)
+        ]
+
     def advance(self, number: int):
         """Counts slots that all rows of all layers have."""
         for layer in self.layers:
@@ -261,3 +293,25 @@ class CacheRows:
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds keys and values of the rows; returns theirs."""
         return self.layers[layer_idx].update_rows(self.group, key_states, value_states)
+
+    def open(self, layer_idx: int, number: int) -> "OpenRows":
+        """Keys and values of the rows, to which a compiled layer adds `number`; [`close`] comes next."""
+        return OpenRows(*self.layers[layer_idx].open_rows(self.group, number))
+
+    def close(self, layer_idx: int, number: int, rows: "OpenRows"):
+        """Keeps what a layer added."""
+        self.layers[layer_idx].close_rows(self.group, number, rows)
+
+
+class OpenRows(NamedTuple):
+    """A layer's cache as tensors alone, `(R, h, length, d)` each: compiled code writes the last slots and reads all."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes keys and values; returns all. The layer's index is not read, so that one graph serves all layers."""
+        number = key_states.shape[-2]
+        self.keys[:, :, -number:] = key_states
+        self.values[:, :, -number:] = value_states
+        return self.keys, self.values

@@ -18,12 +18,15 @@ class WholeCheckpointMixin:
 
         Raises:
             `ValueError`: if weights are missing or of another size (pass `ignore_mismatched_sizes=True` to initialise
-            the latter anew), or if the checkpoint holds pickled weights only.
+            the latter anew), if the checkpoint holds pickled weights only, or if quantisation is to untie embeddings.
         """
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
         if not kwargs["use_safetensors"]:
             raise ValueError("NextFlow loads safetensors only (pickled weights can run code): drop `use_safetensors`.")
+        if getattr(kwargs.get("quantization_config"), "untie_embedding_weights", False):
+            # transformers would overwrite the head with the smaller table of text, without a word
+            raise ValueError("NextFlow's head and input embeddings aren't tied: leave `untie_embedding_weights` False.")
         accept_mismatches = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]  # PreTrainedModel's
