@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -269,6 +270,7 @@ def main():
     parser.add_argument("--easy", type=int, default=40, help="held-out prompts of the other kinds")
     parser.add_argument("--plot", type=Path, help="reward curves, as a picture")
     parser.add_argument("--rollout-speed", action="store_true", help="only compare rollouts with `generate` alone")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each as wide as OMP_NUM_THREADS says")
     parser.add_argument("--run", nargs=2, metavar=("VARIANT", "SEED"), help="run only this one, here")
     options = parser.parse_args()
     if options.rollout_speed:
@@ -286,17 +288,20 @@ def main():
         (folder / "result.json").write_text(json.dumps(result))
         return
     results: dict[str, dict[int, dict]] = {"base": {}, **{variant: {} for variant in options.variants}}
-    for seed in options.seeds:
-        for variant in results:
-            file = folder_of(variant, seed) / "result.json"
-            if not file.exists():
-                done = subprocess.run([sys.executable, *sys.argv, "--run", variant, str(seed)])
-                if done.returncode:
-                    raise SystemExit(f"The run of {variant!r} with seed {seed} failed.")
-            results[variant][seed] = json.loads(file.read_text())
-            print(
-                variant, seed, {k: v for k, v in results[variant][seed].items() if not isinstance(v, list)}, flush=True
-            )
+
+    def finished(variant: str, seed: int) -> dict:
+        file = folder_of(variant, seed) / "result.json"
+        if not file.exists():
+            done = subprocess.run([sys.executable, *sys.argv, "--run", variant, str(seed)])
+            if done.returncode:
+                raise SystemExit(f"The run of {variant!r} with seed {seed} failed.")
+        return json.loads(file.read_text())
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        order = [(variant, seed) for seed in options.seeds for variant in results]
+        for (variant, seed), result in zip(order, pool.map(lambda pair: finished(*pair), order), strict=True):
+            results[variant][seed] = result
+            print(variant, seed, {k: v for k, v in result.items() if not isinstance(v, list)}, flush=True)
     results["reconstructions"] = {0: ceiling(options)}
     print(table(results))
     if options.plot:
