@@ -300,7 +300,7 @@ def sample_look(rng: np.random.Generator, split: str = "train") -> TaskSample:
 
     Many answers to a picture teach more than one: telling things apart is what takes longest to learn.
     """
-    kind = str(rng.choice(list(_LOOKS), p=[0.08, 0.16, 0.24, 0.24, 0.28]))
+    kind = str(rng.choice(list(_LOOKS), p=[0.24, 0.12, 0.28, 0.16, 0.2]))
     scene = _crowd(rng, split) if kind == "crowd" else sample_scene(rng, split, kind)
     asked = {_ask(rng, scene, str(question)) for question in rng.permutation(_LOOKS[kind])}
     if kind != "crowd":
