@@ -106,6 +106,14 @@ class NextFlowPreTrainedModel(WholeCheckpointMixin, PreTrainedModel):
         )
 
 
+class Connector(nn.Sequential):
+    """Features to input slots, in its own dtype: fp32 beside fp16 or quantised weights; PEFT's copy has another."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        first: Any = self[0]
+        return super().forward(input.to(first.weight.dtype))
+
+
 class NextFlowModel(NextFlowPreTrainedModel):
     """Qwen2.5-VL's text layers on NextFlow's input view: embeddings, positions and masks are all made here."""
 
@@ -119,7 +127,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         self.norm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen2_5_VLRotaryEmbedding(config)  # type: ignore[arg-type]  # it reads text fields only
         self.visual_codebook = nn.Embedding(config.visual_codebook_size, config.visual_code_dim)
-        self.connector = nn.Sequential(
+        self.connector = Connector(
             nn.Linear(config.visual_code_dim, config.hidden_size),
             nn.GELU(),
             nn.Linear(config.hidden_size, config.hidden_size),
@@ -381,12 +389,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
         maps = scale_feature_maps(vectors, schedule, scales, self.config.visual_feature_mode == "accumulated")
         cells = slice(schedule.offsets[scales.start], schedule.offsets[scales.stop])
         scale_of_code = code_coordinates_on(schedule, codes.device)[0][cells]
-        # Beside fp16 or quantised weights the connector stays in fp32.
-        features = self.connector(maps.to(next(self.connector.parameters()).dtype)).to(
-            self.scale_embedding.weight.dtype
-        )
+        features = self.connector(maps).to(
+            self.embed_tokens.weight.dtype
+        )  # as text, whatever dtypes these modules have
         # These modules may be on several devices, and the ids on another (`device_map="auto"`).
-        features = features + self.scale_embedding(scale_of_code).to(features.device)
+        features = features + self.scale_embedding(scale_of_code).to(features)
         features = features + self._scale_length_embedding(schedule.num_scales, features.device).to(features)
         return features.to(codes.device)
 

@@ -126,3 +126,16 @@ def test_in_float16_the_connector_stays_in_float32(original):
     assert draw(model).shape == (1, PROMPT.shape[1] + SCHEDULE.num_tokens)
     ids, expected = original
     assert F.cosine_similarity(visual_logits(model, ids), expected, dim=-1).mean() > 0.9999
+
+
+def test_adapters_may_be_in_another_dtype():
+    """On quantised weights TRL trains adapters, and the modules that are saved with them, in bfloat16."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["connector", "scale_embedding"])
+    model = peft.get_peft_model(load(), settings)
+    before = draw(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    assert draw(model).shape == before.shape
+    assert visual_logits(model, before).isfinite().all()
