@@ -71,31 +71,30 @@ def main(arguments: list[str] | None = None) -> NextFlowSFTTrainer:
     data, settings, model_config = TrlParser((Data, NextFlowSFTConfig, ModelConfig)).parse_args_and_config(arguments)
     path = model_config.model_name_or_path or str(tiny_checkpoint())
     processor = NextFlowProcessor.from_pretrained(path)
-    quantization = get_quantization_config(model_config)
-    if quantization is not None:  # small, read by every code, and trained whole: not worth four bits
-        quantization.llm_int8_skip_modules = ["lm_head", "model.connector"]
     model = NextFlowForCausalLM.from_pretrained(
         path,
         revision=model_config.model_revision,
         dtype=model_config.dtype,
         attn_implementation=model_config.attn_implementation,
-        quantization_config=quantization,
+        quantization_config=get_quantization_config(model_config),
     )
-    model.config.image_tokenizer_hash = hash_image_tokenizer(processor.image_tokenizer)  # codes of others are refused
+    if processor.image_tokenizer is not None:  # codes of others are refused
+        model.config.image_tokenizer_hash = hash_image_tokenizer(processor.image_tokenizer)
     # The command line and YAML give text; `true` is the last checkpoint of `--output_dir`.
     checkpoint: Any = settings.resume_from_checkpoint
     checkpoint = {"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint)
+    with settings.main_process_first(desc="encoding"):  # the others find what it encoded
+        samples = load_samples(data, processor)
     trainer = NextFlowSFTTrainer(
         model,
         settings,
-        train_dataset=load_samples(data, processor),
+        train_dataset=samples,
         processing_class=processor.tokenizer,
         peft_config=get_peft_config(model_config),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    if (
-        trainer.is_fsdp_enabled
-    ):  # checkpoints stay in shards, which `save_model` would not gather: it would save nothing
+    if trainer.is_fsdp_enabled:
+        # Checkpoints stay in shards, which `save_model` would not gather: it would save nothing.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     if not model_config.use_peft and trainer.is_world_process_zero():

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,36 @@ def test_codes_of_another_image_tokenizer_are_refused(tmp_path, tiny_random_chec
     options = ["--model_name_or_path", str(tiny_random_checkpoint), "--output_dir", str(tmp_path / "out"), *CPU]
     with pytest.raises(ValueError, match=f"come from the image tokenizer {sample['image_tokenizer_hash']}, but"):
         sft.main(["--codes", str(tmp_path / "codes"), *options])
+
+
+def test_a_checkpoint_without_an_image_tokenizer_trains_on_codes(tmp_path, tiny_random_checkpoint):
+    processor = NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
+    image = [{"type": "image", "image": Image.new("RGB", (80, 80))}]
+    sample = encode_messages([{"role": "assistant", "content": image}], processor)
+    Dataset.from_list([sample]).save_to_disk(tmp_path / "codes")
+    NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint).save_pretrained(tmp_path / "model")
+    processor.image_tokenizer = None
+    processor.save_pretrained(tmp_path / "model")
+    options = ["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out"), *CPU]
+    trainer = sft.main(["--codes", str(tmp_path / "codes"), "--max_steps", "1", *options])
+    assert trainer.model.config.image_tokenizer_hash == sample["image_tokenizer_hash"]
+
+
+def test_the_main_process_encodes_first(run, monkeypatch):
+    """The other ranks find the codes that it made; at once all of them would encode every picture."""
+    order = []
+
+    @contextmanager
+    def main_process_first(*args, **kwargs):
+        order.append("wait")
+        yield
+        order.append("go on")
+
+    load = sft.load_samples
+    monkeypatch.setattr(sft.NextFlowSFTConfig, "main_process_first", main_process_first)
+    monkeypatch.setattr(sft, "load_samples", lambda *args: order.append("encode") or load(*args))
+    run("--max_steps", "1")
+    assert order == ["wait", "encode", "go on"]
 
 
 @pytest.mark.parametrize("name", ["alignment", "pretraining", "sft", "lora"])
