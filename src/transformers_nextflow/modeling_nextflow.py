@@ -252,7 +252,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         run_layer = _call
-        if scale_index is not None and compile_config is not None and isinstance(past_key_values, ScaleCache):
+        # Flex attention compiles itself; its masks are new functions at each step, so a layer with one would not last.
+        can_compile = isinstance(past_key_values, ScaleCache) and (mask is None or isinstance(mask, torch.Tensor))
+        if scale_index is not None and compile_config is not None and can_compile:
             run_layer = compiled_layer(compile_config)
             groups = ScaleCache.equal_groups(groups or [RowGroup(0, len(hidden_states), 0)])
         if groups is not None:
