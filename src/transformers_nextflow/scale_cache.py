@@ -4,6 +4,7 @@ Letters: R rows, h key-value heads, L slots, d width of a head.
 """
 
 import math
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -265,12 +266,11 @@ class ScaleCache(Cache):
     @staticmethod
     def equal_groups(groups: list[RowGroup]) -> list[RowGroup]:
         """The same rows in groups of one size, for code that is compiled for a number of rows."""
-        size = math.gcd(*(group.stop - group.start for group in groups))
-        return [
-            RowGroup(start, start + size, group.padding)
-            for group in groups
-            for start in range(group.start, group.stop, size)
-        ]
+        padding = [group.padding for group in groups for _ in range(group.start, group.stop)]
+        longest = max(group.stop - group.start for group in groups)
+        common = math.gcd(*(len(list(run)) for _, run in groupby(padding)))
+        size = max(size for size in range(1, longest + 1) if common % size == 0)
+        return [RowGroup(start, start + size, padding[start]) for start in range(0, len(padding), size)]
 
     def advance(self, number: int):
         """Counts slots that all rows of all layers have."""

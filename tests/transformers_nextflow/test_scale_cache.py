@@ -154,6 +154,21 @@ def test_groups_share_padding_and_stay_small():
     assert cache.padding == (0, 2)
 
 
+def test_groups_of_one_size_are_as_large_as_they_can_be():
+    """Weights are read once a group: what is left over of a split must not cut all others down to it."""
+
+    def sizes(*groups):
+        equal = ScaleCache.equal_groups([RowGroup(*group) for group in groups])
+        assert [row for group in equal for row in range(group.start, group.stop)] == list(range(groups[-1][1]))
+        return [(group.stop - group.start, group.padding) for group in equal]
+
+    assert sizes((0, 3, 0), (3, 4, 0)) == [(2, 0)] * 2
+    assert sizes((0, 7, 0), (7, 8, 0)) == [(4, 0)] * 2
+    assert sizes((0, 3, 0), (3, 4, 0), (4, 6, 2)) == [(2, 0), (2, 0), (2, 2)]
+    assert sizes((0, 3, 0), (3, 4, 2)) == [(1, 0)] * 3 + [(1, 2)]
+    assert sizes((0, 2, 0), (2, 4, 0)) == [(2, 0)] * 2
+
+
 # --- Images ---
 
 
