@@ -266,10 +266,11 @@ class NextFlowGenerationMixin(_GenerationMixin):
                 `pad_token_id`, `stopping_criteria` (asked after each scale; when all rows say so the images end with
                 that scale), `return_dict_in_generate`, `return_past_key_values` (False saves memory if nothing goes on
                 from the image) and `streamer` (which gets nothing but its `end()`); it ignores lengths and
-                other stopping. Interleaved mode and `thinking` take those but for the cache, and what shapes text:
-                `max_new_tokens` (text tokens a row, 256 by default), `do_sample` (text is greedy by default, images
-                sampled), `temperature`, `top_k`, `top_p`, `repetition_penalty`, `logits_processor`, `eos_token_id`;
-                a `streamer` gets the text's tokens. Text mode takes `image_grid_shw` and all that transformers takes.
+                other stopping. Interleaved mode and `thinking` take those but for the cache and `compile_config`, and
+                what shapes text: `max_new_tokens` (text tokens a row, 256 by default), `do_sample` (text is greedy by
+                default, images sampled), `temperature`, `top_k`, `top_p`, `repetition_penalty`, `logits_processor`,
+                `eos_token_id`; a `streamer` gets the text's tokens. Text mode takes `image_grid_shw` and all that
+                transformers takes.
 
         Returns:
             Image mode: [`NextFlowGenerateOutput`] if `return_dict_in_generate`, else its `sequences`, after exactly S
