@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from transformers_nextflow import NextFlowForCausalLM, NextFlowImageProcessor, NextFlowImageTokenizer, NextFlowProcessor
 from transformers_nextflow.remote_code import add_remote_code
+from transformers_nextflow.trainer import hash_image_tokenizer
 
 # Found on training prompts; `image_top_k` bounds the work that top-p has to sort.
 GENERATION = {"guidance_scale": 3.0, "image_top_k": 200, "image_top_p": 0.8, "image_temperature": 1.0}
@@ -96,6 +97,7 @@ def package(
     model.generation_config = GenerationConfig(
         eos_token_id=text_tokenizer.eos_token_id, pad_token_id=text_tokenizer.pad_token_id, **GENERATION
     )
+    model.config.image_tokenizer_hash = hash_image_tokenizer(image_tokenizer)  # trainers refuse codes of others
     model.to(torch.bfloat16).save_pretrained(folder)
     image_processor = NextFlowImageProcessor(num_scales=model.config.num_scales)
     NextFlowProcessor(

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -17,6 +18,9 @@ from tiny_world import training_state
 from tiny_world.codes import extract_codes
 from tiny_world.dataset import sample_images
 from tiny_world.package import package, write_model_card
+from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor
+from transformers_nextflow.trainer import NextFlowSFTConfig, NextFlowSFTTrainer, hash_image_tokenizer
+from transformers_nextflow.trainer.coded_dataset import COLUMNS
 
 SHAPES_ONLY = {"shapes": 1.0}
 
@@ -123,6 +127,19 @@ def test_language_model_learns_resumes_and_is_packaged(work, image_tokenizer, ti
     pipe = NextFlowPipeline.from_pretrained(work / "checkpoint")
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red circle", generator=torch.Generator().manual_seed(0)).images[0].size == (128, 128)
+
+
+def test_a_packaged_checkpoint_tells_its_image_tokenizer(tmp_path, tiny_random_checkpoint):
+    """So that codes of another one are refused, whatever dtype either was in."""
+    processor = NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
+    model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint)
+    package(model, processor.image_tokenizer.float(), processor.tokenizer, tmp_path)
+    loaded = NextFlowForCausalLM.from_pretrained(tmp_path).config.image_tokenizer_hash
+    assert loaded == hash_image_tokenizer(NextFlowProcessor.from_pretrained(tmp_path).image_tokenizer)
+    others = {**{name: [] for name in COLUMNS}, "codebook_size": 0, "image_tokenizer_hash": "another"}
+    settings = NextFlowSFTConfig(str(tmp_path / "run"), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match=f"but the model was trained on codes of {loaded}"):
+        NextFlowSFTTrainer(str(tmp_path), settings, train_dataset=Dataset.from_list([others]))
 
 
 def test_loss_over_the_whole_vocabulary_is_the_models_own(image_tokenizer, work, tiny_random_checkpoint):
