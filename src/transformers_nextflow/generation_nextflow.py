@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
-from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.generation import CompileConfig, LogitsProcessor, LogitsProcessorList
 from transformers.utils import ModelOutput, logging
 
 from .configuration_nextflow import NextFlowConfig
@@ -470,6 +470,10 @@ class NextFlowGenerationMixin(_GenerationMixin):
         compile_config = setting("compile_config")
         if setting("disable_compile", False):
             compile_config = None
+        if not isinstance(compile_config, CompileConfig | None):
+            raise TypeError(
+                f"`compile_config` must be a `transformers.CompileConfig`, but got {type(compile_config).__name__}."
+            )
         if setting("num_beams", 1) > 1:
             raise ValueError(
                 "Image mode can't search with beams: leave `num_beams` at 1 (`num_return_sequences` draws more)."

@@ -151,6 +151,12 @@ def test_nothing_is_compiled_by_default(model):
     compile.assert_not_called()
 
 
+@pytest.mark.parametrize("settings", [True, {"mode": "default"}])
+def test_other_settings_are_refused(model, settings):
+    with pytest.raises(TypeError, match=r"must be a `transformers.CompileConfig`"):
+        draw(model, settings)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_other_caches_are_refused(model, graphs, cache):
     with pytest.raises(ValueError, match="preallocated"):
