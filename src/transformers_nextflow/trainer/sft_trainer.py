@@ -96,6 +96,7 @@ class NextFlowSFTTrainer(SFTTrainer):
         for dataset in held_out.values():
             if isinstance(dataset, datasets.Dataset):
                 _check_samples(dataset, network.config)
+                _check_lengths(dataset, network.config, args.max_length or network.config.max_position_embeddings)
         if data_collator is None:
             data_collator = NextFlowDataCollator(
                 network.config,
@@ -165,7 +166,7 @@ class NextFlowSFTTrainer(SFTTrainer):
     def _measure(dataset, config, args: NextFlowSFTConfig) -> np.ndarray:
         """What each sample costs, whichever way round it is drawn."""
         hidden_size = config.hidden_size if args.packing and args.packing_strategy == "compute" else None
-        columns = ["token_ids", "image_grid_shw"]
+        columns = ["id", "token_ids", "image_grid_shw"]
         if not args.task_inversion:
             return sample_costs(dataset.select_columns(columns), config.image_token_id, hidden_size)
         columns += ["completion_mask", "inverse_token_ids", "inverse_completion_mask"]
@@ -321,6 +322,19 @@ def _check_samples(dataset: datasets.Dataset, config) -> None:
             )
         if hashes:
             config.image_tokenizer_hash = hashes.pop()  # saved with the model, for the next training
+
+
+def _check_lengths(dataset: datasets.Dataset, config, max_length: int) -> None:
+    """Refuses held-out samples that the collator would refuse when they are evaluated, hours later."""
+    columns = [name for name in ("id", "token_ids", "image_grid_shw") if name in dataset.column_names]
+    lengths = sample_costs(dataset.select_columns(columns), config.image_token_id, None)
+    if num_overlong := int((lengths > max_length).sum()):
+        longest = int(lengths.argmax())
+        raise ValueError(
+            f"{num_overlong} of {len(lengths)} samples to evaluate on are over `max_length` ({max_length}): the "
+            f"longest, {dataset[longest].get('id', longest)}, takes {lengths[longest]:.0f} tokens with its images. "
+            "Raise `max_length`, encode their images with fewer scales, or leave them out."
+        )
 
 
 class _EpochOfPacks(TrainerCallback):

@@ -228,6 +228,23 @@ def test_what_is_evaluated_on_is_checked_at_once(make_trainer, samples):
             make_trainer(eval_dataset=held_out)
 
 
+def test_what_is_evaluated_on_must_fit(make_trainer, samples):
+    for held_out in (
+        datasets.Dataset.from_list(samples),
+        datasets.Dataset.from_list(samples).add_column("id", [*"abc"]),
+    ):
+        with pytest.raises(ValueError, match=r"\d of 3 samples to evaluate on are over `max_length` \(60\)"):
+            make_trainer(max_length=60, overlong_samples="skip", eval_dataset=held_out)
+
+
+def test_samples_that_do_not_fit_together_are_named_at_once(make_trainer, samples):
+    wrong = {**samples[0], "image_grid_shw": [*samples[0]["image_grid_shw"], [1, 16, 16]]}
+    rows = [{**sample, "id": name} for name, sample in zip("ab", (samples[1], wrong), strict=True)]
+    for task_inversion in (0.0, 0.5):
+        with pytest.raises(ValueError, match="Sample b: "):
+            make_trainer(samples=rows, task_inversion=task_inversion)
+
+
 # --- What is logged, what is trained ---
 
 
