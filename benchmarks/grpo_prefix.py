@@ -281,7 +281,7 @@ def main():
     parser.add_argument("--learning-rate", type=float, default=7e-5)
     parser.add_argument("--guidance-scale", type=float, default=1.5, help="of rollouts and of judged pictures")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--hard", type=int, default=80, help="held-out prompts of the hard set")
     parser.add_argument("--easy", type=int, default=40, help="held-out prompts of the other kinds")
     parser.add_argument("--plot", type=Path, help="reward curves, as a picture")

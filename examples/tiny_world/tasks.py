@@ -317,7 +317,7 @@ def sample_look(rng: np.random.Generator, split: str = "train") -> TaskSample:
 _LOOKS = {
     "colour": ["colour", "shape"],
     "count": ["count"],
-    "position": ["position", "position", "colour", "thing", "shape"],
+    "position": ["position", "position", "position", "place", "place", "thing", "colour", "shape"],
     "attribution": ["colour", "colour", "shape", "thing", "place"],
     "crowd": ["colour", "colour", "shape", "thing", "place", "position", "list"],
 }
