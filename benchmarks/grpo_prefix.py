@@ -125,7 +125,7 @@ def sampling(options: argparse.Namespace) -> dict:
     Strong guidance and a small top-p draw nothing but the likeliest code in each place: with free places, a thing in
     every quarter. Then all pictures of a group fail in the same way, and there is nothing to learn from.
     """
-    return {"image_top_k": 32, "image_top_p": 1.0, "guidance_scale": options.guidance_scale}
+    return {"image_top_k": 32, "image_top_p": options.top_p, "guidance_scale": options.guidance_scale}
 
 
 def reward():
@@ -280,6 +280,7 @@ def main():
     parser.add_argument("--pictures", type=int, default=64, help="drawn for one update")
     parser.add_argument("--learning-rate", type=float, default=7e-5)
     parser.add_argument("--guidance-scale", type=float, default=1.5, help="of rollouts and of judged pictures")
+    parser.add_argument("--top-p", type=float, default=1.0, help="of both, too")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--hard", type=int, default=80, help="held-out prompts of the hard set")
