@@ -1,7 +1,8 @@
 """Shapes: generated 128 x 128 scenes with compositional captions in GenEval's six kinds, and a hard seventh.
 
 The caption (or a fixed convention) decides the layout. Codes of one scale are drawn independently, so a layout that
-nothing decides cannot be agreed on; the kind `free` leaves it open on purpose and is scored apart.
+nothing decides cannot be agreed on; the kind `free` leaves it open on purpose (two of the four quarters) and is scored
+apart.
 
 Conventions a model has to learn: without a colour word a shape has its own colour (`DEFAULT_COLOURS`), without a
 background phrase the background is white, "a X and a Y" stand in a row in the order of the caption, and two, three and
