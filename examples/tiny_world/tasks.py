@@ -313,8 +313,8 @@ def sample_look(rng: np.random.Generator, split: str = "train") -> TaskSample:
     return TaskSample("look", tuple(messages), _word_judge(asked[-1][1]))
 
 
-# Questions about each kind of scene. Where a thing stands is asked most: from a place to its thing is learned soon, from
-# a thing to its place takes long (positions enter by rotation only, so no slot simply says where it is).
+# Questions about each kind of scene. Where a thing stands is asked most: from a place to its thing is learned soon,
+# from a thing to its place takes long (positions enter by rotation only, so no slot simply says where it is).
 _LOOKS = {
     "colour": ["colour", "shape"],
     "count": ["count"],
