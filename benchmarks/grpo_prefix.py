@@ -122,8 +122,8 @@ def save_sheet(pictures: list[np.ndarray], path: Path, columns: int = 10):
 def sampling(options: argparse.Namespace) -> dict:
     """How pictures are drawn, in rollouts and for the judge alike, as `generate` takes it.
 
-    Strong guidance and a small top-p draw nothing but the likeliest code in each place: with free places, a thing in
-    every quarter. Then all pictures of a group fail in the same way, and there is nothing to learn from.
+    Strong guidance sharpens each place for itself: with free places it draws a thing in every quarter, whatever top-p
+    is. Then all pictures of a group fail in the same way, and there is nothing to learn from.
     """
     return {"image_top_k": 32, "image_top_p": options.top_p, "guidance_scale": options.guidance_scale}
 

@@ -192,7 +192,7 @@ def _replace(rng: np.random.Generator, source: Scene) -> tuple[str, Scene, tuple
 def sample_plan(rng: np.random.Generator, split: str = "train") -> TaskSample:
     """An edit that is told instead of drawn: the same understanding, taught by words, at half of the length."""
     edit = sample_edit(rng, split)
-    source, instruction = (part for part in edit.messages[0]["content"])
+    source, instruction = edit.messages[0]["content"]
     text = describe(edit.scenes[1])
     messages = (_message("user", source["image"], instruction["text"], PLAN), _message("assistant", text))
     return TaskSample("plan", messages, _word_judge(text), scenes=edit.scenes)

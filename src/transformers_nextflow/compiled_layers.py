@@ -28,7 +28,7 @@ def compiled_layer(config: CompileConfig) -> Callable[..., torch.Tensor]:
         settings = config.to_dict()
         if settings["dynamic"] is None:
             settings["dynamic"] = False
-        compiled = torch.compile(_run_layer, **settings)
+        compiled = torch.compile(call_layer, **settings)
         _COMPILED.append((copy.copy(config), compiled))
 
     def run(layer: Any, hidden_states: torch.Tensor, past_key_values: CacheRows, **kwargs) -> torch.Tensor:
@@ -48,5 +48,6 @@ def compiled_layer(config: CompileConfig) -> Callable[..., torch.Tensor]:
     return run
 
 
-def _run_layer(layer: nn.Module, *args, **kwargs) -> torch.Tensor:
+def call_layer(layer: nn.Module, *args, **kwargs) -> torch.Tensor:
+    """Runs a layer as it is: what is compiled, and what stands in its place where nothing is."""
     return layer(*args, **kwargs)

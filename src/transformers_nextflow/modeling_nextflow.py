@@ -28,7 +28,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .compiled_layers import compiled_layer
+from .compiled_layers import call_layer, compiled_layer
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
 from .head_loss import head_cross_entropy, is_plain_linear
@@ -251,7 +251,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             )
 
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        run_layer = _call
+        run_layer = call_layer
         # Flex attention compiles itself; its masks are new functions at each step, so a layer with one would not last.
         can_compile = isinstance(past_key_values, ScaleCache) and (mask is None or isinstance(mask, torch.Tensor))
         if scale_index is not None and compile_config is not None and can_compile:
@@ -391,9 +391,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         maps = scale_feature_maps(vectors, schedule, scales, self.config.visual_feature_mode == "accumulated")
         cells = slice(schedule.offsets[scales.start], schedule.offsets[scales.stop])
         scale_of_code = code_coordinates_on(schedule, codes.device)[0][cells]
-        features = self.connector(maps).to(
-            self.embed_tokens.weight.dtype
-        )  # as text, whatever dtypes these modules have
+        # In the dtype of text, whatever dtypes these modules have.
+        features = self.connector(maps).to(self.embed_tokens.weight.dtype)
         # These modules may be on several devices, and the ids on another (`device_map="auto"`).
         features = features + self.scale_embedding(scale_of_code).to(features)
         features = features + self._scale_length_embedding(schedule.num_scales, features.device).to(features)
@@ -590,10 +589,6 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         if is_plain_linear(head):
             return F.linear(hidden_states, head.weight[first:])
         return head(hidden_states)[..., first:]
-
-
-def _call(layer: nn.Module, *args, **kwargs) -> torch.Tensor:
-    return layer(*args, **kwargs)
 
 
 def _row_groups(cache: Cache | None, attention_mask, hidden_states: torch.Tensor) -> list[RowGroup] | None:
