@@ -1,11 +1,12 @@
 """Growth: seconds over image sizes and batches, beside what the cost model says."""
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
 from floor import Size
-from measure import PROMPT_LENGTH, Row, alternate, make_config, make_model, make_prompt
+from measure import PROMPT_LENGTH, Row, make_config, make_model, make_prompt, seconds
 from predict import Machine
 from roofline import draw
 
@@ -29,19 +30,22 @@ def measure(
 ) -> Iterator[Row]:
     """Seconds over those of the smallest case, measured and predicted."""
     config = make_config(hidden_size, num_layers)
-    model, machine = make_model(config, device, dtype), Machine(size_of(config), device, dtype, repeats)
+    model = make_model(config, device, dtype)
+    machine = Machine(size_of(config), device, dtype, repeats=min(repeats, 3))
     small = schedule.prefix(min(12, schedule.num_scales))
-    cases = {(small, 1): "", (schedule.prefix(min(16, schedule.num_scales)), 1): "", (schedule, 1): ""}
-    cases |= {(small, batch): "" for batch in (2, 4, 8)}
-    runs = {case: lambda case=case: draw(model, make_prompt(case[1], device), case[0]) for case in cases}
-    runs[small, 1]()
-    times = {case: statistics.median(values) for case, values in alternate(runs, repeats, device).items()}
-    first = (small, 1)
-    for drawn, batch in cases:
-        if (drawn, batch) == first:
-            continue
+    cases = [(small, 1), (schedule.prefix(min(16, schedule.num_scales)), 1), (schedule, 1)]
+    cases += [(small, batch) for batch in (2, 4, 8)]
+    first, *others = dict.fromkeys(cases)
+    draw(model, make_prompt(1, device), small)  # warms up
+    measured, counted = defaultdict(list), defaultdict(list)
+    for _ in range(repeats):  # pictures and bare operations by turns
+        machine.forget()
+        for drawn, batch in (first, *others):
+            counted[drawn, batch].append(machine.image(drawn, PROMPT_LENGTH, batch))
+            measured[drawn, batch].append(seconds(lambda: draw(model, make_prompt(batch, device), drawn), device))  # noqa: B023
+    times, predicted = ({case: statistics.median(v) for case, v in d.items()} for d in (measured, counted))
+    for drawn, batch in others:
         growth = times[drawn, batch] / times[first]
-        predicted = {case: machine.image(case[0], PROMPT_LENGTH, case[1]) for case in ((drawn, batch), first)}
         expected = predicted[drawn, batch] / predicted[first]
         name = f"growth to {drawn.height} x {drawn.width}, batch {batch}, {num_layers} layers, {dtype}"
         yield Row(

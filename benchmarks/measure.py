@@ -1,6 +1,7 @@
 """What the rows of `speed.py` share: models, clocks, the rate of bare operations, and the peak of a process."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -238,10 +239,10 @@ def resident_bytes() -> int:
         return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
 
 
-def in_a_process(script: str, *arguments: str) -> dict[str, Any]:
+def in_a_process(script: str, *arguments: str, **environment: str) -> dict[str, Any]:
     """What a script of this folder prints as JSON: memory and cold starts need a process of their own."""
     command = [sys.executable, str(Path(__file__).parent / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -45,6 +45,11 @@ class Machine:
         self.linear, self.head, self.attention = cache(self._linear), cache(self._head), cache(self._attention)
         self.append_and_attend = cache(self._append_and_attend)
 
+    def forget(self):
+        """Times all operations anew from here on: a machine that others use is not the same after a minute."""
+        for timed in (self.linear, self.head, self.attention, self.append_and_attend):
+            timed.cache_clear()
+
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, device=self.device).to(self.dtype)
 
@@ -113,26 +118,27 @@ class Machine:
         schedule = ScaleSchedule(num_scales=OVERHEAD_SCALES)
         return self._median(lambda: draw(model, prompt, schedule)) / OVERHEAD_SCALES
 
-    def linear_between(self, slots: int) -> float:
-        """[`linear`], on a straight line between powers of two, so that few shapes are timed."""
+    @staticmethod
+    def between(time: Callable[[int], float], slots: int) -> float:
+        """Time on so many slots, on a straight line between powers of two, so that few shapes are timed."""
         low = 2 ** int(math.log2(slots))
         if low == slots:
-            return self.linear(slots)
+            return time(slots)
         share = slots / low - 1
-        return (1 - share) * self.linear(low) + share * self.linear(2 * low)
+        return (1 - share) * time(low) + share * time(2 * low)
 
     def image(self, schedule: ScaleSchedule, prompt_length: int, batch_size: int = 1) -> float:
         """An image with guidance: prompts, then a step a scale, whose large ones take groups of rows as ours do."""
         rows, length = 2 * batch_size, prompt_length
-        total = self.linear_between(rows * length) + rows * self.attention(length, length)
+        total = self.between(self.linear, rows * length) + rows * self.attention(length, length)
         total += self.overhead() + self.head(1) + self.sampling()
         at_once = max(1, 2**24 // self.size.codebook_size)
         for n in schedule.scale_lengths[1:]:
             length += n
             group = rows if rows * n <= _MIN_SLOTS else max(1, min(batch_size, _MAX_SLOTS // n))
-            total += rows / group * self.linear_between(group * n) + rows * self.attention(n, length)
+            total += rows / group * self.between(self.linear, group * n) + rows * self.attention(n, length)
             whole, part = divmod(batch_size * n, at_once)
-            total += whole * self.head(at_once) + part / at_once * self.head(at_once)
+            total += whole * self.head(at_once) + (self.between(self.head, part) if part else 0)
             total += batch_size * n * self.sampling() + self.overhead()
         return total
 

@@ -64,7 +64,7 @@ def rows_of(options: argparse.Namespace, part: str, dtype: torch.dtype) -> Itera
         "roofline": lambda: roofline.measure(schedule, *timed),
         "growth": lambda: growth.measure(schedule, *timed),
         "peers": lambda: peers.measure(schedule, *timed),
-        "memory": lambda: memory.measure(schedule, *model),
+        "memory": lambda: memory.measure(schedule, *timed),
         "tokenizer": lambda: tokenizer.measure(size, options.device, dtype, options.repeats),
         "start": lambda: start.measure(options.repeats),
         "training": lambda: training.measure(*timed),

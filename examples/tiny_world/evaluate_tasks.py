@@ -1,6 +1,7 @@
 """How well a checkpoint does the tasks on samples that training never shows: edits, texts, stories, thoughts."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,6 +94,7 @@ class TaskEvaluation:
         for sampler, kinds, name, index in (
             (sample_caption, (None,), "exact attributes", 6),
             (sample_question, QUESTIONS, "right", 7),
+            (partial(sample_question, look_first=True), QUESTIONS, "right", 7),
         ):
             samples = self._samples(sampler, kinds, index)
             rows += self._by_kind(samples, self._write(samples), None, [_text(sample) for sample in samples], name)
@@ -163,7 +165,7 @@ class TaskEvaluation:
     def _write(self, samples: Sequence[TaskSample]) -> list[str]:
         answers = []
         for inputs, _ in self._batches(samples):
-            ids = self.model.generate(**inputs, max_new_tokens=32, do_sample=False)
+            ids = self.model.generate(**inputs, max_new_tokens=40, do_sample=False)
             answers += self.processor.decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return answers
 

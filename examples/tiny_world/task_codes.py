@@ -17,10 +17,14 @@ from .train_language_model import SCHEDULE, Batch
 CHUNK = 1000
 # How many samples of each task; what a sample costs differs, see `TaskBatches.draw`.
 MIXTURE = {
-    "look": 0.40, "editing": 0.20, "plan": 0.16, "turns": 0.12, "thought": 0.04, "story": 0.05, "example": 0.03
+    "look": 0.36, "editing": 0.19, "plan": 0.14, "looking first": 0.08, "turns": 0.12, "thought": 0.03, "story": 0.05,
+    "example": 0.03,
 }  # fmt: skip
 # How often a batch is of a task: telling things apart is learned by reading, and takes longest.
-DRAWN = {"look": 0.28, "edit": 0.36, "plan": 0.1, "turns": 0.16, "thought": 0.01, "story": 0.05, "example": 0.04}
+DRAWN = {
+    "look": 0.24, "edit": 0.32, "plan": 0.1, "looking first": 0.1, "turns": 0.14, "thought": 0.01, "story": 0.05,
+    "example": 0.04,
+}  # fmt: skip
 USE_CORRECTED, DROP_TEXT, USE_PLAIN = 0.6, 0.1, 0.4
 PLAIN_TASKS = ("edit",)  # prompts that also come without chat marks, as `"<image>make the star red"`
 MAX_SLOTS = 2560  # of a batch

@@ -40,6 +40,7 @@ IN_PLACE = 14  # pixels that a thing's centre may be off
 EDITS = ("recolour", "move", "add", "remove", "replace")
 PLAN = ". What will the picture show?"
 QUESTIONS = ("count", "colour", "position")
+LOOK_FIRST = " Look first."
 DESCRIBE = ("What is in the picture?", "Describe the picture.", "What do you see?")
 THOUGHTS = ("sum", "difference", "analogy")
 # What a colour is the colour of: prompts that name the thing and mean the colour.
@@ -105,7 +106,8 @@ def _picture_judge(scene: Scene) -> Callable[[np.ndarray], dict[str, bool]]:
 
 
 def _word_judge(answer: str) -> Callable[[str], dict[str, bool]]:
-    return lambda text: {"right": text.strip().lower().rstrip(".") == answer}
+    """Whether a text, or what follows its last colon, is the answer."""
+    return lambda text: {"right": text.rpartition(":")[2].strip().lower().rstrip(".") == answer}
 
 
 # Editing
@@ -254,13 +256,21 @@ def attributes(text: str) -> tuple[str, ...]:
     return tuple(singular.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
-def sample_question(rng: np.random.Generator, split: str = "train", kind: str | None = None) -> TaskSample:
-    """A picture, a question about a number, a colour or a place, and one word as the answer."""
+def sample_question(
+    rng: np.random.Generator, split: str = "train", kind: str | None = None, look_first: bool = False
+) -> TaskSample:
+    """A picture, a question about a number, a colour or a place, and one word as the answer.
+
+    With `look_first` the question ends with [`LOOK_FIRST`], and the answer is what there is to see, a colon, the word.
+    """
     kind = kind or str(rng.choice(QUESTIONS))
     scene = sample_scene(rng, split, {"count": "count", "colour": "attribution", "position": "position"}[kind])
     question, answer = _ask(rng, scene, kind)
+    judge, task = _word_judge(answer), f"question: {kind}"
+    if look_first:
+        question, answer, task = question + LOOK_FIRST, f"{describe(scene)}: {answer}", f"looking first: {kind}"
     messages = (_message("user", render(scene), question), _message("assistant", answer))
-    return TaskSample(f"question: {kind}", messages, _word_judge(answer))
+    return TaskSample(task, messages, judge)
 
 
 def _ask(rng: np.random.Generator, scene: Scene, kind: str) -> tuple[str, str]:
@@ -481,6 +491,7 @@ TASKS: dict[str, Callable[..., TaskSample]] = {
     "plan": sample_plan,
     "captioning": sample_caption,
     "question": sample_question,
+    "looking first": partial(sample_question, look_first=True),
     "look": sample_look,
     "story": sample_story,
     "thought": sample_thought,

@@ -12,6 +12,7 @@ pytest.importorskip("scipy", reason="the judge needs the [tiny] extra")
 
 from tiny_world.tasks import (
     EDITS,
+    LOOK_FIRST,
     QUESTIONS,
     TASKS,
     THOUGHTS,
@@ -79,6 +80,15 @@ def test_a_picture_of_many_things_has_one_answer_to_each_question():
 @pytest.mark.parametrize("sample, kinds", [(sample_question, QUESTIONS), (sample_thought, THOUGHTS)])
 def test_every_kind_can_be_asked_for(sample, kinds):
     assert {sample(np.random.default_rng(3), "train", kind).task.split(": ")[1] for kind in kinds} == set(kinds)
+
+
+def test_looking_first_says_what_there_is_and_then_what_the_question_alone_asks_for():
+    for seed in range(12):
+        plain, looking = (sample_question(np.random.default_rng(seed), "test", look_first=look) for look in (False, True))
+        asked, asked_to_look = (sample.messages[0]["content"][1]["text"] for sample in (plain, looking))
+        assert asked_to_look == asked + LOOK_FIRST
+        assert answer(looking).endswith(f": {answer(plain)}") and looking.judge(answer(looking))["right"]
+        assert not looking.judge(answer(looking).removesuffix(answer(plain)))["right"]
 
 
 def test_attributes_ignore_articles_and_plurals_only():
