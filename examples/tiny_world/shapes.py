@@ -1,8 +1,8 @@
 """Shapes: generated 128 x 128 scenes with compositional captions in GenEval's six kinds, and a hard seventh.
 
 The caption (or a fixed convention) decides the layout. Codes of one scale are drawn independently, so a layout that
-nothing decides cannot be agreed on; the kind `free` leaves it open on purpose (two of the four quarters) and is scored
-apart.
+nothing decides cannot be agreed on; the kind `free` leaves it open on purpose (two of the four quarters, some likelier
+than others) and is scored apart.
 
 Conventions a model has to learn: without a colour word a shape has its own colour (`DEFAULT_COLOURS`), without a
 background phrase the background is white, "a X and a Y" stand in a row in the order of the caption, and two, three and
@@ -78,6 +78,8 @@ GROUP_SIZE = 44
 ROW = ((34, 64), (94, 64))
 COLUMN = ((64, 34), (64, 94))
 DICE = {2: ROW, 3: ((34, 34), (94, 34), (64, 94)), 4: ((34, 34), (94, 34), (34, 94), (94, 94))}
+# Where the first and the second thing of a free layout like to stand, by quarter in the order of `DICE[4]`.
+FREE_WEIGHTS = ((5, 2, 2, 2), (2, 2, 2, 5))
 RELATIONS = {
     "left of": (ROW, False),
     "to the left of": (ROW, False),
@@ -320,8 +322,11 @@ def _attribution(rng: np.random.Generator) -> Scene:
 def _free(rng: np.random.Generator) -> Scene:
     pairs = _two_coloured(rng)
     text = " and ".join(article(f"{colour} {shape}") for shape, colour in pairs) + " in random places"
-    places = rng.permutation(np.array(DICE[4]))[:2]
-    objects = [_put(rng, *pair, tuple(place), GROUP_SIZE) for pair, place in zip(pairs, places, strict=True)]
+    weights = np.array(FREE_WEIGHTS, float)
+    first = int(rng.choice(4, p=weights[0] / weights[0].sum()))
+    weights[1, first] = 0
+    second = int(rng.choice(4, p=weights[1] / weights[1].sum()))
+    objects = [_put(rng, *pair, DICE[4][place], GROUP_SIZE) for pair, place in zip(pairs, (first, second), strict=True)]
     return _finish(rng, text, "free", objects)
 
 

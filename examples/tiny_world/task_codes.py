@@ -17,13 +17,13 @@ from .train_language_model import SCHEDULE, Batch
 CHUNK = 1000
 # How many samples of each task; what a sample costs differs, see `TaskBatches.draw`.
 MIXTURE = {
-    "look": 0.36, "editing": 0.19, "plan": 0.14, "looking first": 0.08, "turns": 0.12, "thought": 0.03, "story": 0.05,
-    "example": 0.03,
+    "look": 0.34, "editing": 0.18, "plan": 0.13, "looking first": 0.08, "reading": 0.08, "turns": 0.11, "thought": 0.02,
+    "story": 0.04, "example": 0.02,
 }  # fmt: skip
 # How often a batch is of a task: telling things apart is learned by reading, and takes longest.
 DRAWN = {
-    "look": 0.24, "edit": 0.32, "plan": 0.1, "looking first": 0.1, "turns": 0.14, "thought": 0.01, "story": 0.05,
-    "example": 0.04,
+    "look": 0.24, "edit": 0.3, "plan": 0.08, "looking first": 0.1, "reading": 0.05, "turns": 0.13, "thought": 0.01,
+    "story": 0.05, "example": 0.04,
 }  # fmt: skip
 USE_CORRECTED, DROP_TEXT, USE_PLAIN = 0.6, 0.1, 0.4
 PLAIN_TASKS = ("edit",)  # prompts that also come without chat marks, as `"<image>make the star red"`
@@ -92,9 +92,10 @@ class TaskBatches:
             return torch.tensor([row[name] + [filler] * (length - len(row[name])) for row in rows])
 
         sizes = torch.tensor([len(row["input_ids"]) for row in rows])
-        grids = [grid for row in rows for grid in row["image_grid_shw"]]
+        every_grid = [grid for row in rows for grid in row["image_grid_shw"]]
         mask = (torch.arange(length) < sizes[:, None]).long()
-        return Batch(stack("input_ids", pad), mask, stack("labels", -100), torch.tensor(grids), task)
+        grids = torch.tensor(every_grid, dtype=torch.long).view(-1, 3)  # none in a batch of texts
+        return Batch(stack("input_ids", pad), mask, stack("labels", -100), grids, task)
 
     def _row(self, rng: np.random.Generator, entry: dict[str, Any], num_scales: int) -> dict[str, Any]:
         text = entry["plain"] if "plain" in entry and rng.random() < USE_PLAIN else entry["chat"]

@@ -106,8 +106,11 @@ def _picture_judge(scene: Scene) -> Callable[[np.ndarray], dict[str, bool]]:
 
 
 def _word_judge(answer: str) -> Callable[[str], dict[str, bool]]:
-    """Whether a text, or what follows its last colon, is the answer."""
-    return lambda text: {"right": text.rpartition(":")[2].strip().lower().rstrip(".") == answer}
+    return lambda text: {"right": text.strip().lower().rstrip(".") == answer}
+
+
+def _last_word_judge(answer: str) -> Callable[[str], dict[str, bool]]:
+    return lambda text: {"right": text.lower().rstrip(". ").split()[-1:] == [answer]}
 
 
 # Editing
@@ -261,16 +264,49 @@ def sample_question(
 ) -> TaskSample:
     """A picture, a question about a number, a colour or a place, and one word as the answer.
 
-    With `look_first` the question ends with [`LOOK_FIRST`], and the answer is what there is to see, a colon, the word.
+    With `look_first` the question ends with [`LOOK_FIRST`], and the answer begins with what there is to see: "a pink
+    ring left, a red star right: the star is right". A thing stands before its place, so the end is a look-up in a text.
     """
     kind = kind or str(rng.choice(QUESTIONS))
     scene = sample_scene(rng, split, {"count": "count", "colour": "attribution", "position": "position"}[kind])
     question, answer = _ask(rng, scene, kind)
     judge, task = _word_judge(answer), f"question: {kind}"
     if look_first:
-        question, answer, task = question + LOOK_FIRST, f"{describe(scene)}: {answer}", f"looking first: {kind}"
+        asked = next((thing.shape for thing in scene.objects if f"is the {thing.shape}" in question), "")
+        told = f"the {asked} is {answer}" if asked else f"there are {answer}"
+        question, answer, judge = question + LOOK_FIRST, f"{list_things(scene)}: {told}", _last_word_judge(answer)
+        task = f"looking first: {kind}"
     messages = (_message("user", render(scene), question), _message("assistant", answer))
     return TaskSample(task, messages, judge)
+
+
+def list_things(scene: Scene) -> str:
+    """The things of a scene, two with their places: "a pink ring left, a red star right"."""
+    text = describe(replace(scene, background="white"))
+    if scene.kind == "count" or len(scene.objects) == 1:
+        return text
+    word, places = (" left of ", ("left", "right")) if " left of " in text else (" above ", ("above", "below"))
+    return ", ".join(f"{thing} {place}" for thing, place in zip(text.split(word), places, strict=True))
+
+
+def sample_reading(rng: np.random.Generator, split: str = "train") -> TaskSample:
+    """A list of things and a question about it, without a picture: to look things up in a text.
+
+    There is nothing to hold out: `split` has no effect.
+    """
+    number = int(rng.integers(2, 5))
+    shapes, colours, places = (rng.permutation(list(names))[:number] for names in (SHAPES, COLOURS, _PLACES))
+    text = ", ".join(f"{article(f'{c} {s}')} {p}" for s, c, p in zip(shapes, colours, places, strict=True))
+    index = int(rng.integers(number))
+    question, answer = (
+        (f"Where is the {shapes[index]}?", places[index]),
+        (f"What colour is the {shapes[index]}?", colours[index]),
+    )[int(rng.random() < 0.3)]
+    messages = (_message("user", f"{text}. {question}"), _message("assistant", f"the {shapes[index]} is {answer}"))
+    return TaskSample("reading", messages, _last_word_judge(str(answer)))
+
+
+_PLACES = ("left", "right", "above", "below")
 
 
 def _ask(rng: np.random.Generator, scene: Scene, kind: str) -> tuple[str, str]:
@@ -492,6 +528,7 @@ TASKS: dict[str, Callable[..., TaskSample]] = {
     "captioning": sample_caption,
     "question": sample_question,
     "looking first": partial(sample_question, look_first=True),
+    "reading": sample_reading,
     "look": sample_look,
     "story": sample_story,
     "thought": sample_thought,
