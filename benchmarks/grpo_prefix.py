@@ -35,7 +35,7 @@ from PIL import Image
 from scipy import ndimage
 from transformers.trainer_utils import get_last_checkpoint
 
-from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, tiny_checkpoint
+from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, NextFlowProcessor, tiny_checkpoint
 from transformers_nextflow.trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -50,7 +50,6 @@ VARIANTS: dict[str, dict] = {
     "prefix, VMR": {"num_trained_scales": 3, "scale_reweight_alpha": 0.7, "middle_return_scale": 2},
 }
 GROUP = 8
-NUM_SCALES = 8
 TEST_SEED = 77
 
 
@@ -128,7 +127,8 @@ def sampling(options: argparse.Namespace) -> dict:
     is. Then all pictures of a group fail in the same way, and there is nothing to learn from. The layout is decided in
     the first scales (`--top-k`), so the finer ones need not be drawn at random.
     """
-    top_k = [*options.top_k, *[1] * (NUM_SCALES - len(options.top_k))]
+    num_scales = NextFlowConfig.from_pretrained(options.checkpoint).num_scales
+    top_k = [*options.top_k, *[1] * (num_scales - len(options.top_k))]
     return {"image_top_k": top_k, "image_top_p": options.top_p, "guidance_scale": options.guidance_scale}
 
 
@@ -137,7 +137,9 @@ def layout_reward(images: list, metadata: list[str | dict]) -> list[float]:
     rewards = []
     for image, text in zip(images, metadata, strict=True):
         wanted = (json.loads(text) if isinstance(text, str) else text)["include"]
-        named = [(item["class"], item["color"]) for item in wanted if item["class"] != "object"]
+        named = [
+            (item["class"], item["color"]) for item in wanted if item["class"] != "object" for _ in range(item["count"])
+        ]
         found = [(thing.name, thing.colour) for thing in detect_objects(image) if thing.name != "object"]
         has_colours = sorted(colour for _, colour in found) == sorted(colour for _, colour in named)
         rewards.append(0.5 * has_colours + 0.5 * (sorted(found) == sorted(named)))

@@ -79,7 +79,7 @@ ROW = ((34, 64), (94, 64))
 COLUMN = ((64, 34), (64, 94))
 DICE = {2: ROW, 3: ((34, 34), (94, 34), (64, 94)), 4: ((34, 34), (94, 34), (34, 94), (94, 94))}
 # Where the first and the second thing of a free layout like to stand, by quarter in the order of `DICE[4]`.
-FREE_WEIGHTS = ((5, 2, 2, 2), (2, 2, 2, 5))
+FREE_WEIGHTS = ((6, 1, 1, 1), (1, 1, 1, 6))
 RELATIONS = {
     "left of": (ROW, False),
     "to the left of": (ROW, False),

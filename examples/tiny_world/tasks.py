@@ -265,7 +265,7 @@ def sample_question(
     """A picture, a question about a number, a colour or a place, and one word as the answer.
 
     With `look_first` the question ends with [`LOOK_FIRST`], and the answer begins with what there is to see: "a pink
-    ring left, a red star right: the star is right". A thing stands before its place, so the end is a look-up in a text.
+    ring left, a red star right: the star right". A thing stands before its place, so the end is a look-up in a text.
     """
     kind = kind or str(rng.choice(QUESTIONS))
     scene = sample_scene(rng, split, {"count": "count", "colour": "attribution", "position": "position"}[kind])
@@ -273,7 +273,7 @@ def sample_question(
     judge, task = _word_judge(answer), f"question: {kind}"
     if look_first:
         asked = next((thing.shape for thing in scene.objects if f"is the {thing.shape}" in question), "")
-        told = f"the {asked} is {answer}" if asked else f"there are {answer}"
+        told = f"the {asked} {answer}" if asked else answer
         question, answer, judge = question + LOOK_FIRST, f"{list_things(scene)}: {told}", _last_word_judge(answer)
         task = f"looking first: {kind}"
     messages = (_message("user", render(scene), question), _message("assistant", answer))
@@ -290,20 +290,19 @@ def list_things(scene: Scene) -> str:
 
 
 def sample_reading(rng: np.random.Generator, split: str = "train") -> TaskSample:
-    """A list of things and a question about it, without a picture: to look things up in a text.
-
-    There is nothing to hold out: `split` has no effect.
-    """
-    number = int(rng.integers(2, 5))
-    shapes, colours, places = (rng.permutation(list(names))[:number] for names in (SHAPES, COLOURS, _PLACES))
-    text = ", ".join(f"{article(f'{c} {s}')} {p}" for s, c, p in zip(shapes, colours, places, strict=True))
+    """A list of things with their places and a question about one of them, without a picture: looking up in a text."""
+    while True:
+        number = int(rng.integers(2, 5))
+        shapes, colours, places = (rng.permutation(list(names))[:number] for names in (SHAPES, COLOURS, _PLACES))
+        things = [Thing(str(s), str(c), 0, 0, 0) for s, c in zip(shapes, colours, strict=True)]
+        pairs = [Scene("", "reading", pair, "white") for pair in combinations(things, 2)]
+        if not any(pair.held_out for pair in pairs) and all(_split_of(pair, split) for pair in pairs[:1]):
+            break
+    text = ", ".join(f"{article(_describe(thing))} {place}" for thing, place in zip(things, places, strict=True))
     index = int(rng.integers(number))
-    question, answer = (
-        (f"Where is the {shapes[index]}?", places[index]),
-        (f"What colour is the {shapes[index]}?", colours[index]),
-    )[int(rng.random() < 0.3)]
-    messages = (_message("user", f"{text}. {question}"), _message("assistant", f"the {shapes[index]} is {answer}"))
-    return TaskSample("reading", messages, _last_word_judge(str(answer)))
+    asked, answer = things[index].shape, str(places[index])
+    messages = (_message("user", f"{text}. Where is the {asked}?"), _message("assistant", f"the {asked} {answer}"))
+    return TaskSample("reading", messages, _last_word_judge(answer))
 
 
 _PLACES = ("left", "right", "above", "below")
