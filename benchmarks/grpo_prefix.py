@@ -312,6 +312,9 @@ def main():
         print(rollout_speed(options))
         return
 
+    names = ("checkpoint", "updates", "pictures", "learning_rate", "guidance_scale", "top_k", "top_p", "hard", "easy")
+    settings = {name: getattr(options, name) for name in names}
+
     def folder_of(variant: str, seed: int) -> Path:
         return options.output / f"{variant.replace(', ', '_')}_{seed}"
 
@@ -320,7 +323,7 @@ def main():
         folder = folder_of(variant, seed)
         folder.mkdir(parents=True, exist_ok=True)
         result = run(variant, seed, options, folder)
-        (folder / "result.json").write_text(json.dumps(result))
+        (folder / "result.json").write_text(json.dumps({**result, "settings": settings}))
         return
     results: dict[str, dict[int, dict]] = {"base": {}, **{variant: {} for variant in options.variants}}
 
@@ -330,7 +333,10 @@ def main():
             done = subprocess.run([sys.executable, *sys.argv, "--run", variant, str(seed)])
             if done.returncode:
                 raise SystemExit(f"The run of {variant!r} with seed {seed} failed.")
-        return json.loads(file.read_text())
+        result = json.loads(file.read_text())
+        if result.pop("settings", None) != settings:
+            raise SystemExit(f"{file} is of other settings than {settings}. Choose another --output, or delete it.")
+        return result
 
     with ThreadPoolExecutor(options.jobs) as pool:
         order = [(variant, seed) for seed in options.seeds for variant in results]

@@ -16,7 +16,14 @@ from diffusers.utils import export_to_gif
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_nextflow import NextFlowPipeline
-from tiny_world.tasks import sample_edit, sample_example, sample_look, sample_story, sample_thought
+from tiny_world.tasks import (
+    sample_edit,
+    sample_example,
+    sample_look,
+    sample_question,
+    sample_story,
+    sample_thought,
+)
 from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, NextFlowSession, tiny_checkpoint
 
 ZOOM, MARGIN, TEXT_HEIGHT = 144, 12, 40
@@ -91,8 +98,10 @@ def examples(session: NextFlowSession, seed: int, number: int) -> Image.Image:
 
 def reading(session: NextFlowSession, seed: int, number: int) -> Image.Image:
     rng, cells = np.random.default_rng(seed), []
-    for _ in range(number):
-        (picture,), question = parts_of(sample_look(rng, "test").messages[0])
+    for i in range(number):
+        # The second row: questions that are answered after a look.
+        sample = sample_look(rng, "test") if i < number // 2 else sample_question(rng, "test", "position", True)
+        (picture,), question = parts_of(sample.messages[0])
         answer = session.fork().ask(question, picture, max_new_tokens=24)
         cells.append((picture, f"{question} {answer}"))
     return sheet([cells[: number // 2], cells[number // 2 :]])

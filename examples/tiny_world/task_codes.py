@@ -39,7 +39,9 @@ def extract_task_codes(
     """
     for path, count, rng, generator in missing_chunks(folder, num_samples, CHUNK, seed, shard):
         conversations, pictures = [], []
-        for task in rng.choice(list(MIXTURE), count, p=list(MIXTURE.values())):
+        tasks = rng.choice(list(MIXTURE), count, p=list(MIXTURE.values()))
+        tasks[0] = "look"  # a chunk has a picture at least
+        for task in tasks:
             sample = TASKS[str(task)](rng, "train")
             for message in sample.messages:
                 pictures += [part.pop("image") for part in message["content"] if part["type"] == "image"]

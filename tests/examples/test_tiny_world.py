@@ -59,6 +59,14 @@ class TestShapes:
             if scene.kind == "count":
                 assert shapes.NUMBERS[len(scene.objects)] in scene.caption
 
+    def test_free_layouts_lean_but_leave_every_quarter_open(self):
+        quarters = np.zeros((2, 4))
+        for scene in scenes("hard", 300):
+            for index, thing in enumerate(scene.objects):
+                quarters[index, 2 * (thing.cy > 64) + (thing.cx > 64)] += 1 / 300
+        assert quarters.min() > 0.03 and quarters[0, 0] > 0.5 and quarters[1, 3] > 0.5
+        assert (quarters.argmax(1) == [0, 3]).all()
+
     @pytest.mark.parametrize(
         "relation, axis, sign", [("left of", "cx", -1), ("right of", "cx", 1), ("above", "cy", -1), ("below", "cy", 1)]
     )
@@ -187,3 +195,16 @@ def test_a_wrong_archive_is_refused(tmp_path):
     (tmp_path / package.archive).write_bytes(b"not the archive")
     with pytest.raises(RuntimeError, match="delete it and fetch again"):
         fetch(package, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in shapes.KINDS])
+def test_the_layout_reward_is_one_for_true_pictures_and_less_for_others(kind):
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from grpo_prefix import layout_reward
+
+    from tiny_world.detector import scene_metadata
+
+    found = scenes("train", 12, kind)
+    pictures, metadata = [shapes.render(scene) for scene in found], [scene_metadata(scene) for scene in found]
+    assert np.mean(layout_reward(pictures, metadata)) > 0.95
+    assert np.mean(layout_reward(pictures[1:] + pictures[:1], metadata)) < 0.4

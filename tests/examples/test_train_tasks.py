@@ -17,7 +17,7 @@ from tiny_world import task_codes, training_state
 from tiny_world import train_tasks as task_training
 from tiny_world.codes import extract_codes
 from tiny_world.evaluate_tasks import TaskEvaluation
-from tiny_world.train_language_model import SCHEDULE, Batches
+from tiny_world.train_language_model import SCHEDULE, Batches, batch_loss
 from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, tiny_checkpoint
 
 
@@ -59,6 +59,16 @@ def test_batches_hold_whole_conversations(parts, folder, num_scales, monkeypatch
         model.model._find_images(batch.input_ids, batch.image_grid_shw, batch.attention_mask)  # nothing is cut
 
 
+def test_a_batch_of_texts_has_no_images_and_trains(parts, folder):
+    model, processor = parts
+    batches = task_codes.TaskBatches(folder, processor, model.config)
+    batches.shares = np.array([float(task == "reading") for task in batches.members])
+    batch = batches.draw(np.random.default_rng(0), 8)
+    assert batch.image_grid_shw.shape == (0, 3)
+    loss, text_loss, code_loss = batch_loss(model, batch, True, 1.0, 1.0)
+    assert loss.item() == pytest.approx(text_loss) and text_loss > 0 and code_loss == 0
+
+
 def test_a_kill_loses_nothing(parts, folder, tmp_path, monkeypatch):
     model, processor = parts
     codes = extract_codes(processor.image_tokenizer, tmp_path / "codes", 8, 0, weights={"shapes": 1.0})
@@ -96,6 +106,7 @@ def test_every_task_is_evaluated(parts):
         ("edit, untouched region", "PSNR to the source's reconstruction, dB"),
         ("captioning", "exact attributes"),
         ("question, overall", "right"),
+        ("looking first, overall", "right"),
         ("story", "identity in pairs"),
         ("story", "moves"),
         ("thought, overall", "gain by thinking"),
