@@ -5,12 +5,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
-from floor import Size
-from measure import PROMPT_LENGTH, Row, make_config, make_model, make_prompt, seconds
+from floor import Size, image_costs
+from measure import PROMPT_LENGTH, Row, Spread, make_config, make_model, make_prompt, seconds
 from predict import Machine
 from roofline import draw
 
-from transformers_nextflow import ScaleSchedule
+from transformers_nextflow import ScaleSchedule, aspect_buckets
+
+BUCKET_ROUNDS = 3
+SQUARE_EVERY = 10  # buckets, after which the square is drawn again
 
 
 def size_of(config) -> Size:
@@ -28,30 +31,76 @@ def size_of(config) -> Size:
 def measure(
     schedule: ScaleSchedule, hidden_size: int, num_layers: int, device: str, dtype: torch.dtype, repeats: int
 ) -> Iterator[Row]:
-    """Seconds over those of the smallest case, measured and predicted."""
+    """Seconds over those of the smallest case, measured and predicted, round by round; then over the aspects."""
     config = make_config(hidden_size, num_layers)
-    model = make_model(config, device, dtype)
-    machine = Machine(size_of(config), device, dtype, repeats=min(repeats, 3))
+    model, size = make_model(config, device, dtype), size_of(config)
+    machine = Machine(size, device, dtype, repeats=min(repeats, 3))
     small = schedule.prefix(min(12, schedule.num_scales))
     cases = [(small, 1), (schedule.prefix(min(16, schedule.num_scales)), 1), (schedule, 1)]
     cases += [(small, batch) for batch in (2, 4, 8)]
     first, *others = dict.fromkeys(cases)
+    middle = len(others) // 2
+    # All is divided by the smallest case, so each round has it three times.
+    turns = [first, *others[:middle], first, *others[middle:], first]
+    buckets = [ScaleSchedule(bucket, small.num_scales) for bucket in aspect_buckets()]
+    square = buckets.index(small)
+
+    def drawing(drawn: ScaleSchedule, batch: int) -> float:
+        prompt = make_prompt(batch, device)
+        return seconds(lambda: draw(model, prompt, drawn), device)
+
+    def flops(drawn: ScaleSchedule, batch: int = 1) -> float:
+        return sum(cost.flops for cost in image_costs(size, drawn, True, batch, dtype.itemsize))
+
     draw(model, make_prompt(1, device), small)  # warms up
-    measured, counted = defaultdict(list), defaultdict(list)
-    for _ in range(repeats):  # pictures and bare operations by turns
+    rounds: list[tuple[dict, dict]] = []
+    bucket_rounds: list[tuple[list[float], list[float]]] = []
+    for turn in range(repeats):  # pictures and bare operations by turns
         machine.forget()
-        for drawn, batch in (first, *others):
-            counted[drawn, batch].append(machine.image(drawn, PROMPT_LENGTH, batch))
-            measured[drawn, batch].append(seconds(lambda: draw(model, make_prompt(batch, device), drawn), device))  # noqa: B023
-    times, predicted = ({case: statistics.median(v) for case, v in d.items()} for d in (measured, counted))
-    for drawn, batch in others:
-        growth = times[drawn, batch] / times[first]
-        expected = predicted[drawn, batch] / predicted[first]
-        name = f"growth to {drawn.height} x {drawn.width}, batch {batch}, {num_layers} layers, {dtype}"
+        measured, counted = defaultdict(list), {}
+        for case in turns:
+            counted[case] = machine.image(case[0], PROMPT_LENGTH, case[1])
+            measured[case].append(drawing(*case))
+        rounds.append(({case: statistics.median(times) for case, times in measured.items()}, counted))
+        if turn < BUCKET_ROUNDS:
+            times, predicted, squares = [], [], []
+            for i, bucket in enumerate(buckets):
+                if i % SQUARE_EVERY == 0:
+                    squares.append(drawing(small, 1))
+                predicted.append(machine.image(bucket, PROMPT_LENGTH))
+                times.append(drawing(bucket, 1))
+            of_square = statistics.median([*squares, times[square]])
+            growths = [spent / of_square for spent in times], [spent / predicted[square] for spent in predicted]
+            bucket_rounds.append(growths)
+
+    model_name = f"{num_layers} layers, {dtype}".replace("torch.", "")
+    for case in others:
+        drawn, batch = case
+        spent, by_count = (statistics.median(of_round[i][case] for of_round in rounds) for i in range(2))
+        growth = Spread.of([measured[case] / measured[first] for measured, _ in rounds])
+        expected = statistics.median(counted[case] / counted[first] for _, counted in rounds)
+        ratio = statistics.median(
+            measured[case] / measured[first] / (counted[case] / counted[first]) for measured, counted in rounds
+        )
         yield Row(
-            f"{name}: {times[drawn, batch]:.3g} s, {predicted[drawn, batch]:.3g} predicted".replace("torch.", ""),
-            f"{growth:.3g} times",
-            f"{expected:.3g} by FLOPs",
-            growth / expected,
+            f"growth to {drawn.height} x {drawn.width}, batch {batch}, {model_name}: {spent:.3g} s, {by_count:.3g} "
+            "predicted",
+            f"{growth} times",
+            f"{expected:.3g} predicted, {flops(*case) / flops(*first):.3g} by FLOPs",
+            ratio,
             "0.9 to 1.1",
         )
+    measured, counted = (
+        [statistics.median(values) for values in zip(*of_rounds, strict=True)]
+        for of_rounds in zip(*bucket_rounds, strict=True)
+    )
+    ratios = Spread.of([ours / expected for ours, expected in zip(measured, counted, strict=True)])
+    by_flops = Spread.of([flops(bucket) / flops(small) for bucket in buckets])
+    yield Row(
+        f"growth from the square to the {len(buckets)} aspect buckets, {small.num_scales} scales, batch 1, "
+        f"{model_name}: ratios {ratios.low:.3g} to {ratios.high:.3g}",
+        f"{Spread.of(measured)} times",
+        f"{Spread.of(counted)} predicted, {by_flops} by FLOPs",
+        ratios.median,
+        "0.9 to 1.1",
+    )

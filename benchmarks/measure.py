@@ -1,5 +1,6 @@
 """What the rows of `speed.py` share: models, clocks, the rate of bare operations, and the peak of a process."""
 
+import functools
 import json
 import os
 import statistics
@@ -8,8 +9,10 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +83,7 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 
 class Spread(NamedTuple):
-    """Median and range of a few runs."""
+    """Median and range of a few runs; of one run, its value alone."""
 
     median: float
     low: float
@@ -91,6 +94,8 @@ class Spread(NamedTuple):
         return cls(statistics.median(values), min(values), max(values))
 
     def __str__(self):
+        if self.low == self.high:
+            return f"{self.median:.3g}"
         return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
 
 
@@ -147,6 +152,45 @@ class Breakdown(TorchFunctionMode):
             self.calls.append(Call(kind, (tuple(args[0].shape), tuple(args[1].shape))))
             self.masked += kwargs.get("attn_mask") is not None
         return result
+
+
+# Functions by the part of the code that they do, each as its owner and its name there.
+Functions = dict[str, list[tuple[Any, str]]]
+
+
+class Parts:
+    """Times parts of the code by wrapping their functions, each without the parts inside it: in seconds by name."""
+
+    def __init__(self, functions: Functions, device: str):
+        self.functions, self.device = functions, device
+        self.seconds: dict[str, float] = dict.fromkeys(functions, 0.0)
+        self.inside: list[float] = []  # of each part that is open: what the parts inside it took
+        self.patches = ExitStack()
+
+    def timed(self, function: Callable, part: str) -> Callable:
+        @functools.wraps(function)
+        def run(*args, **kwargs):
+            synchronize(self.device)
+            start = clock()
+            self.inside.append(0.0)
+            result = function(*args, **kwargs)
+            synchronize(self.device)
+            spent = clock() - start
+            self.seconds[part] += spent - self.inside.pop()
+            if self.inside:
+                self.inside[-1] += spent
+            return result
+
+        return run
+
+    def __enter__(self):
+        for part, places in self.functions.items():
+            for owner, name in places:
+                self.patches.enter_context(patch.object(owner, name, self.timed(getattr(owner, name), part)))
+        return self
+
+    def __exit__(self, *error):
+        self.patches.close()
 
 
 class Bare:

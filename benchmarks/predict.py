@@ -44,10 +44,12 @@ class Machine:
         # Timings by shape: parts of a run ask for the same ones.
         self.linear, self.head, self.attention = cache(self._linear), cache(self._head), cache(self._attention)
         self.append_and_attend = cache(self._append_and_attend)
+        self.sampling, self.overhead = cache(self._sampling), cache(self._overhead)
 
     def forget(self):
         """Times all operations anew from here on: a machine that others use is not the same after a minute."""
-        for timed in (self.linear, self.head, self.attention, self.append_and_attend):
+        by_shape = (self.linear, self.head, self.attention, self.append_and_attend)
+        for timed in (*by_shape, self.sampling, self.overhead):
             timed.cache_clear()
 
     def _random(self, *shape: int) -> torch.Tensor:
@@ -101,8 +103,7 @@ class Machine:
 
         return self._median(run)
 
-    @cache  # noqa: B019 - one machine a run
-    def sampling(self) -> float:
+    def _sampling(self) -> float:
         """Drawing a code from its logits."""
         settings = ScaleSampling(SETTINGS["guidance_scale"], 1.0, SETTINGS["image_top_k"], SETTINGS["image_top_p"])
         number = max(1, 2**24 // self.size.codebook_size)
@@ -110,8 +111,7 @@ class Machine:
         seeds = torch.zeros(number, 2, dtype=torch.int, device=self.device)
         return self._median(lambda: sample_codes(logits, settings, seeds)) / number
 
-    @cache  # noqa: B019 - one machine a run
-    def overhead(self) -> float:
+    def _overhead(self) -> float:
         """Python and launches of a step: a model of as many layers that has next to nothing to compute."""
         config = make_config(128, self.size.num_layers, codebook_size=64)
         model, prompt = make_model(config, self.device, self.dtype), make_prompt(1, self.device, length=2)

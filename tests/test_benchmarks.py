@@ -1,6 +1,7 @@
 """The benchmarks run, at small sizes."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_a_prediction_counts_all_that_is_in_the_cost_model(benchmarks, batch_siz
         _linear = lambda self, slots: 2 * slots * self.size.num_layers * self.size.layer_parameters  # noqa: E731
         _head = lambda self, slots: 2 * slots * self.size.hidden_size * self.size.codebook_size  # noqa: E731
         _attention = lambda self, n, length: 4 * n * length * self.size.hidden_size * self.size.num_layers  # noqa: E731
-        sampling = overhead = lambda self: 0
+        _sampling = _overhead = lambda self: 0
 
     size, schedule = size_of(measure.make_config(128, 2, codebook_size=64)), ScaleSchedule(num_scales=num_scales)
     costs = image_costs(size, schedule, guided=True, batch_size=batch_size)
@@ -133,6 +134,91 @@ def test_a_token_reads_what_a_cache_holds(benchmarks):
 
     machine = Machine(size_of(make_config(128, 2, codebook_size=64)), "cpu", torch.float32, 3)
     assert machine.token(20000) > 5 * machine.token(20)
+
+
+def test_a_machine_forgets_all_timings(benchmarks):
+    import torch
+    from growth import size_of
+    from measure import make_config
+    from predict import Machine
+
+    class Counter(Machine):
+        """Counts what it times."""
+
+        timings = 0
+
+        def _median(self, run):
+            self.timings += 1
+            return 1.0
+
+    machine = Counter(size_of(make_config(128, 1, codebook_size=64)), "cpu", torch.float32, 1)
+    counts = []
+    for _ in range(2):
+        machine.image(ScaleSchedule(num_scales=4), 10)
+        machine.token(10)
+        counts.append(machine.timings)
+    assert counts[0] == counts[1] > 0, "nothing is timed twice"
+    machine.forget()
+    machine.image(ScaleSchedule(num_scales=4), 10)
+    machine.token(10)
+    assert machine.timings == 2 * counts[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parts_add_up_and_what_they_wrap_is_restored(benchmarks, monkeypatch, dtype):
+    import measure
+    import torch
+    from roofline import draw, make_decoding, parts_of, rows_of_parts
+
+    from transformers_nextflow import interleaved_decoding, sampling
+    from transformers_nextflow.scale_cache import ScaleCacheLayer
+
+    dtype = getattr(torch, dtype)
+    model = measure.make_model(measure.make_config(128, 1, codebook_size=64), "cpu", dtype)
+    schedule, update = ScaleSchedule(num_scales=5), ScaleCacheLayer.update
+    ticks = iter(range(10**9))
+    monkeypatch.setattr(measure, "clock", lambda: next(ticks))  # a second a look at the clock
+    with measure.Parts(parts_of(model), "cpu") as parts:
+        whole = measure.seconds(lambda: draw(model, measure.make_prompt(1, "cpu"), schedule), "cpu")
+    assert not parts.inside
+    assert parts.seconds["upsampling and connector"] == 4
+    # 5 forwards: a write takes 3, as a function of its own is inside; the layer 2 around it, norm and embedding 1 each.
+    assert parts.seconds["cache writes"] == 5 * 3
+    assert parts.seconds["transformer (layers, last norm, rotary embedding)"] == 5 * (2 + 1 + 1)
+    assert ScaleCacheLayer.update is update and interleaved_decoding.draw_codes is sampling.draw_codes
+    assert "forward" not in vars(model.model.layers[0]) and "_visual_head" not in vars(model)
+
+    decoded = measure.seconds(make_decoding(schedule, "cpu", dtype), "cpu")
+    rows = rows_of_parts("", [(whole, parts)], [decoded])
+    assert [row.name.removeprefix(": part: ").split(" (")[0] for row in rows] == [
+        "transformer",
+        "head and sampling",
+        "upsampling and connector",
+        "cache writes",
+        "Python and all else",
+        "image decoding",
+    ]
+    assert sum(row.ratio for row in rows) == pytest.approx(1)
+    assert all(row.ratio > 0 for row in rows)
+
+
+def test_a_schedule_is_drawn_as_it_is(benchmarks):
+    from roofline import draw
+
+    from transformers_nextflow import NextFlowForCausalLM, aspect_buckets
+
+    class Model:
+        def generate(self, prompt, height, width, num_scales, **settings):
+            self.schedule = NextFlowForCausalLM._image_schedule(
+                self, {"height": height, "width": width, "num_scales": num_scales}, None
+            )
+
+    model = Model()
+    model.generation_config, model.config = None, type("Config", (), {"num_scales": 18})
+    for bucket in aspect_buckets():
+        for num_scales in (1, 4, 12, 18):
+            draw(model, [], ScaleSchedule(bucket, num_scales))
+            assert model.schedule == ScaleSchedule(bucket, num_scales)
 
 
 @pytest.mark.slow
@@ -171,6 +257,14 @@ def test_speed(tmp_path):
     assert (tmp_path / "table").read_text() == done.stdout
     for part in ("growth", "peers"):
         assert all(row["ratio"] > 0 for row in rows if row["part"] == part and row["target"]), part
+    assert all(math.isfinite(row["ratio"]) for row in rows)
+    names = [row["name"] for row in rows]
+    assert sum("41 aspect buckets" in name for name in names) == 1
+    assert all("predicted, " in row["beside"] for row in rows if row["part"] == "growth"), "and by FLOPs"
+    assert sum("MMDiT, 28 steps" in name and "derived" in name for name in names) == 1
+    for dtype in ("float32", "bfloat16"):
+        parts_of_run = [row["ratio"] for row in rows if ": part: " in row["name"] and row["dtype"] == dtype]
+        assert len(parts_of_run) == 6 and sum(parts_of_run) == pytest.approx(1)
     shares = {row["dtype"]: row["ratio"] for row in rows if row["name"].endswith("the rest")}
     assert shares.keys() == {"float32", "bfloat16"}, "a roofline in each dtype"
     assert all(0 < share < 1 for share in shares.values())
