@@ -1,7 +1,7 @@
 """What prefix-tuning, scale reweighting and middle returns bring: GRPO on the hard set of the tiny world.
 
     python benchmarks/grpo_prefix.py --output runs/grpo_prefix
-    python benchmarks/grpo_prefix.py --output runs/grpo_prefix --updates 150 --seeds 0 1 2 --jobs 2 --plot curves.png
+    python benchmarks/grpo_prefix.py --output runs/grpo_prefix --seeds 0 1 2 --jobs 2 --plot curves.png
 
 Captions leave two places open ("a red circle and a blue square in random places"), and codes of one scale are drawn
 independently, so nothing makes them agree on a layout: one place gets two things and another none. Four ways of GRPO,
@@ -293,9 +293,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/grpo_prefix"), help="folder of the results")
     parser.add_argument("--checkpoint", default=str(tiny_checkpoint()), help="folder (default: nextflow-tiny)")
-    parser.add_argument("--updates", type=int, default=150)
+    parser.add_argument("--updates", type=int, default=30)
     parser.add_argument("--pictures", type=int, default=64, help="drawn for one update")
-    parser.add_argument("--learning-rate", type=float, default=0.02)
+    parser.add_argument("--learning-rate", type=float, default=0.03)
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="of rollouts and of judged pictures")
     parser.add_argument("--top-k", type=int, nargs="+", default=[32, 32, 32], help="of the first scales; then 1")
     parser.add_argument("--top-p", type=float, default=1.0, help="of both, too")
