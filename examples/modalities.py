@@ -26,22 +26,26 @@ from tiny_world.tasks import (
 )
 from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, NextFlowSession, tiny_checkpoint
 
-ZOOM, MARGIN, TEXT_HEIGHT = 144, 12, 40
+ZOOM, MARGIN, LINE = 144, 12, 15
 Cell = tuple[Image.Image, str]
 
 
 def sheet(rows: Sequence[Sequence[Cell]]) -> Image.Image:
     """Pictures in rows, each with its text below."""
-    columns = max(map(len, rows))
-    size = columns * (ZOOM + MARGIN) + MARGIN, len(rows) * (ZOOM + TEXT_HEIGHT + MARGIN) + MARGIN
-    page, font = Image.new("RGB", size, "white"), ImageFont.load_default(size=12)
+    font = ImageFont.load_default(size=12)
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    texts = [[wrap(text, font, ruler) for _, text in row] for row in rows]
+    heights = [ZOOM + 3 + LINE * max(map(len, row)) + MARGIN for row in texts]
+    page = Image.new("RGB", (max(map(len, rows)) * (ZOOM + MARGIN) + MARGIN, sum(heights) + MARGIN), "white")
     draw = ImageDraw.Draw(page)
-    for y, row in enumerate(rows):
-        for x, (picture, text) in enumerate(row):
-            left, top = MARGIN + x * (ZOOM + MARGIN), MARGIN + y * (ZOOM + TEXT_HEIGHT + MARGIN)
+    top = MARGIN
+    for row, lines, height in zip(rows, texts, heights, strict=True):
+        for x, (picture, _) in enumerate(row):
+            left = MARGIN + x * (ZOOM + MARGIN)
             page.paste(picture.convert("RGB").resize((ZOOM, ZOOM), Image.Resampling.LANCZOS), (left, top))
             draw.rectangle([left - 1, top - 1, left + ZOOM, top + ZOOM], outline=(170, 170, 170))
-            draw.multiline_text((left, top + ZOOM + 3), "\n".join(wrap(text, font, draw)), fill="black", font=font)
+            draw.multiline_text((left, top + ZOOM + 3), "\n".join(lines[x]), fill="black", font=font)
+        top += height
     return page
 
 
