@@ -1,7 +1,7 @@
 """GRPO with prefix-tuning on the tiny world's shapes, with GenEval's rule as the reward.
 
     python examples/grpo_shapes.py --output_dir runs/shapes --max_steps 50
-    python examples/grpo_shapes.py --config examples/grpo_shapes.yaml --use_peft true --learning_rate 5e-4
+    python examples/grpo_shapes.py --config examples/grpo_shapes.yaml --use_peft true --learning_rate 0.1
     python examples/grpo_shapes.py --output_dir runs/two --kinds two count --num_trained_scales 8
 
 The captions are those of the hard set by default, whose places are left open. Every field of `NextFlowGRPOConfig` and
