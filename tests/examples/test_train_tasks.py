@@ -59,9 +59,12 @@ def test_batches_hold_whole_conversations(parts, folder, num_scales, monkeypatch
         model.model._find_images(batch.input_ids, batch.image_grid_shw, batch.attention_mask)  # nothing is cut
 
 
-def test_a_batch_of_texts_has_no_images_and_trains(parts, folder):
+def test_a_batch_of_texts_has_no_images_and_trains(parts, tmp_path, monkeypatch):
     model, processor = parts
-    batches = task_codes.TaskBatches(folder, processor, model.config)
+    monkeypatch.setattr(task_codes, "MIXTURE", {"reading": 1.0})
+    task_codes.extract_task_codes(processor, tmp_path, 8, seed=0)
+    batches = task_codes.TaskBatches(tmp_path, processor, model.config)
+    assert {task: len(entries) for task, entries in batches.members.items()} == {"look": 1, "reading": 7}
     batches.shares = np.array([float(task == "reading") for task in batches.members])
     batch = batches.draw(np.random.default_rng(0), 8)
     assert batch.image_grid_shw.shape == (0, 3)
