@@ -2,7 +2,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from floor import Size, image_costs
@@ -28,6 +28,20 @@ def size_of(config) -> Size:
     )
 
 
+def growth_of_buckets(
+    buckets: list[ScaleSchedule], square: int, drawing: Callable[[ScaleSchedule, int], float], machine: Machine
+) -> tuple[list[float], list[float]]:
+    """Seconds of every bucket over those of the square, measured and predicted; the square is drawn in between."""
+    times, predicted, squares = [], [], []
+    for i, bucket in enumerate(buckets):
+        if i % SQUARE_EVERY == 0:
+            squares.append(drawing(buckets[square], 1))
+        predicted.append(machine.image(bucket, PROMPT_LENGTH))
+        times.append(drawing(bucket, 1))
+    of_square = statistics.median([*squares, times[square]])
+    return [spent / of_square for spent in times], [spent / predicted[square] for spent in predicted]
+
+
 def measure(
     schedule: ScaleSchedule, hidden_size: int, num_layers: int, device: str, dtype: torch.dtype, repeats: int
 ) -> Iterator[Row]:
@@ -43,7 +57,6 @@ def measure(
     # All is divided by the smallest case, so each round has it three times.
     turns = [first, *others[:middle], first, *others[middle:], first]
     buckets = [ScaleSchedule(bucket, small.num_scales) for bucket in aspect_buckets()]
-    square = buckets.index(small)
 
     def drawing(drawn: ScaleSchedule, batch: int) -> float:
         prompt = make_prompt(batch, device)
@@ -63,15 +76,7 @@ def measure(
             measured[case].append(drawing(*case))
         rounds.append(({case: statistics.median(times) for case, times in measured.items()}, counted))
         if turn < BUCKET_ROUNDS:
-            times, predicted, squares = [], [], []
-            for i, bucket in enumerate(buckets):
-                if i % SQUARE_EVERY == 0:
-                    squares.append(drawing(small, 1))
-                predicted.append(machine.image(bucket, PROMPT_LENGTH))
-                times.append(drawing(bucket, 1))
-            of_square = statistics.median([*squares, times[square]])
-            growths = [spent / of_square for spent in times], [spent / predicted[square] for spent in predicted]
-            bucket_rounds.append(growths)
+            bucket_rounds.append(growth_of_buckets(buckets, buckets.index(small), drawing, machine))
 
     model_name = f"{num_layers} layers, {dtype}".replace("torch.", "")
     for case in others:

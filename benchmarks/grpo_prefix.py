@@ -15,8 +15,8 @@ same number of updates and of pictures an update, on the same prompts:
 The reward is half for the right number of things in the right colours, half for their shapes, by a quick detector; what
 is reported is another detector's verdict on prompts that nothing was trained on. All weights of the layers are trained
 with plain SGD: Adam's steps are as large where nothing is known as where much is, and of a policy gradient little is
-known. Each run is a process; one whose result is in the folder is not repeated, and
-one that was cut off goes on from its last checkpoint.
+known. Each run is a process; one whose result is in the folder is not repeated, and one that was cut off goes on from
+its last checkpoint.
 """
 
 import argparse
