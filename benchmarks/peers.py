@@ -109,7 +109,7 @@ class Raster:
         def steps():
             ids = torch.ones(2, 1, dtype=torch.long, device=self.device)
             for _ in range(RASTER_STEPS):
-                logits = self.model(ids, past_key_values=cache, use_cache=True).logits[:, -1].float()
+                logits = self.model(ids, cache=cache, use_cache=True).logits[:, -1].float()
                 ids = torch.lerp(logits[1:], logits[:1], 5.0).argmax(-1, keepdim=True).repeat(2, 1)
             cache.crop(-RASTER_STEPS)
 

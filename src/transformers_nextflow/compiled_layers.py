@@ -31,9 +31,9 @@ def compiled_layer(config: CompileConfig) -> Callable[..., torch.Tensor]:
         compiled = torch.compile(call_layer, **settings)
         _COMPILED.append((copy.copy(config), compiled))
 
-    def run(layer: Any, hidden_states: torch.Tensor, past_key_values: CacheRows, **kwargs) -> torch.Tensor:
+    def run(layer: Any, hidden_states: torch.Tensor, cache: CacheRows, **kwargs) -> torch.Tensor:
         index, number = layer.self_attn.layer_idx, hidden_states.shape[1]
-        opened = past_key_values.open(index, number)
+        opened = cache.open(index, number)
         for tensor in opened:
             torch._dynamo.mark_dynamic(tensor, 2)
         if (mask := kwargs["attention_mask"]) is not None:
@@ -41,8 +41,8 @@ def compiled_layer(config: CompileConfig) -> Callable[..., torch.Tensor]:
         with torch._dynamo.config.patch(
             recompile_limit=_MAX_GRAPHS, accumulated_recompile_limit=_MAX_GRAPHS, automatic_dynamic_shapes=False
         ):
-            result = compiled(layer, hidden_states, past_key_values=opened, **kwargs)
-        past_key_values.close(index, number, opened)
+            result = compiled(layer, hidden_states, cache=opened, **kwargs)
+        cache.close(index, number, opened)
         return result
 
     return run

@@ -77,7 +77,7 @@ class DecodingState:
             image_grid_shw=image_grid_shw,
             attention_mask=None if self._all_real else self.mask,
             position_ids=position_ids,
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
             logits_to_keep=1,
             visual_logits=visual_logits,
@@ -110,7 +110,7 @@ class DecodingState:
             image_grid_shw=torch.tensor([schedule.grid_shw]).expand(len(ids), -1),  # on the CPU, where it is read
             attention_mask=None if self._all_real else self.mask,
             position_ids=position_ids,
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
             scale_index=scale_index,
             code_sampler=code_sampler,

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import CompileConfig, LogitsProcessor, LogitsProcessorList
 from transformers.utils import ModelOutput, logging
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_nextflow import NextFlowConfig
 from .decoding_state import DecodingState
@@ -86,7 +87,7 @@ class NextFlowGenerateOutput(ModelOutput):
             0 where a sequence is padded; only where lengths may differ: after thoughts, and interleaved.
         thought_ids (`torch.LongTensor` of shape `(B * n, T)`, *optional*):
             What was thought before the image, padded on the right; only with `thinking`.
-        past_key_values (`Cache`, *optional*):
+        cache (`Cache`, *optional*):
             Keys and values of `sequences[:, :-1]`. The slot of the last code, which carries `<eoi>`, was not run: pass
             `sequences`, `image_grid_shw` and the cache to `generate` and text goes on from there. None if a negative
             prompt longer than the prompts has moved them, and for several rows of frames, thoughts or interleaving.
@@ -97,7 +98,7 @@ class NextFlowGenerateOutput(ModelOutput):
     image_codes: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
     thought_ids: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
 
 
 class TextOnlyLogitsProcessor(LogitsProcessor):
@@ -178,6 +179,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
 
     config: NextFlowConfig
 
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
+    @deprecate_kwarg("return_past_key_values", "6.0.0", new_name="return_cache")
     @torch.no_grad()
     def generate(  # type: ignore[override]
         self,
@@ -260,11 +263,11 @@ class NextFlowGenerationMixin(_GenerationMixin):
             kwargs:
                 Image mode takes `attention_mask` `(B, L)`, `image_grid_shw` `(num_images, 3)` (for images in the
                 prompts), `do_sample` (*defaults to `True`* for images), `num_return_sequences` (images a prompt),
-                `past_key_values` (an empty cache), `cache_implementation` (`"preallocated"`, the default,
+                `cache` (an empty cache), `cache_implementation` (`"preallocated"`, the default,
                 `"quantized"` for 8 bits, `"dynamic"`, `"static"` or an offloaded one), `compile_config` (a
                 `CompileConfig` compiles the layers once for each scale; `disable_compile` overrules it),
                 `pad_token_id`, `stopping_criteria` (asked after each scale; when all rows say so the images end with
-                that scale), `return_dict_in_generate`, `return_past_key_values` (False saves memory if nothing goes on
+                that scale), `return_dict_in_generate`, `return_cache` (False saves memory if nothing goes on
                 from the image) and `streamer` (which gets nothing but its `end()`); it ignores lengths and
                 other stopping. Interleaved mode and `thinking` take those but for the cache and `compile_config`, and
                 what shapes text: `max_new_tokens` (text tokens a row, 256 by default), `do_sample` (text is greedy by
@@ -444,7 +447,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         *,
         negative_prompt_ids: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         prefix_scales: int | None = None,
         images_per_prefix: int | None = None,
@@ -464,8 +467,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
             raise ValueError(f"`num_return_sequences` must be at least 1, but got {num_images}.")
         sharing = _check_sharing(prefix_scales, images_per_prefix, schedule.num_scales, num_images)
         return_dict = setting("return_dict_in_generate", False)
-        return_cache = setting("return_past_key_values", True)
-        keeps_cache = past_key_values is not None or (return_dict and return_cache)
+        return_cache = setting("return_cache", True)
+        keeps_cache = cache is not None or (return_dict and return_cache)
         cache_implementation = setting("cache_implementation", "preallocated")
         compile_config = setting("compile_config")
         if setting("disable_compile", False):
@@ -501,7 +504,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         # The keys of the last scale serve its own step only, if nothing follows the image.
         num_unstored = 0 if keeps_cache or schedule.num_scales == 1 else schedule.scale_lengths[-1]
         length = ids.shape[1] + schedule.num_tokens - 1
-        cache = self._image_cache(past_key_values, cache_implementation, length, num_unstored)
+        cache = self._image_cache(cache, cache_implementation, length, num_unstored)
         if isinstance(cache, ScaleCache):
             cache.set_padding(None if mask.all() else mask)
         elif compile_config is not None:
@@ -546,7 +549,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
             sequences=sequences,
             image_grid_shw=grids,
             image_codes=codes,
-            past_key_values=cache if keeps_cache and ids.shape[1] == prompt_ids.shape[1] else None,
+            cache=cache if keeps_cache and ids.shape[1] == prompt_ids.shape[1] else None,
         )
 
     # Text and images in turn
@@ -618,7 +621,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
             image_codes=image_codes,
             attention_mask=mask,
             thought_ids=_stack([torch.cat([padded[0, :0], *row]) for row in thoughts], pad) if thinking else None,
-            past_key_values=decoding.cache_before_last() if num_rows == 1 else None,
+            cache=decoding.cache_before_last() if num_rows == 1 else None,
         )
 
     def _start_interleaved(
@@ -678,7 +681,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         schedule, plan, num_branches = self._read_plan(arguments, generation_config, prompts, grids)
         generators = make_generators(arguments.pop("generator", None), num_rows, prompts[0].device)
         should_stop = _stop_check(arguments.pop("stopping_criteria", None))
-        plain = ("negative_prompt_ids", "negative_prompt_attention_mask", "past_key_values", "prefix_scales")
+        plain = ("negative_prompt_ids", "negative_prompt_attention_mask", "cache", "prefix_scales")
         for name in (*plain, "images_per_prefix"):
             if arguments.pop(name, None) is not None:
                 raise ValueError(f"`{name}` is for image mode without `thinking` and `num_frames`; leave it out here.")
@@ -788,19 +791,19 @@ class NextFlowGenerationMixin(_GenerationMixin):
             )
         return schedule
 
-    def _image_cache(self, past_key_values: Cache | None, implementation: str, length: int, num_unstored: int) -> Cache:
-        if past_key_values is not None:
-            if num_cached := int(past_key_values.get_seq_length()):
+    def _image_cache(self, cache: Cache | None, implementation: str, length: int, num_unstored: int) -> Cache:
+        if cache is not None:
+            if num_cached := int(cache.get_seq_length()):
                 raise ValueError(
-                    f"Image mode takes an empty cache, but `past_key_values` holds {num_cached} tokens. Pass the whole "
+                    f"Image mode takes an empty cache, but `cache` holds {num_cached} tokens. Pass the whole "
                     "prompt and a new cache."
                 )
-            if isinstance(past_key_values, StaticCache) and past_key_values.get_max_length() < length:
+            if isinstance(cache, StaticCache) and cache.get_max_length() < length:
                 raise ValueError(
-                    f"The cache has room for {past_key_values.get_max_length()} tokens, but prompt and image take "
+                    f"The cache has room for {cache.get_max_length()} tokens, but prompt and image take "
                     f"{length}. Pass one with `max_cache_len={length}`, or none."
                 )
-            return past_key_values
+            return cache
         if implementation in ("preallocated", "quantized"):
             storage = "int8" if implementation == "quantized" else None
             return ScaleCache(self.config, length, storage, num_unstored)
@@ -953,7 +956,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         self,
         input_ids: torch.LongTensor,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         image_grid_shw: torch.LongTensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs,
@@ -962,7 +965,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
+            cache=cache,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
@@ -976,7 +979,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
             # be run, as the <eoi> that it carries.
             is_code = step_ids >= self.config.text_vocab_size
             if (is_code[:, :2].sum(-1) == 2).any():
-                raise ValueError("`past_key_values` end inside an image; they may end after a whole image, or in text.")
+                raise ValueError("`cache` end inside an image; they may end after a whole image, or in text.")
             step_ids[:, 0] = step_ids[:, 0].masked_fill(is_code[:, 0], self.config.eoi_token_id)
             all_grids = split_grids(input_ids, image_grid_shw, self.config.text_vocab_size)
             counts = count_images(step_ids, self.config.text_vocab_size)

@@ -25,6 +25,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLRotaryEmbedding,
 )
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -88,7 +89,7 @@ class NextFlowPreTrainedModel(WholeCheckpointMixin, PreTrainedModel):
     output_modalities = ("text", "image")  # type: ignore[assignment]  # a tuple upstream, too
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen2_5_VLDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -147,6 +148,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         else:
             super()._init_weights(module)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -155,7 +157,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         image_grid_shw: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         scale_index: int | None = None,
@@ -192,13 +194,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is not None and image_grid_shw is not None:
             raise ValueError("`image_grid_shw` needs `input_ids`: the codes of the images are read from them.")
-        if use_cache and past_key_values is None and seq_idx is None:
-            past_key_values = DynamicCache(config=self.config)
-        num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if use_cache and cache is None and seq_idx is None:
+            cache = DynamicCache(config=self.config)
+        num_past = cache.get_seq_length() if cache is not None else 0
 
         block_ids = text_position_ids = groups = None
         if seq_idx is not None:
-            if attention_mask is not None or past_key_values is not None or scale_index is not None:
+            if attention_mask is not None or cache is not None or scale_index is not None:
                 raise ValueError(
                     "Packed rows (`seq_idx`) go without `attention_mask`, cache and scale steps: give padding a number "
                     "of its own in `seq_idx`."
@@ -239,27 +241,25 @@ class NextFlowModel(NextFlowPreTrainedModel):
             mask = attention_mask["full_attention"]
         elif scale_index is not None:
             kwargs["is_causal"] = False  # or SDPA would take "no mask" for "causal" and use the first n_s keys only
-            groups = _row_groups(past_key_values, attention_mask, hidden_states)
+            groups = _row_groups(cache, attention_mask, hidden_states)
             mask = None
             if groups is None:
-                mask = self._scale_step_mask(hidden_states, attention_mask, past_key_values, num_past)
+                mask = self._scale_step_mask(hidden_states, attention_mask, cache, num_past)
         elif seq_idx is not None and self.config._attn_implementation == SDPA_VARLEN:
             mask, kwargs["packed_sequences"] = None, find_sequences(seq_idx, block_ids)
         else:
-            mask = self._causal_mask(
-                hidden_states, attention_mask, past_key_values, num_past, text_position_ids, block_ids
-            )
+            mask = self._causal_mask(hidden_states, attention_mask, cache, num_past, text_position_ids, block_ids)
 
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         run_layer = call_layer
         # Flex attention compiles itself; its masks are new functions at each step, so a layer with one would not last.
-        can_compile = isinstance(past_key_values, ScaleCache) and (mask is None or isinstance(mask, torch.Tensor))
+        can_compile = isinstance(cache, ScaleCache) and (mask is None or isinstance(mask, torch.Tensor))
         if scale_index is not None and compile_config is not None and can_compile:
             run_layer = compiled_layer(compile_config)
             groups = ScaleCache.equal_groups(groups or [RowGroup(0, len(hidden_states), 0)])
         if groups is not None:
             hidden_states = self._run_groups(
-                groups, hidden_states, position_embeddings, past_key_values, run_layer, attention_mask=mask, **kwargs
+                groups, hidden_states, position_embeddings, cache, run_layer, attention_mask=mask, **kwargs
             )
         for layer in self.layers if groups is None else ():
             hidden_states = layer(
@@ -267,13 +267,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
                 position_ids=text_position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 use_cache=use_cache,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
 
     def _run_groups(
         self,
@@ -295,7 +293,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                     layer,
                     states[i],
                     position_embeddings=embeddings[i],
-                    past_key_values=cache_rows,
+                    cache=cache_rows,
                     use_cache=True,
                     **kwargs,
                 )
@@ -404,24 +402,24 @@ class NextFlowModel(NextFlowPreTrainedModel):
         angles = num_scales * 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=device) / half)
         return math.sqrt(2) * self.config.initializer_range * torch.cat([angles.sin(), angles.cos()])
 
-    def _scale_step_mask(self, inputs_embeds, attention_mask, past_key_values, num_past):
+    def _scale_step_mask(self, inputs_embeds, attention_mask, cache, num_past):
         """No mask when every cached slot is real, so that fused kernels run."""
         num_visible = num_past + inputs_embeds.shape[1]
         num_keys = num_visible
-        if past_key_values is not None:
-            num_keys, _ = past_key_values.get_mask_sizes(inputs_embeds.shape[1], 0)
+        if cache is not None:
+            num_keys, _ = cache.get_mask_sizes(inputs_embeds.shape[1], 0)
         if attention_mask is None:
             if num_keys == num_visible:
                 return None
             attention_mask = inputs_embeds.new_ones((inputs_embeds.shape[0], int(num_visible)), dtype=torch.long)
         # A static cache hands out its empty slots too.
         attention_mask = F.pad(attention_mask, (0, num_keys - attention_mask.shape[-1]))
-        mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask, past_key_values=past_key_values)
+        mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask, cache=cache)
         if isinstance(mask, torch.Tensor) and mask.ndim == 4:
             return mask[:, :, :1].clone()  # all queries see the same keys, so one row does for all of them
         return mask
 
-    def _causal_mask(self, inputs_embeds, attention_mask, past_key_values, num_past, text_position_ids, block_ids):
+    def _causal_mask(self, inputs_embeds, attention_mask, cache, num_past, text_position_ids, block_ids):
         """Causal between blocks, full inside a block; without images exactly Qwen's mask (or none)."""
         if block_ids is not None:
             if is_flash_attention_requested(self.config):
@@ -431,13 +429,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
                     "with a cache, do run on flash attention.)"
                 )
             block_ids = F.pad(block_ids, (int(num_past), 0), value=-1)
-        if past_key_values is not None and self.config._attn_implementation == "flex_attention":
-            past_key_values = _with_fixed_lengths(past_key_values)
+        if cache is not None and self.config._attn_implementation == "flex_attention":
+            cache = _with_fixed_lengths(cache)
         return create_causal_mask(
             self.config,
             inputs_embeds,
             attention_mask,
-            past_key_values,
+            cache,
             position_ids=text_position_ids,
             block_sequence_ids=block_ids,
         )
@@ -472,6 +470,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
@@ -479,7 +478,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         image_grid_shw: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -528,7 +527,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
             image_grid_shw=image_grid_shw,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             scale_index=scale_index,
@@ -559,7 +558,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
             logits=logits,
             token_losses=token_losses,
             image_codes=image_codes,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

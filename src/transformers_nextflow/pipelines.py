@@ -104,7 +104,7 @@ class NextFlowTextToImagePipeline(Pipeline):
             **generate_kwargs,
             generation_mode="image",
             return_dict_in_generate=True,
-            return_past_key_values=False,
+            return_cache=False,
         )
         # One row a prompt, as the base class cuts batches.
         return {

@@ -215,7 +215,7 @@ class ScaleCacheLayer(CacheLayerMixin):
 class ScaleCache(Cache):
     """Keys and values of prompts and images in buffers of their final size: no copies as it grows, no mask to read it.
 
-    Image mode makes one by itself. Make one for `past_key_values=` to store the numbers smaller than they are computed.
+    Image mode makes one by itself. Make one for `cache=` to store the numbers smaller than they are computed.
 
     Args:
         config (`NextFlowConfig`): The model's.

@@ -118,7 +118,7 @@ def test_the_cache_that_is_returned_is_the_same(model, graphs, cache):
     settings = {"num_scales": 4, "return_dict_in_generate": True, "cache_implementation": cache}
     expected, output = draw(model, **settings), draw(model, graphs[0], **settings)
     assert torch.equal(output.sequences, expected.sequences)
-    for ours, theirs in zip(output.past_key_values.layers, expected.past_key_values.layers, strict=True):
+    for ours, theirs in zip(output.cache.layers, expected.cache.layers, strict=True):
         assert ours.length == theirs.length
         for buffer, other in zip(ours._buffers, theirs._buffers, strict=True):
             torch.testing.assert_close(buffer[:, :, : ours.length], other[:, :, : ours.length])

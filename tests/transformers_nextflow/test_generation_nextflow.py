@@ -255,8 +255,8 @@ def test_only_visual_rows_of_the_head_are_multiplied(model):
 @pytest.mark.parametrize("make_cache", [DynamicCache, lambda: StaticCache(build_model().config, max_cache_len=128)])
 def test_a_callers_own_cache_is_used(model, make_cache):
     cache = make_cache()
-    out = draw(model, past_key_values=cache, guidance_scale=2.0)
-    assert out.past_key_values is cache
+    out = draw(model, cache=cache, guidance_scale=2.0)
+    assert out.cache is cache
     assert cache.get_seq_length() == out.sequences.shape[1] - 1
     assert torch.equal(out.image_codes, draw(model, guidance_scale=2.0).image_codes)
 
@@ -505,7 +505,7 @@ def test_several_texts_a_prompt_keep_its_images(model):
 @pytest.mark.parametrize("guidance_scale", [None, 2.0])
 def test_text_goes_on_from_the_cache_of_an_image(model, guidance_scale, cache):
     own = DynamicCache() if cache == "dynamic" else StaticCache(model.config, max_cache_len=128)
-    out = draw(model, guidance_scale=guidance_scale, past_key_values=own, num_return_sequences=2)
+    out = draw(model, guidance_scale=guidance_scale, cache=own, num_return_sequences=2)
     settings = {
         "attention_mask": F.pad(MASK.repeat_interleave(2, dim=0), (0, 1 + N), value=1),
         "image_grid_shw": out.image_grid_shw,
@@ -513,7 +513,7 @@ def test_text_goes_on_from_the_cache_of_an_image(model, guidance_scale, cache):
     }
     expected = model.generate(out.sequences, **settings)
     with ForwardCalls(model) as calls:
-        text = model.generate(out.sequences, past_key_values=out.past_key_values, **settings)
+        text = model.generate(out.sequences, cache=out.cache, **settings)
     assert torch.equal(text, expected)
     assert {arguments["input_ids"].shape[1] for arguments in calls.arguments} == {1}  # nothing is run again
 
@@ -523,7 +523,7 @@ def test_going_on_from_a_cache_needs_whole_sequences(model):
     with pytest.raises(ValueError, match="pass whole sequences"):
         model.generate(
             out.sequences[:, -1:],
-            past_key_values=out.past_key_values,
+            cache=out.cache,
             attention_mask=torch.ones_like(out.sequences),
             image_grid_shw=out.image_grid_shw,
         )
@@ -531,17 +531,15 @@ def test_going_on_from_a_cache_needs_whole_sequences(model):
 
 def test_a_cache_that_ends_inside_an_image_is_refused(model):
     out = draw(model, PROMPTS[:1], None)
-    out.past_key_values.crop(-3)
+    out.cache.crop(-3)
     with pytest.raises(ValueError, match="end inside an image"):
-        model.generate(
-            out.sequences, past_key_values=out.past_key_values, image_grid_shw=out.image_grid_shw, max_new_tokens=2
-        )
+        model.generate(out.sequences, cache=out.cache, image_grid_shw=out.image_grid_shw, max_new_tokens=2)
 
 
 def test_a_longer_negative_prompt_leaves_no_cache_to_go_on_from(model):
     negative = torch.arange(20, 30)[None]
-    assert draw(model, guidance_scale=2.0, negative_prompt_ids=negative).past_key_values is None
-    assert draw(model, guidance_scale=2.0, negative_prompt_ids=negative[:, :3]).past_key_values is not None
+    assert draw(model, guidance_scale=2.0, negative_prompt_ids=negative).cache is None
+    assert draw(model, guidance_scale=2.0, negative_prompt_ids=negative[:, :3]).cache is not None
 
 
 # --- Stored settings ---
@@ -630,7 +628,7 @@ def test_what_pipelines_add_is_ignored(model):
         ({"image_topk": 5}, "does not take `image_topk`"),
         ({"logits_processor": [], "stopping_criteria": None}, "does not take `logits_processor`"),
         ({"cache_implementation": "hybrid"}, 'no cache_implementation "hybrid"'),
-        ({"past_key_values": StaticCache(NextFlowConfig(num_hidden_layers=1), max_cache_len=20)}, "take 60"),
+        ({"cache": StaticCache(NextFlowConfig(num_hidden_layers=1), max_cache_len=20)}, "take 60"),
         ({"input_ids": PROMPTS}, "as `inputs` or as `input_ids`, not both"),
         ({"guidance_scale": 2, "negative_prompt_ids": PROMPTS[:2]}, "Got 2 negative prompts for 3 prompts"),
         ({"guidance_scale": 2, "negative_prompt_ids": PROMPTS[0]}, r"must have shape \(batch, length\)"),
@@ -669,8 +667,8 @@ def test_bad_prompts_are_explained(model, mode):
 
 
 def test_image_mode_wants_an_empty_cache_and_a_mask_of_the_prompts_shape(model):
-    with pytest.raises(ValueError, match="takes an empty cache, but `past_key_values` holds 60 tokens"):
-        draw(model, past_key_values=draw(model).past_key_values)
+    with pytest.raises(ValueError, match="takes an empty cache, but `cache` holds 60 tokens"):
+        draw(model, cache=draw(model).cache)
     with pytest.raises(ValueError, match=r"mask has shape \(3, 4\), but the prompts have \(3, 5\)"):
         draw(model, mask=MASK[:, 1:])
     # A prompt that fits alone may not fit with its image.

@@ -87,12 +87,12 @@ def test_nothing_is_run_twice_and_the_cache_is_that_of_one_forward(model, guidan
     # The last token is never run; guidance's branch runs the images and their <boi>, but not the last code's slot.
     expected = len(row) - 1 + (0 if guidance_scale is None else images * (N + 1) - 1)
     assert sum(slots) == expected
-    assert output.past_key_values.get_seq_length() == len(row) - 1
+    assert output.cache.get_seq_length() == len(row) - 1
     with torch.no_grad():
         whole = model(torch.tensor([row]), image_grid_shw=output.image_grid_shw)
         after = model(
             torch.tensor([row])[:, -1:].clamp(max=TEXT - 1),
-            past_key_values=output.past_key_values,
+            cache=output.cache,
             position_ids=_position_after(model, row, output.image_grid_shw),
         )
     if row[-1] < TEXT:
@@ -304,7 +304,7 @@ def test_a_prompt_that_opens_an_image_gets_one(model):
     frames = dict(generation_mode="image", num_frames=2, do_sample=False, return_dict_in_generate=True)
     opened, plain = model.generate(ids, **frames), model.generate(PROMPTS[:1], **frames)
     assert torch.equal(opened.sequences, plain.sequences)
-    assert opened.past_key_values.get_seq_length() == opened.sequences.shape[1] - 1
+    assert opened.cache.get_seq_length() == opened.sequences.shape[1] - 1
     with pytest.raises(ValueError, match="A prompt ends with `<boi>`"):
         interleave(model, ids, torch.ones_like(ids), max_new_images=0)
 
@@ -314,7 +314,7 @@ def test_text_goes_on_from_the_cache(model, settings):
     output = interleave(model, PROMPTS[:1], MASK[:1], **settings)
     inputs = dict(image_grid_shw=output.image_grid_shw, max_new_tokens=4, do_sample=False)
     expected = model.generate(output.sequences, **inputs)
-    assert torch.equal(model.generate(output.sequences, past_key_values=output.past_key_values, **inputs), expected)
+    assert torch.equal(model.generate(output.sequences, cache=output.cache, **inputs), expected)
 
 
 def test_stops_while_frames_or_thoughts_come(model):

@@ -205,7 +205,7 @@ def run_in_steps(model, batch, schedule, cache, tail):
     padded = not mask.all()
     grid = grids(*[schedule] * len(ids))
     boi_position = mask[:, :first].sum(-1) - 1
-    step = {"past_key_values": cache, "use_cache": True}
+    step = {"cache": cache, "use_cache": True}
     outputs = [model(ids[:, :first], attention_mask=mask[:, :first] if padded else None, **step).logits]
     for s in range(1, schedule.num_scales):
         start, stop = schedule.offsets[0 if accumulated else s - 1], schedule.offsets[s]
@@ -254,13 +254,13 @@ def test_an_unpadded_scale_step_runs_without_a_mask(model):
     cache = DynamicCache(config=model.config)
     codes = IDS[:, FIRST : FIRST + 1]
     with torch.no_grad():
-        model(IDS[:, :FIRST], past_key_values=cache, use_cache=True)
+        model(IDS[:, :FIRST], cache=cache, use_cache=True)
         calls = record_sdpa(
             lambda: model(
                 codes,
                 grids(SCHEDULE),
                 position_ids=scale_position_ids(torch.tensor([4]), SCHEDULE, 1, 64.0),
-                past_key_values=cache,
+                cache=cache,
                 scale_index=1,
             )
         )
@@ -275,14 +275,14 @@ def test_a_padded_scale_step_has_one_row_of_mask_for_all_its_queries(model):
     cache = DynamicCache(config=model.config)
     codes = torch.tensor(random_codes(SCHEDULE)[:5]).expand(2, -1)
     with torch.no_grad():
-        model(**batch, past_key_values=cache, use_cache=True)
+        model(**batch, cache=cache, use_cache=True)
         calls = record_sdpa(
             lambda: model(
                 codes[:, 1:],
                 grids(SCHEDULE, SCHEDULE),
                 attention_mask=F.pad(batch["attention_mask"], (0, 9), value=1),
                 position_ids=scale_position_ids(torch.tensor([3, 1]), SCHEDULE, 2, 64.0),
-                past_key_values=cache,
+                cache=cache,
                 scale_index=2,
             )
         )
@@ -301,8 +301,8 @@ def test_positions_made_after_a_padded_cache_go_on_from_its_text(model):
     with torch.no_grad():
         whole = model(**batch, image_grid_shw=grids(SCHEDULE, SCHEDULE)).logits
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        model(ids[:, :3], attention_mask=mask[:, :3], past_key_values=cache, use_cache=True)
-        rest = model(ids[:, 3:], grids(SCHEDULE, SCHEDULE), attention_mask=mask, past_key_values=cache).logits
+        model(ids[:, :3], attention_mask=mask[:, :3], cache=cache, use_cache=True)
+        rest = model(ids[:, 3:], grids(SCHEDULE, SCHEDULE), attention_mask=mask, cache=cache).logits
     torch.testing.assert_close(rest, whole[:, 3:], atol=1e-4, rtol=0)
 
 
@@ -319,7 +319,7 @@ def test_text_and_images_can_follow_a_cache(any_attention, static):
     with torch.no_grad():
         whole = model(ids, both).logits
         parts = [
-            model(ids[:, start:stop], grid, position_ids=positions[..., start:stop], past_key_values=cache).logits
+            model(ids[:, start:stop], grid, position_ids=positions[..., start:stop], cache=cache).logits
             for start, stop, grid in ((0, second, both[:1]), (second, text, both[1:]), (text, None, None))
         ]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)

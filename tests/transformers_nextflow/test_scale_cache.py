@@ -173,18 +173,18 @@ def test_groups_of_one_size_are_as_large_as_they_can_be():
 
 
 @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 3.0}, {"guidance_scale": 3.0, "num_return_sequences": 2}])
-@pytest.mark.parametrize("return_past_key_values", [True, False])
+@pytest.mark.parametrize("return_cache", [True, False])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_images_equal_those_of_a_dynamic_cache(model, request, settings, return_past_key_values, rows):
+def test_images_equal_those_of_a_dynamic_cache(model, request, settings, return_cache, rows):
     plain, states = draw(model, rows, cache_implementation="dynamic", **settings)
     for groups in (False, True):
         if groups:
             request.getfixturevalue("always_in_groups")
-        out, ours = draw(model, rows, return_past_key_values=return_past_key_values, **settings)
+        out, ours = draw(model, rows, return_cache=return_cache, **settings)
         for mine, other in zip(ours, states, strict=True):
             assert (mine - other).abs().max() < 1e-4
         assert torch.equal(out.image_codes, plain.image_codes)
-        assert (out.past_key_values is not None) == return_past_key_values
+        assert (out.cache is not None) == return_cache
 
 
 def test_groups_need_no_mask_where_prompts_are_padded(model, always_in_groups):
@@ -207,7 +207,7 @@ def test_groups_need_no_mask_where_prompts_are_padded(model, always_in_groups):
 def test_images_from_a_smaller_cache(model, storage):
     _, states = draw(model, cache_implementation="dynamic", do_sample=False)
     cache = ScaleCache(CONFIG, 200, storage)
-    _, ours = draw(model, past_key_values=cache, do_sample=False)
+    _, ours = draw(model, cache=cache, do_sample=False)
     # The first scale step reads the prompt alone from the cache, so the codes are not yet others.
     error = (ours[0] - states[0]).abs().max()
     assert 0 < error < 0.05 * states[0].abs().max()
