@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from measure import Bare, Breakdown, Functions, Parts, Row, Spread, make_config, make_model, make_prompt, seconds
 
-from transformers_nextflow import NextFlowImageTokenizer, ScaleSchedule, interleaved_decoding, tiny_checkpoint
+from transformers_nextflow import NextFlowImageTokenizer, ScaleSchedule, decoding, tiny_checkpoint
 from transformers_nextflow.scale_cache import ScaleCacheLayer
 
 SETTINGS = {"guidance_scale": 5.0, "image_top_k": 2, "image_top_p": 0.9}
@@ -37,8 +37,8 @@ def parts_of(model) -> Functions:
         ],
         "head and sampling": [
             (model, "_visual_head"),
-            (interleaved_decoding, "draw_codes"),
-            (interleaved_decoding, "draw_seeds"),
+            (decoding, "draw_codes"),
+            (decoding, "draw_seeds"),
         ],
         "upsampling and connector": [(inner, "_embed_scale")],
         "cache writes": [(ScaleCacheLayer, "update"), (ScaleCacheLayer, "update_rows")],

@@ -170,7 +170,7 @@ def test_parts_add_up_and_what_they_wrap_is_restored(benchmarks, monkeypatch, dt
     import torch
     from roofline import draw, make_decoding, parts_of, rows_of_parts
 
-    from transformers_nextflow import interleaved_decoding, sampling
+    from transformers_nextflow import decoding, sampling
     from transformers_nextflow.scale_cache import ScaleCacheLayer
 
     dtype = getattr(torch, dtype)
@@ -185,7 +185,7 @@ def test_parts_add_up_and_what_they_wrap_is_restored(benchmarks, monkeypatch, dt
     # 5 forwards: a write takes 3, as a function of its own is inside; the layer 2 around it, norm and embedding 1 each.
     assert parts.seconds["cache writes"] == 5 * 3
     assert parts.seconds["transformer (layers, last norm, rotary embedding)"] == 5 * (2 + 1 + 1)
-    assert ScaleCacheLayer.update is update and interleaved_decoding.draw_codes is sampling.draw_codes
+    assert ScaleCacheLayer.update is update and decoding.draw_codes is sampling.draw_codes
     assert "forward" not in vars(model.model.layers[0]) and "_visual_head" not in vars(model)
 
     decoded = measure.seconds(make_decoding(schedule, "cpu", dtype), "cpu")

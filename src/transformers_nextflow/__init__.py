@@ -13,10 +13,10 @@ from . import _registration
 
 if TYPE_CHECKING:
     from .configuration_nextflow import NextFlowConfig, NextFlowImageTokenizerConfig
+    from .decoding import GenerationEvent
     from .generation_nextflow import NextFlowGenerateOutput, NextFlowGenerationMixin
     from .image_processing_nextflow import NextFlowImageProcessor
     from .image_processing_pil_nextflow import NextFlowImageProcessorPil
-    from .interleaved_decoding import GenerationEvent
     from .modeling_nextflow import NextFlowForCausalLM, NextFlowModel, NextFlowPreTrainedModel
     from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer, NextFlowImageTokenizerOutput
     from .pipelines import NextFlowTextToImagePipeline

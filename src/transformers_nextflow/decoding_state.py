@@ -131,7 +131,9 @@ class DecodingState:
             raise ValueError(f"A cache of {self.num_slots} slots can't be cropped to {num_slots}.")
         layers: list[Any] = list(self.cache.layers)
         for layer in layers:  # by their own lengths: a forward that failed reached some of them only
-            if (extra := int(layer.get_seq_length()) - num_slots) > 0:
+            if type(layer) is DynamicLayer and layer.is_initialized:  # keys may be longer than values then
+                layer.keys, layer.values = layer.keys[:, :, :num_slots], layer.values[:, :, :num_slots]
+            elif (extra := int(layer.get_seq_length()) - num_slots) > 0:
                 layer.crop(-extra)
         self.mask, self.position = self.mask[:, :num_slots], position.clone()
         self._all_real = bool(self.mask.all())

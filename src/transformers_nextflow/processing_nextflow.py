@@ -18,10 +18,10 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file, logging
 from transformers.video_utils import load_video
 
+from .decoding import GenerationEvent
 from .image_processing_pil_nextflow import to_pil
-from .interleaved_decoding import GenerationEvent
 from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
-from .prompts import count_images
+from .padding import count_images
 from .remote_code import write_shim
 from .scale_schedule import ScaleSchedule
 
@@ -414,10 +414,10 @@ class NextFlowProcessor(ProcessorMixin):
             [[token - offset for token in run] for visual, run in groupby(ids, key=self._is_visual) if visual]
             for ids in _to_rows(token_ids)[0]
         ]
-        pictures = iter(self._decode_codes([codes for row in codes_of_rows for codes in row], image_grid_shw))
+        pictures = iter(self.decode_codes([codes for row in codes_of_rows for codes in row], image_grid_shw))
         return [[next(pictures) for _ in row] for row in codes_of_rows]
 
-    def _decode_codes(self, codes: Sequence[Any], image_grid_shw) -> list[Image.Image]:
+    def decode_codes(self, codes: Sequence[Any], image_grid_shw) -> list[Image.Image]:
         image_tokenizer, _ = self._image_parts()
         grids = torch.as_tensor(image_grid_shw).reshape(-1, 3)
         if len(codes) != len(grids):
@@ -536,7 +536,7 @@ class NextFlowProcessor(ProcessorMixin):
             shown.pop(row, None)
             last = event.kind == "scale" and event.step == event.schedule.num_scales - 1
             if event.kind == "image" or (previews and not last):
-                picture = self._decode_codes([event.ids], [event.schedule.grid_shw])[0]
+                picture = self.decode_codes([event.ids], [event.schedule.grid_shw])[0]
                 yield StreamChunk("image" if event.kind == "image" else "preview", picture, row, event.step)
         for row in list(written):
             yield from new_text(row, whole=True)
@@ -566,7 +566,7 @@ class NextFlowProcessor(ProcessorMixin):
             raise ValueError(
                 "Image mode needs codes and grids: pass `model.decode_image_tokens(sequences, image_grid_shw)`."
             )
-        return self._decode_codes(generated_outputs.image_codes, generated_outputs.image_grid_shw)
+        return self.decode_codes(generated_outputs.image_codes, generated_outputs.image_grid_shw)
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True, **kwargs):
         """Texts of generated ids; `pipeline("image-text-to-text")` calls it."""

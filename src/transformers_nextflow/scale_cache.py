@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 
 STORAGES = ("bfloat16", "int8")
@@ -281,6 +281,34 @@ class ScaleCache(Cache):
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         if self.padding is not None:
             self.padding = tuple(self.padding[row] for row in beam_idx.tolist())
+
+
+def make_cache(config: PreTrainedConfig, implementation: str, length: int, num_unstored: int = 0) -> Cache:
+    """An empty cache of `length` slots per row, by its name in `generate`; `num_unstored` as in [`ScaleCache`]."""
+    if implementation in ("preallocated", "quantized"):
+        return ScaleCache(config, length, "int8" if implementation == "quantized" else None, num_unstored)
+    if implementation in ("static", "offloaded_static"):
+        return StaticCache(config, max_cache_len=length, offloading=implementation.startswith("offloaded"))
+    if implementation in ("dynamic", "offloaded"):
+        return DynamicCache(config=config, offloading=implementation == "offloaded")
+    raise ValueError(
+        f'There is no cache_implementation "{implementation}" where images are drawn: use "preallocated", "quantized", '
+        '"dynamic", "static", "offloaded" or "offloaded_static".'
+    )
+
+
+def check_empty(cache: Cache, length: int) -> None:
+    """A `ValueError` unless a cache that was passed is empty and has room for `length` slots."""
+    if num_cached := int(cache.get_seq_length()):
+        raise ValueError(
+            f"Where images are drawn the cache must be empty, but `cache` holds {num_cached} tokens. Pass the whole "
+            "prompt and a new cache."
+        )
+    if isinstance(cache, StaticCache) and cache.get_max_length() < length:
+        raise ValueError(
+            f"The cache has room for {cache.get_max_length()} tokens, but prompt and image take {length}. Pass one "
+            f"with `max_cache_len={length}`, or none."
+        )
 
 
 class CacheRows:

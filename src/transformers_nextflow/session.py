@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .decoding import Decoding, GenerationEvent, events_of
+from .decoding_settings import read_options, read_settings
 from .decoding_state import DecodingState
-from .interleaved_decoding import GenerationEvent, InterleavedDecoding
 from .modeling_nextflow import NextFlowForCausalLM
 from .processing_nextflow import NextFlowProcessor, StreamChunk
 
 Segments = list[str | Image.Image]
+
+# Arguments of `generate` that a conversation gives itself.
+_OF_THE_SESSION = {
+    *("attention_mask", "cache", "cache_implementation", "generation_mode", "image_grid_shw", "input_ids"),
+    *("num_return_sequences", "on_scale_end", "streamer"),
+}
 
 
 @dataclass
@@ -61,10 +68,19 @@ class NextFlowSession:
         processor._image_parts()  # says what is missing
         self.model, self.processor, self.settings = model, processor, settings
         pad_token_id = model.config.eoi_token_id if model.config.pad_token_id is None else model.config.pad_token_id
-        self._decoding = InterleavedDecoding(model, 1, pad_token_id)
-        self._marks: list[dict[str, Any]] = []  # where each turn began, and where the answer did
-        self._answer: Any = None  # that is being streamed
+        # The decoding, and where each turn and its answer began. One attribute, so that whatever interrupts a turn, an
+        # undo or a move finds the session as it was before or after, never in between.
+        self._now: tuple[Decoding, tuple[dict[str, Any], ...]] = Decoding(model, 1, pad_token_id), ()
+        self._open: tuple[Any, Decoding, tuple[dict[str, Any], ...]] | None = None  # a turn that is being answered
         self.last_thought = ""
+
+    @property
+    def _decoding(self) -> Decoding:
+        return self._now[0]
+
+    @property
+    def _marks(self) -> tuple[dict[str, Any], ...]:
+        return self._now[1]
 
     # Turns
 
@@ -110,7 +126,7 @@ class NextFlowSession:
         if codes is None:
             self.undo()
             raise ValueError("The `stopping_criteria` ended the turn before the picture began, so it is forgotten.")
-        return self.processor._decode_codes([codes.ids], [codes.schedule.grid_shw])[0]
+        return self.processor.decode_codes([codes.ids], [codes.schedule.grid_shw])[0]
 
     def chat(self, text: str, images: Sequence[Any] | Any = None, **settings) -> Segments:
         """Text and pictures as the model likes: a list of `str` and `PIL.Image.Image` in order."""
@@ -149,39 +165,48 @@ class NextFlowSession:
             {"type": "text", "text": text},
         ]
         inputs = self._read_turn(content)
-        decoding = self._decoding
+        decoding, marks = self._now
+        decoding = decoding.fork()
+        for state in _states_of(decoding):
+            state.onload()
         # Defaults are for the turns that they can serve.
         unfit = {"thinking", "max_new_images"} if mode == "image" else {"thinking"}
         defaults = {name: value for name, value in self.settings.items() if name not in unfit}
         if not decoding.grids[0] and "image_grid_shw" not in inputs:
             defaults.pop("image_guidance_scale", None)  # until there is an image
-        settings = {**defaults, **settings}
-        thinking, num_frames = settings.pop("thinking", None), settings.pop("num_frames", None)
+        chosen = {**defaults, **settings}
+        if of_the_session := sorted(chosen.keys() & _OF_THE_SESSION):
+            raise ValueError(f"A session sees to `{of_the_session[0]}` itself: leave it out.")
         ids = inputs["input_ids"].to(decoding.ids.device)
         new = inputs.get("image_grid_shw", torch.empty(0, 3, dtype=torch.long))
         whole = torch.cat([decoding.ids, ids], dim=1)
         grids = torch.tensor([*decoding.grids[0], *new.tolist()]) if decoding.grids[0] or len(new) else None
-        plan = self.model.interleaved_settings(
-            None, mode, thinking, num_frames, (whole, torch.ones_like(whole)), grids, 1, settings
-        )
+        # Forks share what a dynamic cache holds.
+        chosen |= {"generation_mode": mode, "cache_implementation": "dynamic"}
+        given, _, others = read_options(self.model, chosen)
+        plan = read_settings(self.model, given, (whole, torch.ones_like(whole)), grids, **others)
         answer = whole.shape[1], len(decoding.grids[0]) + len(new)
-        self._marks.append({**decoding.mark(), "user": content, "answer": answer})
+        marks = (*marks, {**decoding.mark(), "user": content, "answer": answer})
+        decoding.extend(ids, torch.ones_like(ids), [new.tolist()])
+        events = events_of(decoding.run(plan))
+        self._open = events, decoding, marks
         try:
-            self.onload()
-            decoding.extend(ids, torch.ones_like(ids), [new.tolist()])
-            self._answer = decoding.run(plan)
-            yield from self._answer
+            yield from events
         except GeneratorExit:
+            self._end_turn()
             raise
         except BaseException:  # interrupted by hand, out of memory: as if the turn had not been
-            decoding.rewind(self._marks.pop())
+            self._open = None
             raise
+        if self._open is not None and self._open[0] is events:  # no other turn has begun
+            self._end_turn()
 
     def _end_turn(self) -> None:
-        """Ends a stream that is not over; an image that has begun stays at its last whole scale."""
-        if self._answer is not None:
-            self._answer.close()
-            self._answer = None
+        """Keeps the turn that is open; an image that has begun stays at its last whole scale."""
+        if self._open is not None:
+            events, decoding, marks = self._open
+            events.close()
+            self._now, self._open = (decoding, marks), None
 
     # What is there
 
@@ -225,21 +250,23 @@ class NextFlowSession:
 
     @property
     def _states(self) -> list[DecodingState]:
-        return [state for state in (self._decoding.state, self._decoding._images) if state is not None]
+        return _states_of(self._decoding)
 
     def undo(self, num_turns: int = 1) -> None:
         """Forgets the last turns, the answers to them included."""
         if not 1 <= num_turns <= self.num_turns:
             raise ValueError(f"There are {self.num_turns} turns, so {num_turns} can't be undone.")
         self._end_turn()
-        self._decoding.rewind(self._marks[-num_turns])
-        del self._marks[-num_turns:]
+        decoding, marks = self._now
+        decoding = decoding.fork()
+        decoding.rewind(marks[-num_turns])
+        self._now = decoding, marks[:-num_turns]
 
     def fork(self) -> "NextFlowSession":
         """A session that goes on from here by itself. The common beginning is held once."""
         self._end_turn()
         twin = copy.copy(self)
-        twin._decoding, twin._marks = self._decoding.fork(), list(self._marks)
+        twin._now = self._decoding.fork(), self._marks
         twin.settings = dict(self.settings)
         return twin
 
@@ -253,6 +280,10 @@ class NextFlowSession:
         """Moves keys and values back to the devices of their layers; every turn begins so."""
         for state in self._states:
             state.onload()
+
+
+def _states_of(decoding: Decoding) -> list[DecodingState]:
+    return [state for state in (decoding.state, decoding._images) if state is not None]
 
 
 __all__ = ["NextFlowSession", "SessionMemory"]

@@ -363,23 +363,38 @@ def test_decode_image_tokens_cuts_out_the_image(model):
     assert torch.equal(decoded.image_codes, out.image_codes)
     assert torch.equal(decoded.image_grid_shw, out.image_grid_shw)
     draw(model)
-    with pytest.raises(ValueError, match=r"end with \[.*\] image codes, but an image with grid \(5, 16, 16\) has 55"):
-        model.decode_image_tokens(out.sequences)
-    decoded = model.decode_image_tokens(out.sequences, out.image_grid_shw)
+    decoded = model.decode_image_tokens(out.sequences)  # also after another call
+    assert torch.equal(decoded.image_codes, out.image_codes)
+    plain = out.sequences.as_subclass(torch.Tensor)
+    decoded = model.decode_image_tokens(plain, out.image_grid_shw)
     assert torch.equal(decoded.image_codes, out.image_codes)
     with pytest.raises(ValueError, match="must share one grid"):
-        model.decode_image_tokens(out.sequences, torch.tensor([[5, 16, 16], [5, 8, 32]]))
-    with pytest.raises(ValueError, match="has not generated any yet"):
-        build_model().decode_image_tokens(out.sequences)
+        model.decode_image_tokens(plain, torch.tensor([[5, 16, 16], [5, 8, 32]]))
+    with pytest.raises(ValueError, match=r"end with \[.*\] image codes, but an image with grid \(5, 8, 32\)"):
+        model.decode_image_tokens(plain[:, :-1], torch.tensor([[5, 8, 32]]))
+    with pytest.raises(ValueError, match="grid of the images is not known"):
+        model.decode_image_tokens(plain)
 
 
-def test_threads_that_share_a_model_keep_their_grids(model):
+def test_sequences_keep_their_grid_wherever_they_go(model):
     """64 x 48 and 48 x 64 pixels have as many codes, so a neighbour's grid would go unnoticed."""
-    drawn = draw(model, height=48, width=64).sequences
-    neighbour = Thread(target=draw, args=[model], kwargs={"height": 64, "width": 48})
-    neighbour.start()
-    neighbour.join()
-    assert model.decode_image_tokens(drawn).image_grid_shw[0].tolist() == list(ScaleSchedule.from_size(48, 64).grid_shw)
+    grids, drawn = {}, {}
+
+    def run(height, width):
+        drawn[height] = model.generate(
+            PROMPTS, attention_mask=MASK, generation_mode="image", height=height, width=width
+        )
+        grids[height] = ScaleSchedule.from_size(height, width).grid_shw
+
+    threads = [Thread(target=run, args=size) for size in [(48, 64), (64, 48)]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for height, sequences in drawn.items():
+        moved = sequences.reshape(3, 1, -1).flatten(0, 1).to("cpu", copy=True)  # what pipelines do
+        assert [tuple(row) for row in model.decode_image_tokens(moved).image_grid_shw.tolist()] == [grids[height]] * 3
+        assert type(sequences.float()) is torch.Tensor and type(sequences == 0) is not torch.Tensor
     assert not any(isinstance(value, ScaleSchedule) for value in vars(model).values())
 
 
@@ -606,24 +621,24 @@ def test_what_pipelines_add_is_ignored(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 4}, "can't search with beams"),
-        ({"num_return_sequences": 0}, "`num_return_sequences` must be at least 1"),
-        ({"use_cache": False}, "`use_cache` must not be False"),
+        ({"num_beams": 4}, "can't be searched with beams"),
+        ({"num_return_sequences": 0}, "`num_return_sequences` must be a whole number of at least 1"),
+        ({"use_cache": False}, "does not take `use_cache=False`"),
         ({"height": 80}, "`height` and `width` together"),
         ({"height": 81, "width": 80}, r"No scale schedule ends at height 81 x width 80.*80 x 80"),
         ({"height": 256, "width": 256}, r"takes 12 scales, but this model has 5 .* up to 80 x 80"),
         ({"num_scales": 6}, "takes 6 scales, but this model has 5"),
-        ({"num_scales": 0}, "`num_scales` must be between 1 and 18"),
+        ({"num_scales": 0}, "`num_scales` must be a whole number of at least 1"),
         ({"prefix_scales": 2}, "`prefix_scales` and `images_per_prefix` together"),
         ({"prefix_scales": 5, "images_per_prefix": 1}, "`prefix_scales` must be between 1 and 4 .* 5 scales"),
-        ({"prefix_scales": 2, "images_per_prefix": 2}, "must divide the 1 images a prompt"),
+        ({"prefix_scales": 2, "images_per_prefix": 2}, "must divide the 1 images of a prompt"),
         ({"generator": [torch.Generator()]}, "Got 1 generators for 3 images"),
         ({"image_top_k": [1, 2]}, "`image_top_k` has 2 entries, but the image has 5 scales"),
         ({"image_top_k": 65}, "whole number from 1 to 64"),
         ({"image_top_p": 1.5}, "above 0 and at most 1"),
         ({"image_temperature": 0.0}, "`image_temperature` must be positive"),
         ({"guidance_scale": -1}, "at least 0"),
-        ({"guidance_schedule": "cosine"}, '"constant" or "linear", but got "cosine"'),
+        ({"guidance_schedule": "cosine"}, "one of 'constant', 'linear', but got 'cosine'"),
         ({"temperature": 0.5, "top_p": 0.9}, "does not take `temperature`, `top_p`. Use `image_temperature` for"),
         ({"image_topk": 5}, "does not take `image_topk`"),
         ({"logits_processor": [], "stopping_criteria": None}, "does not take `logits_processor`"),
@@ -633,7 +648,7 @@ def test_what_pipelines_add_is_ignored(model):
         ({"guidance_scale": 2, "negative_prompt_ids": PROMPTS[:2]}, "Got 2 negative prompts for 3 prompts"),
         ({"guidance_scale": 2, "negative_prompt_ids": PROMPTS[0]}, r"must have shape \(batch, length\)"),
         ({"guidance_scale": 2, "negative_prompt_ids": torch.tensor([[TEXT]])}, "`negative_prompt_ids` must be text"),
-        ({"generation_mode": "video"}, 'one of text, image, interleaved, but got "video"'),
+        ({"generation_mode": "video"}, "one of 'text', 'image', 'interleaved', but got 'video'"),
         (
             {"generation_mode": "text", "height": 80, "image_top_k": 2},
             "Text mode does not take `height`, `image_top_k`",
@@ -667,12 +682,12 @@ def test_bad_prompts_are_explained(model, mode):
 
 
 def test_image_mode_wants_an_empty_cache_and_a_mask_of_the_prompts_shape(model):
-    with pytest.raises(ValueError, match="takes an empty cache, but `cache` holds 60 tokens"):
+    with pytest.raises(ValueError, match="must be empty, but `cache` holds 60 tokens"):
         draw(model, cache=draw(model).cache)
     with pytest.raises(ValueError, match=r"mask has shape \(3, 4\), but the prompts have \(3, 5\)"):
         draw(model, mask=MASK[:, 1:])
     # A prompt that fits alone may not fit with its image.
-    with pytest.raises(ValueError, match="has 202 tokens, which with 55 new ones is more"):
+    with pytest.raises(ValueError, match="55 slots of the context are free behind the prompt"):
         draw(model, torch.full((1, 201), 7), None)
 
 

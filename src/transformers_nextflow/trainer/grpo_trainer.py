@@ -18,8 +18,8 @@ from trl.trainer.utils import use_adapter
 
 from ..generation_nextflow import NextFlowGenerateOutput
 from ..modeling_nextflow import NextFlowForCausalLM
+from ..padding import split_grids
 from ..processing_nextflow import NextFlowProcessor
-from ..prompts import split_grids
 from ..scale_schedule import ScaleSchedule
 from .grpo_config import NextFlowGRPOConfig
 from .grpo_losses import (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from transformers_nextflow.prompts import (
+from transformers_nextflow.padding import (
     check_left_padded,
     count_images,
     end_with_boi,

@@ -153,7 +153,7 @@ def test_nothing_is_compiled_by_default(model):
 
 @pytest.mark.parametrize("settings", [True, {"mode": "default"}])
 def test_other_settings_are_refused(model, settings):
-    with pytest.raises(TypeError, match=r"must be a `transformers.CompileConfig`"):
+    with pytest.raises(ValueError, match=r"must be an instance of `CompileConfig`"):
         draw(model, settings)
 
 

@@ -1,0 +1,429 @@
+"""How a decoding goes on, and when it ends: read from options, a model and the prompts, once, before anything runs.
+
+Letters: B prompts, L tokens of a prompt, M of a negative prompt, N codes of an image.
+"""
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache
+from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.utils import logging
+
+from .configuration_nextflow import NextFlowConfig
+from .generation_config_nextflow import SIZE, NextFlowGenerationConfig
+from .padding import Prompts, count_images, end_with_boi, read_prompts, split_grids
+from .sampling import ScaleSampling, make_generators, sampling_plan
+from .scale_schedule import ScaleSchedule
+
+logger = logging.get_logger(__name__)
+
+# What a call that draws takes besides options that a configuration can store.
+INPUTS = (
+    *("input_ids", "attention_mask", "image_grid_shw", "cache"),
+    *("generator", "negative_prompt_ids", "negative_prompt_attention_mask", "on_scale_end"),
+    *("stopping_criteria", "logits_processor", "streamer", "tokenizer", "synced_gpus"),
+)
+
+StopCheck = Callable[[torch.Tensor], torch.Tensor]  # ids `(rows, L)`, left-padded, to bool `(rows,)`
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    """How a generation goes on, and when it ends.
+
+    Args:
+        schedule (`ScaleSchedule`): Of new images.
+        plan (`list[ScaleSampling]`): How their codes are drawn.
+        generators (`list[torch.Generator]`): Of codes and of sampled text, one per row.
+        num_branches (`int`): 1; 2 with guidance; 3 with guidance by images apart.
+        negative (ids and mask, `(B, M)` or `(1, M)`): Text that guidance leads away from, ending with `<boi>`.
+        max_new_images (`int`): Images per row. A row that wants one more ends there.
+        opening (`str`): `"now"`, images follow one another without text; `"free"`, the model writes `<boi>` where it
+            wants an image; `"must"`, where the text ends or reaches its limit, an image comes.
+        text_after_images (`bool`): Whether a row that has all its images goes on with text.
+        prefix_scales, images_per_prefix (`int`): See [`draw_scales`].
+        cache (`Cache`, *optional*), cache_implementation (`str`): What keys and values are kept in.
+        keeps_cache (`bool`): Whether anything goes on from the cache.
+        compile_config (`CompileConfig`, *optional*): Compiles the layers of scale steps; needs a [`ScaleCache`].
+        max_new_tokens, min_new_tokens (`int`): Text tokens per row.
+        eos_token_ids (`tuple[int, ...]`): Ids that end the text of a row.
+        processors (`LogitsProcessorList`): For the scores of text.
+        sample_text (`bool`): Draw text tokens instead of taking the likeliest.
+        ends_text (callable, *optional*): Asked after every token: where it says yes the text of a row ends.
+        should_stop (callable, *optional*): Asked after every token and every scale: where it says yes a row ends. Rows
+            that draw together end when it says so of all.
+    """
+
+    schedule: ScaleSchedule
+    plan: list[ScaleSampling]
+    generators: list[torch.Generator]
+    num_branches: int
+    negative: Prompts
+    max_new_images: int
+    opening: str = "free"
+    text_after_images: bool = True
+    prefix_scales: int = 0
+    images_per_prefix: int = 1
+    cache: Cache | None = None
+    cache_implementation: str = "dynamic"
+    keeps_cache: bool = True
+    compile_config: Any = None
+    max_new_tokens: int = 0
+    min_new_tokens: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    sample_text: bool = False
+    ends_text: StopCheck | None = None
+    should_stop: StopCheck | None = None
+
+    @property
+    def one_image_now(self) -> bool:
+        """Whether all that comes is one image: then the branches of guidance run side by side, in one batch."""
+        return self.opening == "now" and self.max_new_images == 1 and not self.text_after_images
+
+    @property
+    def num_new_slots(self) -> int:
+        """At most so many slots are added to a row, `<boi>` included."""
+        return self.max_new_tokens + self.max_new_images * (self.schedule.num_tokens + 1)
+
+
+class TextOnlyLogitsProcessor(LogitsProcessor):
+    """Forbids what can't be written: visual ids, and the ids that mark images (`<boi>` may be allowed)."""
+
+    def __init__(self, config: NextFlowConfig, with_images: bool = False):
+        self.text_vocab_size = config.text_vocab_size
+        self.image_marks = [config.eoi_token_id, config.image_token_id]
+        if not with_images:
+            self.image_marks.append(config.boi_token_id)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        allowed = scores.clone()  # the caller keeps the raw ones for `output_logits`
+        allowed[:, self.text_vocab_size :] = -torch.inf
+        allowed[:, self.image_marks] = -torch.inf
+        return allowed
+
+
+def read_options(
+    model: Any, kwargs: dict[str, Any], generation_config: GenerationConfig | None = None
+) -> tuple[NextFlowGenerationConfig, NextFlowGenerationConfig, dict[str, Any]]:
+    """The options that are given, those over the model's own, and what is no option, of a call that draws."""
+    given, others = NextFlowGenerationConfig.merge(kwargs, generation_config)
+    config = given.over(model.generation_config)
+    config.check_drawing({name for name, value in kwargs.items() if value is not None})
+    if config.generation_mode == "image" and not config.thinking and others.get("logits_processor") is not None:
+        raise ValueError(
+            "Image mode writes no text, so it does not take `logits_processor`; `on_scale_end` sees codes."
+        )
+    if unknown := sorted(name for name in others.keys() - set(INPUTS) if others[name] is not None):
+        raise ValueError(
+            f"`generate` does not take {', '.join(f'`{name}`' for name in unknown)} where images are drawn. It takes "
+            f"the options of `NextFlowGenerationConfig` and {', '.join(INPUTS)}."
+        )
+    return given, config, others
+
+
+def read_settings(
+    model: Any,
+    given: NextFlowGenerationConfig,
+    prompts: Prompts,
+    grids: torch.Tensor | None,
+    copies: int = 1,
+    *,
+    generator: Any = None,
+    negative_prompt_ids: torch.Tensor | None = None,
+    negative_prompt_attention_mask: torch.Tensor | None = None,
+    stopping_criteria: Any = None,
+    logits_processor: Any = None,
+    tokenizer: Any = None,
+    cache: Cache | None = None,
+    **unread,
+) -> DecodingSettings:
+    """How a decoding goes on behind prompts.
+
+    Args:
+        given ([`NextFlowGenerationConfig`]): Options that are given; the model's own stand behind them.
+        prompts (ids and mask, `(B, L)` both): All that stands before, padded on the left.
+        grids (`torch.LongTensor` of shape `(num_images, 3)`, *optional*): Of the images in them.
+        copies (`int`, *optional*, defaults to 1): Rows for each prompt.
+
+    The other arguments are [`~NextFlowGenerationMixin.generate`]'s.
+    """
+    _refuse_prompt_learning(model)
+    config = given.over(model.generation_config)
+    device, num_rows = prompts[0].device, len(prompts[0]) * copies
+    images, text = config.max_new_images, config.max_new_tokens
+    if config.generation_mode == "interleaved":
+        opening, default_text = "free", 256
+    elif config.thinking:
+        opening, images, default_text = "must", 1, 128
+    else:
+        opening, images, text, default_text = "now", config.num_frames or 1, 0, 0
+    schedule = _schedule_behind(model, given, config, prompts, grids)
+    limit = model.config.max_position_embeddings
+    if opening != "now" and config.max_length is not None:
+        limit = min(limit, config.max_length)
+    images, text = _share_context(model, limit, prompts[0].shape[1], grids, schedule, images, text, default_text)
+    ends_with_boi = (prompts[0][:, -1:] == model.config.boi_token_id).any()
+    if ends_with_boi and (opening == "must" or not images):
+        raise ValueError(
+            "A prompt ends with `<boi>`, so an image must follow at once, but "
+            + ("`thinking` comes before it" if images else "`max_new_images` is 0, or none fits into the context")
+            + ". Leave `<boi>` out of the prompts."
+        )
+    plan, num_branches = _plan(model, given, config, schedule, prompts)
+    one_image = opening == "now" and images == 1
+    sharing = _check_sharing(config, schedule.num_scales, copies) if one_image else (0, 1)
+    negative = _negative(model, negative_prompt_ids, negative_prompt_attention_mask, device)
+    if negative_prompt_ids is not None:
+        if opening == "free" or images > 1:
+            raise ValueError(
+                "`negative_prompt_ids` would stand between the images of a sequence: they are for single images. "
+                "Leave them out."
+            )
+        if num_branches == 1:
+            logger.warning_once("`negative_prompt_ids` has no effect without a `guidance_scale`.")
+        if not one_image and len(negative[0]) > 1:
+            negative = negative[0].repeat_interleave(copies, dim=0), negative[1].repeat_interleave(copies, dim=0)
+    writing = {} if opening == "now" else _text_settings(model, config, prompts, images, logits_processor, tokenizer)
+    keeps_cache = cache is not None or (bool(config.return_dict_in_generate) and config.return_cache is not False)
+    settings = DecodingSettings(
+        schedule=schedule,
+        plan=plan,
+        generators=make_generators(generator, num_rows, device),
+        num_branches=num_branches,
+        negative=negative,
+        max_new_images=images,
+        opening=opening,
+        text_after_images=opening == "free",
+        prefix_scales=sharing[0],
+        images_per_prefix=sharing[1],
+        cache=cache,
+        cache_implementation=config.cache_implementation or ("preallocated" if one_image else "dynamic"),
+        keeps_cache=keeps_cache,
+        compile_config=None if config.disable_compile else config.compile_config,
+        max_new_tokens=text,
+        should_stop=_stop_check(stopping_criteria),
+        **writing,
+    )
+    _check_memory(model, settings, num_rows * num_branches, prompts[0].shape[1])
+    return settings
+
+
+def _text_settings(
+    model: Any, config: NextFlowGenerationConfig, prompts: Prompts, num_images: int, processors: Any, tokenizer: Any
+) -> dict[str, Any]:
+    """What text that is written between images is made by: all that transformers reads from a configuration."""
+    length, device = prompts[0].shape[1], prompts[0].device
+    text = copy.deepcopy(config)
+    text.update(**config._get_default_generation_params(), defaults_only=True)
+    text.do_sample, text.guidance_scale = bool(config.do_sample), None
+    if text.eos_token_id is None:
+        text.eos_token_id = model.config.eos_token_id
+    # In tokens of text: columns count codes, too.
+    least = max(config.min_new_tokens or 0, (config.min_length or 0) - length)
+    text.min_length = text.min_new_tokens = text.max_length = None
+    model._prepare_special_tokens(text, True, device=device)
+    allowed = TextOnlyLogitsProcessor(model.config, with_images=num_images > 0)
+    criteria = model._get_stopping_criteria(text, None, tokenizer=tokenizer) if text.stop_strings else None
+    eos = [] if text.eos_token_id is None else text.eos_token_id
+    return {
+        "min_new_tokens": least,
+        "eos_token_ids": tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+        "processors": model._get_logits_processor(
+            text,
+            input_ids_seq_length=length,
+            logits_processor=LogitsProcessorList([*(processors or []), allowed]),
+            device=str(device),
+        ),
+        "sample_text": text.do_sample,
+        "ends_text": _stop_check(criteria),
+    }
+
+
+def _negative(model: Any, ids: torch.Tensor | None, mask: torch.Tensor | None, device: torch.device) -> Prompts:
+    """What guidance leads away from, ending with `<boi>`; nothing but `<boi>` by default."""
+    ids = torch.empty(1, 0, dtype=torch.long, device=device) if ids is None else ids.to(device)
+    eoi, boi = model.config.eoi_token_id, model.config.boi_token_id
+    pad = model.generation_config.pad_token_id
+    pad = eoi if pad is None else pad
+    return end_with_boi(*read_prompts(ids, mask, pad), boi, pad)
+
+
+def _plan(
+    model: Any,
+    given: NextFlowGenerationConfig,
+    config: NextFlowGenerationConfig,
+    schedule: ScaleSchedule,
+    prompts: Prompts,
+) -> tuple[list[Any], int]:
+    """How the codes of each scale are drawn, and the number of branches."""
+    counts = count_images(prompts[0].masked_fill(prompts[1] == 0, 0), model.config.text_vocab_size)
+    # A stored one is for edits alone; one that is given must make sense.
+    if not all(counts) and given.image_guidance_scale is not None:
+        raise ValueError(
+            "`image_guidance_scale` guides by the images of the prompts, but "
+            f"{counts.count(0)} of {len(counts)} prompts have none. Leave it out, or use `guidance_scale`."
+        )
+    plan = sampling_plan(
+        schedule.num_scales,
+        model.config.visual_codebook_size,
+        guidance_scale=config.guidance_scale,
+        guidance_schedule=config.guidance_schedule or "constant",
+        image_guidance_scale=config.image_guidance_scale if all(counts) else None,
+        temperature=1.0 if config.image_temperature is None else config.image_temperature,
+        top_k=config.image_top_k,
+        top_p=1.0 if config.image_top_p is None else config.image_top_p,
+        do_sample=config.do_sample is not False,
+    )
+    if any(sampling.image_guidance_scale != 1 for sampling in plan):
+        return plan, 3
+    return plan, 2 if any(sampling.guidance_scale != 1 for sampling in plan) else 1
+
+
+def _schedule_behind(
+    model: Any,
+    given: NextFlowGenerationConfig,
+    config: NextFlowGenerationConfig,
+    prompts: Prompts,
+    grids: torch.Tensor | None,
+) -> ScaleSchedule:
+    """The schedule that is asked for; an edit keeps the size of the image that it edits, the last of its prompt."""
+    first_code = model.config.text_vocab_size
+    rows = [] if grids is None else split_grids(prompts[0] * prompts[1], grids, first_code)
+    if not rows or not all(map(len, rows)) or any(getattr(given, name) is not None for name in SIZE):
+        return config.schedule(model.config.num_scales)
+    last = {tuple(of_row[-1].tolist()) for of_row in rows}
+    if len(last) > 1:
+        sizes = sorted({(s.height, s.width) for s in map(ScaleSchedule.from_grid_shw, last)})
+        raise ValueError(
+            f"The last images of the prompts have the sizes {sizes} (height, width), but the images of a batch are "
+            "drawn at one size. Pass `height` and `width`, or one prompt at a time."
+        )
+    return ScaleSchedule.from_grid_shw(last.pop())
+
+
+def _share_context(
+    model: Any,
+    limit: int,
+    num_prompt_tokens: int,
+    grids: torch.Tensor | None,
+    schedule: ScaleSchedule,
+    num_images: int | None,
+    num_text: int | None,
+    default_num_text: int,
+) -> tuple[int, int]:
+    """How many images and text tokens may follow in `limit` slots: what was asked for must fit, the rest shrinks."""
+    size, free = schedule.num_tokens + 1, limit - num_prompt_tokens
+    check_context(model, num_prompt_tokens, max(num_text or 0, 1), grids, limit)
+    wanted = 4 if num_images is None else num_images
+    if num_text is None:
+        # Where images are not asked for, text has a quarter of the room at least.
+        num_text = min(default_num_text, max(free - wanted * size, 0 if num_images is not None else free // 4))
+    fitting = (free - num_text) // size
+    if num_images is not None and wanted > fitting:
+        raise ValueError(
+            f"{free} slots of the context are free behind the prompt. Beside {num_text} tokens of text, {fitting} "
+            f"images of {schedule.height} x {schedule.width} pixels fit ({size} slots each), but {num_images} were "
+            "asked for. Ask for fewer or smaller ones, or for less text."
+        )
+    return min(wanted, fitting), num_text
+
+
+def check_context(
+    model: Any, num_prompt_tokens: int, num_new: int, grids: torch.Tensor | None, limit: int | None = None
+):
+    limit = model.config.max_position_embeddings if limit is None else limit
+    if num_prompt_tokens + num_new <= limit:
+        return
+    hint = "Shorten the prompt or ask for less."
+    if grids is not None and len(grids):
+        largest = max((ScaleSchedule.from_grid_shw(grid) for grid in grids.tolist()), key=lambda s: s.num_tokens)
+        fitting = max(0, limit - num_new) // (largest.num_tokens + 1)
+        hint = (
+            f"At most {fitting} images of {largest.height} x {largest.width} pixels fit ({largest.num_tokens + 1} "
+            "tokens each). Show fewer or smaller ones, shorten the prompt or ask for less."
+        )
+    raise ValueError(
+        f"The prompt has {num_prompt_tokens} tokens, which with {num_new} new ones is more than the "
+        f"model's context of {limit} (`config.max_position_embeddings` or `max_length`). {hint}"
+    )
+
+
+def _check_memory(model: Any, settings: DecodingSettings, num_rows: int, num_prompt_tokens: int) -> None:
+    """Refuses what no cache of this device could hold, before anything is allocated."""
+    config = model.config
+    heads, width = config.num_key_value_heads or 1, config.hidden_size // config.num_attention_heads
+    per_slot = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    needed = num_rows * (num_prompt_tokens + settings.num_new_slots) * per_slot
+    if needed > (total := _total_memory(model.device)):
+        raise ValueError(
+            f"{num_rows} rows of {num_prompt_tokens + settings.num_new_slots} slots take {needed / 1e9:.0f} GB of "
+            f"keys and values, but the device has {total / 1e9:.0f} GB. Lower `num_return_sequences`, the number "
+            "of prompts or of images, or their size."
+        )
+
+
+def _refuse_prompt_learning(model: Any) -> None:
+    # PEFT hangs its own method on the model for the time of a call.
+    peft_model = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
+    if getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "Adapters of PEFT's prompt learning (prompt, prefix and p-tuning) can't draw: their virtual tokens have "
+            "no place in the token view. Use LoRA."
+        )
+
+
+def _check_sharing(config: NextFlowGenerationConfig, num_scales: int, num_images: int) -> tuple[int, int]:
+    """How many scales are shared, and by how many images: (0, 1) if none are."""
+    prefix_scales, images_per_prefix = config.prefix_scales, config.images_per_prefix
+    if prefix_scales is None and images_per_prefix is None:
+        return 0, 1
+    if prefix_scales is None or images_per_prefix is None:
+        raise ValueError(
+            "Pass `prefix_scales` and `images_per_prefix` together, but got "
+            f"prefix_scales={prefix_scales} and images_per_prefix={images_per_prefix}."
+        )
+    if not 1 <= prefix_scales < num_scales:
+        raise ValueError(
+            f"`prefix_scales` must be between 1 and {num_scales - 1} for an image of {num_scales} scales, but got "
+            f"{prefix_scales}."
+        )
+    if num_images % images_per_prefix:
+        raise ValueError(
+            f"`images_per_prefix` must divide the {num_images} images of a prompt (`num_return_sequences`), but got "
+            f"{images_per_prefix}."
+        )
+    return prefix_scales, images_per_prefix
+
+
+def _stop_check(criteria: Any) -> StopCheck | None:
+    """One question from transformers' stopping criteria: which rows of ids `(rows, L)` should stop."""
+    if criteria is None:
+        return None
+    listed = list(criteria) if isinstance(criteria, list | tuple) else [criteria]
+    if not listed:
+        return None
+
+    def should_stop(ids: torch.Tensor) -> torch.Tensor:
+        verdicts = [torch.as_tensor(criterion(ids, None)).expand(len(ids)) for criterion in listed]
+        return torch.stack([verdict.to(ids.device) for verdict in verdicts]).any(0)
+
+    return should_stop
+
+
+def _total_memory(device: torch.device) -> float:
+    """Bytes that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return float("inf")
+
+
+__all__ = ["DecodingSettings", "StopCheck", "TextOnlyLogitsProcessor", "check_context", "read_options", "read_settings"]

@@ -1,0 +1,240 @@
+"""The options of `generate`: one list, typed, checked, and saved as `generation_config.json`."""
+
+import copy
+from numbers import Real
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+from .sampling import GUIDANCE_SCHEDULES
+from .scale_schedule import ScaleSchedule
+
+GENERATION_MODES = ("text", "image", "interleaved")
+PROMPT_TASKS = ("image", "edit", "thinking", "frames")
+PROMPT_STYLES = ("bare", "chat")
+SIZE = ("height", "width", "num_scales")
+
+# What the modes that draw can't do; None and these values ask for nothing of it.
+_REFUSED_WHERE_IMAGES_ARE_DRAWN: dict[str, tuple[Any, str]] = {
+    "num_beams": (1, "images can't be searched with beams (`num_return_sequences` draws more)"),
+    "use_cache": (True, "images are decoded with a cache"),
+    "assistant_early_exit": (None, "drafts are for text mode"),
+    "prompt_lookup_num_tokens": (None, "drafts are for text mode"),
+    "use_mtp": (False, "drafts are for text mode"),
+    "token_healing": (False, "it is for text mode"),
+    "output_scores": (False, "scores of a scale are never held at once; use `on_scale_end` or a `logits_processor`"),
+    "output_logits": (False, "logits of a scale are never held at once; use `on_scale_end` or a `logits_processor`"),
+    "output_attentions": (False, "call the model on `sequences` instead"),
+    "output_hidden_states": (False, "call the model on `sequences` instead"),
+    "prefill_chunk_size": (None, "prompts are run whole, for an image must not be cut"),
+    "encoder_repetition_penalty": (1.0, "use `repetition_penalty`"),
+    "encoder_no_repeat_ngram_size": (0, "use `no_repeat_ngram_size`"),
+    "forced_eos_token_id": (None, "text ends by itself or at `max_new_tokens`"),
+    "exponential_decay_length_penalty": (None, "text ends by itself or at `max_new_tokens`"),
+}
+
+# What callers, above all pipelines, pass to any `generate`. Where no text is written it has no meaning.
+_TEXT_OPTIONS_OF_ALL_CALLERS = frozenset(
+    {
+        *("max_new_tokens", "max_length", "min_new_tokens", "min_length", "max_time"),
+        *("bos_token_id", "eos_token_id", "stop_strings", "decoder_start_token_id"),
+    }
+)
+_INSTEAD = {"temperature": "image_temperature", "top_k": "image_top_k", "top_p": "image_top_p"}
+
+
+class NextFlowGenerationConfig(GenerationConfig):
+    r"""
+    What [`~NextFlowGenerationMixin.generate`] takes and a checkpoint can store: transformers' options, which shape
+    text, and these. None, the default of all, means "not given": then the model's own configuration decides, then the
+    default named here.
+
+    Args:
+        generation_mode (`str`, *optional*, defaults to `"text"`):
+            `"text"` is [`~transformers.GenerationMixin.generate`] over text ids. `"image"` draws an image after each
+            prompt; with images in the prompts that is an edit. `"interleaved"` lets the model write text and draw an
+            image wherever it writes `<boi>`, all from one cache.
+        height, width (`int`, *optional*):
+            Size of the images in pixels, one that a [`ScaleSchedule`] ends at. By default an edit has the size of the
+            prompt's last image.
+        num_scales (`int`, *optional*):
+            Forces the number of scales; of `height` and `width` only the aspect ratio then counts. Without all three
+            and without images in the prompts, images are square and have the model's `config.num_scales` scales.
+        guidance_scale (`float`, *optional*):
+            Classifier-free guidance of images: `unconditional + guidance_scale * (conditional - unconditional)`. None
+            and 1 run the conditional branch alone. Text is never guided.
+        image_guidance_scale (`float`, *optional*):
+            Guides by the prompt's images apart from the text (InstructPix2Pix): `neither + image_guidance_scale *
+            (images - neither) + guidance_scale * (all - images)`; a third branch. A stored value is for edits alone.
+        guidance_schedule (`str`, *optional*, defaults to `"constant"`):
+            `"constant"`, or `"linear"`: from 1 at the first scale to the full strength at the last, which is VAR's
+            ramp (its `cfg` is `guidance_scale - 1`).
+        image_temperature, image_top_k, image_top_p (a number, or a list with one for each scale, *optional*):
+            What codes are drawn from; by default (1, 0 and 1) nothing is cut off.
+        thinking (`bool`, *optional*):
+            Image mode: the model first writes a thought (at most `max_new_tokens`, 128 by default), then draws.
+        num_frames (`int`, *optional*):
+            Image mode: this many images one after the other, each conditioned on those before: a story, a video.
+        max_new_images (`int`, *optional*, defaults to 4):
+            Interleaved mode: images per row. A row that wants one more ends there.
+        prefix_scales, images_per_prefix (`int`, *optional*):
+            Image mode: of the `num_return_sequences` images of a prompt, each group of `images_per_prefix` shares its
+            first `prefix_scales` scales, which are drawn and cached once (with the generator of the first).
+        return_cache (`bool`, *optional*, defaults to `True`):
+            Whether an output object holds the cache. False saves memory if nothing goes on from the images.
+        prompt_styles (`dict[str, str]`, *optional*):
+            How the model was trained to be prompted, `"bare"` (the text alone) or `"chat"` (a turn of the chat
+            template), for each task: `"image"`, `"edit"`, `"thinking"`, `"frames"`. Trainers write it, pipelines read
+            it; `generate` takes prompts as they are.
+        kwargs: transformers' own options. Where images are drawn `do_sample` is True by default, for text it is False;
+            `cache_implementation` may also be `"preallocated"`, and `"quantized"` stores 8 bits.
+
+    Raises:
+        `ValueError`: for a value that no mode can use.
+    """
+
+    generation_mode: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_scales: int | None = None
+    image_guidance_scale: float | None = None
+    guidance_schedule: str | None = None
+    image_temperature: float | list[float] | None = None
+    image_top_k: int | list[int] | None = None
+    image_top_p: float | list[float] | None = None
+    thinking: bool | None = None
+    num_frames: int | None = None
+    max_new_images: int | None = None
+    prefix_scales: int | None = None
+    images_per_prefix: int | None = None
+    return_cache: bool | None = None
+    prompt_styles: dict[str, str] | None = None
+
+    def __init__(self, **kwargs):
+        for name in OWN_OPTIONS:
+            setattr(self, name, kwargs.pop(name, None))
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_model_config(cls, model_config: PreTrainedConfig | dict) -> "NextFlowGenerationConfig":
+        """As in transformers. The model's own `num_scales` is a limit, not a choice, so it stays out."""
+        config = cls()
+        vars(config).update(vars(GenerationConfig.from_model_config(model_config)))
+        return config
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in super().to_diff_dict().items() if v is not None or k not in OWN_OPTIONS}
+
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        """Checks every option by itself; what depends on a model or a prompt is checked by `generate`."""
+        # Not for transformers' eyes: a cache of ours, and several greedy images of a prompt (which may be guided apart).
+        hidden: dict[str, Any] = {}
+        if self.cache_implementation == "preallocated":
+            hidden["cache_implementation"] = self.cache_implementation
+        if self.generation_mode != "text":
+            hidden["num_return_sequences"] = self.num_return_sequences
+        vars(self).update(dict.fromkeys(hidden))
+        try:
+            super().validate(strict=strict, user_set_attributes=user_set_attributes)
+        finally:
+            vars(self).update(hidden)
+        choices = {"generation_mode": GENERATION_MODES, "guidance_schedule": GUIDANCE_SCHEDULES}
+        for name, legal in choices.items():
+            if (value := getattr(self, name)) is not None and value not in legal:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, but got {value!r}.")
+        counts = (*SIZE, "num_frames", "prefix_scales", "images_per_prefix", "max_new_tokens", "num_return_sequences")
+        for name, least in {**dict.fromkeys(counts, 1), "max_new_images": 0}.items():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"`{name}` must be a whole number of at least {least}, but got {value!r}.")
+        for name in ("guidance_scale", "image_guidance_scale"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, Real) and 0 <= value < float("inf")):
+                raise ValueError(f"`{name}` must be a number of at least 0 (1 turns guidance off), but got {value!r}.")
+        styles = {} if self.prompt_styles is None else self.prompt_styles
+        if not isinstance(styles, dict) or set(styles) - set(PROMPT_TASKS) or set(styles.values()) - set(PROMPT_STYLES):
+            raise ValueError(
+                f"`prompt_styles` maps tasks ({', '.join(PROMPT_TASKS)}) to one of {', '.join(PROMPT_STYLES)}, but got "
+                f"{styles!r}."
+            )
+
+    def over(self, defaults: GenerationConfig) -> "NextFlowGenerationConfig":
+        """A copy whose options that are not given come from `defaults`. A size that is given leaves theirs out."""
+        merged = copy.deepcopy(self)
+        stored = defaults.to_dict()
+        if self.height is not None or self.width is not None:
+            stored = {name: value for name, value in stored.items() if name not in SIZE}
+        merged.update(**stored, defaults_only=True, allow_custom_entries=True)
+        return merged
+
+    @classmethod
+    def merge(
+        cls, given: dict[str, Any], generation_config: GenerationConfig | None
+    ) -> tuple["NextFlowGenerationConfig", dict[str, Any]]:
+        """The options among keyword arguments, over those of a configuration; and the arguments that are no options."""
+        config = cls()
+        others = config.update(**{name: value for name, value in given.items() if value is not None})
+        return config if generation_config is None else config.over(generation_config), others
+
+    def schedule(self, limit: int) -> ScaleSchedule:
+        """The schedule that the options ask for, of a model that draws up to `limit` scales.
+
+        Raises:
+            `ValueError`: if no schedule has this size, or it has more scales than the model.
+        """
+        if (self.height is None) != (self.width is None):
+            raise ValueError(
+                f"Pass `height` and `width` together, but got height {self.height} and width {self.width}."
+            )
+        if self.height is None or self.width is None:
+            schedule = ScaleSchedule(num_scales=limit if self.num_scales is None else self.num_scales)
+        else:
+            schedule = ScaleSchedule.from_size(self.height, self.width, self.num_scales)
+        if schedule.num_scales > limit:
+            largest = ScaleSchedule(schedule.bucket, limit)
+            raise ValueError(
+                f"An image of {schedule.height} x {schedule.width} pixels takes {schedule.num_scales} scales, but this "
+                f"model has {limit} (`config.num_scales`): at this aspect it draws up to {largest.height} x "
+                f"{largest.width} (height x width)."
+            )
+        return schedule
+
+    def check_drawing(self, given: set[str]) -> None:
+        """Refuses what the modes that draw have no way to do, whether given or stored; `given`: keyword arguments."""
+        mode = "Interleaved mode" if self.generation_mode == "interleaved" else "Image mode"
+        for name, (harmless, reason) in _REFUSED_WHERE_IMAGES_ARE_DRAWN.items():
+            if (value := getattr(self, name, None)) is not None and value != harmless:
+                raise ValueError(f"{mode} does not take `{name}={value!r}`: {reason}.")
+        if self.generation_mode == "interleaved":
+            alone = ("thinking", "num_frames", "prefix_scales", "images_per_prefix")
+            reason = 'it is for `generation_mode="image"`'
+        elif self.thinking or self.num_frames is not None:
+            alone, reason = ("prefix_scales", "images_per_prefix"), "it is for single images without `thinking`"
+        else:
+            alone, reason = (), ""
+            if unused := sorted(given & _TEXT_ONLY_OPTIONS):
+                hints = [f"`{_INSTEAD[name]}` for `{name}`" for name in unused if name in _INSTEAD]
+                raise ValueError(
+                    f"Image mode without `thinking` writes no text, so it does not take "
+                    f"{', '.join(f'`{name}`' for name in unused)}." + (f" Use {', '.join(hints)}." if hints else "")
+                )
+        for name in alone:
+            if getattr(self, name):
+                raise ValueError(f"`{name}` does not fit here: {reason}. Leave it out.")
+        if self.generation_mode == "image" and "max_new_images" in given:
+            raise ValueError(
+                "Image mode draws one image per row, so it does not take `max_new_images`. Use `num_frames`, "
+                '`num_return_sequences` or `generation_mode="interleaved"`.'
+            )
+        if self.thinking and self.num_frames is not None:
+            raise ValueError("`thinking` comes before one image: pass it or `num_frames`, not both.")
+
+
+OWN_OPTIONS = tuple(NextFlowGenerationConfig.__annotations__)
+_TEXT_ONLY_OPTIONS = frozenset(vars(GenerationConfig())) - {
+    *("do_sample", "guidance_scale", "num_return_sequences", "return_dict_in_generate", "pad_token_id"),
+    *("cache_implementation", "compile_config", "disable_compile"),
+    *(_REFUSED_WHERE_IMAGES_ARE_DRAWN.keys() | _TEXT_OPTIONS_OF_ALL_CALLERS),
+}
+
+__all__ = ["NextFlowGenerationConfig"]
