@@ -129,8 +129,7 @@ class DecodingState:
         """Forgets all slots but the first `num_slots`; `position` `(B,)` is what it was then."""
         if not 0 <= num_slots <= self.num_slots:
             raise ValueError(f"A cache of {self.num_slots} slots can't be cropped to {num_slots}.")
-        layers: list[Any] = list(self.cache.layers)
-        for layer in layers:  # by their own lengths: a forward that failed reached some of them only
+        for layer in list[Any](self.cache.layers):  # by their own lengths: a forward that failed reached some of them only
             if type(layer) is DynamicLayer and layer.is_initialized:  # keys may be longer than values then
                 layer.keys, layer.values = layer.keys[:, :, :num_slots], layer.values[:, :, :num_slots]
             elif (extra := int(layer.get_seq_length()) - num_slots) > 0:

@@ -1,7 +1,6 @@
 """The options of `generate`: one list, typed, checked, and saved as `generation_config.json`."""
 
 import copy
-from numbers import Real
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
@@ -127,7 +126,7 @@ class NextFlowGenerationConfig(GenerationConfig):
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """Checks every option by itself; what depends on a model or a prompt is checked by `generate`."""
-        # Not for transformers' eyes: a cache of ours, and several greedy images of a prompt (which may be guided apart).
+        # Not for transformers' eyes: a cache of ours, and several greedy images of a prompt.
         hidden: dict[str, Any] = {}
         if self.cache_implementation == "preallocated":
             hidden["cache_implementation"] = self.cache_implementation
@@ -149,7 +148,7 @@ class NextFlowGenerationConfig(GenerationConfig):
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, but got {value!r}.")
         for name in ("guidance_scale", "image_guidance_scale"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, Real) and 0 <= value < float("inf")):
+            if value is not None and not (isinstance(value, int | float) and 0 <= value < float("inf")):
                 raise ValueError(f"`{name}` must be a number of at least 0 (1 turns guidance off), but got {value!r}.")
         styles = {} if self.prompt_styles is None else self.prompt_styles
         if not isinstance(styles, dict) or set(styles) - set(PROMPT_TASKS) or set(styles.values()) - set(PROMPT_STYLES):
@@ -206,7 +205,7 @@ class NextFlowGenerationConfig(GenerationConfig):
             if (value := getattr(self, name, None)) is not None and value != harmless:
                 raise ValueError(f"{mode} does not take `{name}={value!r}`: {reason}.")
         if self.generation_mode == "interleaved":
-            alone = ("thinking", "num_frames", "prefix_scales", "images_per_prefix")
+            alone: tuple[str, ...] = ("thinking", "num_frames", "prefix_scales", "images_per_prefix")
             reason = 'it is for `generation_mode="image"`'
         elif self.thinking or self.num_frames is not None:
             alone, reason = ("prefix_scales", "images_per_prefix"), "it is for single images without `thinking`"
