@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import CompileConfig
 
 from .scale_schedule import ScaleSchedule
-from .token_layout import scale_position_ids
+from .token_layout import ScaleStep, scale_position_ids
 
 
 class DecodingState:
@@ -96,7 +96,7 @@ class DecodingState:
                 [`NextFlowModel.forward`].
             schedule (`ScaleSchedule`): The image's.
             scale_index (`int`): The scale, at least 1; after scale 0 the position is that of the slot after `<boi>`.
-            code_sampler (`Callable`): See [`NextFlowForCausalLM.forward`].
+            code_sampler (`Callable`): See [`ScaleStep`].
 
         Returns:
             What the sampler returned.
@@ -107,14 +107,11 @@ class DecodingState:
         self.position = self.position + 1
         return self.model(
             input_ids=ids,
-            image_grid_shw=torch.tensor([schedule.grid_shw]).expand(len(ids), -1),  # on the CPU, where it is read
             attention_mask=None if self._all_real else self.mask,
             position_ids=position_ids,
             cache=self.cache,
             use_cache=True,
-            scale_index=scale_index,
-            code_sampler=code_sampler,
-            compile_config=self.compile_config,
+            scale_step=ScaleStep(schedule, scale_index, code_sampler, self.compile_config),
         ).image_codes
 
     def select(self, rows: torch.Tensor) -> None:

@@ -35,7 +35,7 @@ from .prompts import (
 from .sampling import ScaleSampling, make_generators, sampling_plan
 from .scale_cache import ScaleCache
 from .scale_schedule import ScaleSchedule
-from .token_layout import find_image_groups, get_token_layout
+from .token_layout import TokenLayout
 
 logger = logging.get_logger(__name__)
 
@@ -840,13 +840,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
         mask: torch.Tensor | None,
         start: int | torch.Tensor = 0,
     ) -> torch.Tensor:
-        """Positions `(3, B, L)` of token-view ids; `start` as in [`get_token_layout`]."""
-        config, groups = self.config, []
-        if grids is not None:
-            groups = find_image_groups(
-                ids, grids, mask, config.text_vocab_size, config.boi_token_id, max_num_scales=config.num_scales
-            )
-        return get_token_layout(ids, groups, mask, config.rope_spatial_range, start).position_ids
+        """Positions `(3, B, L)` of token-view ids; `start` as in [`TokenLayout.of`]."""
+        return TokenLayout.of(ids, grids, self.config, mask, start).position_ids
 
     def decode_image_tokens(
         self, tokens: torch.LongTensor, image_grid_shw: torch.LongTensor | None = None

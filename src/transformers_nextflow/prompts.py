@@ -7,7 +7,7 @@ Letters: B rows, L slots a row.
 import torch
 import torch.nn.functional as F
 
-from .token_layout import check_grids
+from .token_layout import count_images, split_grids  # noqa: F401  # re-exported for now
 
 Prompts = tuple[torch.Tensor, torch.Tensor]
 
@@ -103,18 +103,3 @@ def stack_rows(upper: Prompts, lower: Prompts, pad_token_id: int) -> Prompts:
 
     ids = torch.cat([widen(upper[0], pad_token_id), widen(lower[0], pad_token_id)])
     return ids, torch.cat([widen(upper[1], 0), widen(lower[1], 0)])
-
-
-def count_images(input_ids: torch.Tensor, text_vocab_size: int) -> list[int]:
-    """Number of images in each row of token-view ids `(B, L)`."""
-    is_code = F.pad(input_ids >= text_vocab_size, (1, 0))
-    return (is_code[:, 1:] & ~is_code[:, :-1]).sum(-1).tolist()
-
-
-def split_grids(
-    input_ids: torch.Tensor, image_grid_shw: torch.Tensor, text_vocab_size: int
-) -> tuple[torch.Tensor, ...]:
-    """The rows of `image_grid_shw` `(num_images, 3)` that belong to each row of token-view ids `(B, L)`."""
-    counts = count_images(input_ids, text_vocab_size)
-    check_grids(image_grid_shw, sum(counts))
-    return image_grid_shw.split(counts)

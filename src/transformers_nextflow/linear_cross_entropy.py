@@ -49,6 +49,8 @@ def head_cross_entropy(
         weights = torch.ones_like(targets, dtype=torch.float32)
     if is_plain_linear(head):
         device_type, weight = hidden_states.device.type, head.weight
+        if not torch.is_grad_enabled():  # autograd asks for gradients by `requires_grad` alone
+            hidden_states, weight = hidden_states.detach(), weight.detach()
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
             hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
@@ -98,6 +100,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             probabilities, normaliser = _softmax_(logits)
             log_likelihood = target_logits - normaliser
             token_losses[rows] = -log_likelihood[:, 0]
+            if not (need_hidden or need_weight):
+                continue
             # From here on the gradient of the logits, but for the factor: p - 1 at the target, p elsewhere.
             grad = probabilities.scatter_(-1, target, log_likelihood.expm1().to(weight.dtype))
             if need_hidden:
