@@ -95,7 +95,7 @@ class NextFlowPreTrainedModel(WholeCheckpointMixin, PreTrainedModel):
     _keep_in_fp32_modules = ["connector", "model.connector"]
     _can_record_outputs = {"hidden_states": Qwen2_5_VLDecoderLayer, "attentions": Qwen2_5_VLAttention}
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
         """Checks that so many text ids fit, and changes nothing: a vocabulary has unused ids for new tokens.
 
         Args:

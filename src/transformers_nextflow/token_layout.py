@@ -21,7 +21,8 @@ from transformers.generation import CompileConfig
 from .scale_schedule import ScaleSchedule
 
 
-class ScaleStep(NamedTuple):
+@dataclass(frozen=True)
+class ScaleStep:
     """A cached decoding step that appends the slots of one scale of an image to every row.
 
     Args:
