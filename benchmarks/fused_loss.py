@@ -7,7 +7,7 @@
 with heads that are more than a matrix: LoRA, quantised, sharded); *fused* makes the gradients of a chunk while its
 logits are there (what it does otherwise). Each run is a process of its own, and they alternate: memory is the growth of
 the process's peak, time the median of the runs. That losses and gradients agree is tested in
-tests/transformers_nextflow/test_head_loss.py.
+tests/transformers_nextflow/test_linear_cross_entropy.py.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from transformers_nextflow.head_loss import head_cross_entropy
+from transformers_nextflow.linear_cross_entropy import head_cross_entropy
 
 WAYS = ("naive", "chunked", "fused")
 

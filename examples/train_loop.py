@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, tiny_checkpoint
-from transformers_nextflow.token_layout import find_image_groups, scale_of_tokens
+from transformers_nextflow.token_layout import TokenLayout
 from transformers_nextflow.trainer import (
     NextFlowDataCollator,
     PackSampler,
@@ -143,17 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
         optimizer.zero_grad(set_to_none=True)
 
         # NextFlow: cross-entropies of text (0) and of each scale (1, ...), which the reweighted loss doesn't show.
-        kinds = torch.zeros_like(batch["input_ids"])
-        if "image_grid_shw" in batch:
-            images = find_image_groups(
-                batch["input_ids"],
-                batch["image_grid_shw"],
-                None,
-                text_vocab_size=config.text_vocab_size,
-                boi_token_id=config.boi_token_id,
-                max_num_scales=config.num_scales,
-            )
-            kinds = scale_of_tokens(images, kinds.shape, kinds.device) + 1
+        layout = TokenLayout.of(batch["input_ids"], batch.get("image_grid_shw"), config)
+        kinds = layout.scale_of_tokens() + 1
         predicted = F.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
         kinds = F.pad(kinds[:, 1:], (0, 1))[predicted]
         sums[0].index_add_(0, kinds, outputs.token_losses[predicted])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, NextFlowImageTokenizer, ScaleSchedule
-from transformers_nextflow.token_layout import find_image_groups, scale_loss_weights
+from transformers_nextflow.token_layout import TokenLayout
 
 from . import training_state
 from .codes import Codes
@@ -164,15 +164,8 @@ def batch_loss(
             code_logits = F.linear(hidden[is_code], model.lm_head.weight[config.text_vocab_size :])
             wanted = targets[is_code] - config.text_vocab_size
         text_logits = model.lm_head(hidden[is_text])
-    groups = find_image_groups(
-        batch.input_ids,
-        batch.image_grid_shw,
-        batch.attention_mask,
-        config.text_vocab_size,
-        config.boi_token_id,
-        config.num_scales,
-    )
-    weights = scale_loss_weights(groups, batch.labels.shape, hidden.device, alpha)
+    layout = TokenLayout.of(batch.input_ids, batch.image_grid_shw, config, batch.attention_mask)
+    weights = layout.loss_weights(alpha)
     code_losses = F.cross_entropy(code_logits.float(), wanted, reduction="none")
     text_loss = F.cross_entropy(text_logits.float(), targets[is_text], reduction="sum") / max(1, int(is_text.sum()))
     num_codes = max(1, len(code_losses))

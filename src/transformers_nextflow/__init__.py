@@ -14,6 +14,7 @@ from . import _registration
 if TYPE_CHECKING:
     from .configuration_nextflow import NextFlowConfig, NextFlowImageTokenizerConfig
     from .decoding import GenerationEvent
+    from .generation_config_nextflow import NextFlowGenerationConfig
     from .generation_nextflow import NextFlowGenerateOutput, NextFlowGenerationMixin
     from .image_processing_nextflow import NextFlowImageProcessor
     from .image_processing_pil_nextflow import NextFlowImageProcessorPil
@@ -33,6 +34,7 @@ __all__ = [
     "NextFlowConfig",
     "NextFlowForCausalLM",
     "NextFlowGenerateOutput",
+    "NextFlowGenerationConfig",
     "NextFlowGenerationMixin",
     "NextFlowImageProcessor",
     "NextFlowImageProcessorPil",
@@ -57,13 +59,14 @@ __all__ = [
 
 _MODULES = {
     "configuration_nextflow": ("NextFlowConfig", "NextFlowImageTokenizerConfig"),
+    "generation_config_nextflow": ("NextFlowGenerationConfig",),
     "generation_nextflow": ("NextFlowGenerateOutput", "NextFlowGenerationMixin"),
     "image_processing_nextflow": ("NextFlowImageProcessor",),
     "image_processing_pil_nextflow": ("NextFlowImageProcessorPil",),
     "modeling_nextflow": ("NextFlowForCausalLM", "NextFlowModel", "NextFlowPreTrainedModel"),
     "modeling_nextflow_image_tokenizer": ("NextFlowImageTokenizer", "NextFlowImageTokenizerOutput"),
     "pipelines": ("NextFlowTextToImagePipeline",),
-    "interleaved_decoding": ("GenerationEvent",),
+    "decoding": ("GenerationEvent",),
     "processing_nextflow": ("NextFlowProcessor", "StreamChunk"),
     "remote_code": ("add_remote_code",),
     "scale_cache": ("ScaleCache",),

@@ -16,10 +16,11 @@ from transformers.cache_utils import Cache
 
 from .decoding_settings import DecodingSettings, StopCheck
 from .decoding_state import DecodingState
-from .padding import Prompts, count_images, end_with_boi, move_right, stack_rows, unconditional_prompts
+from .padding import Prompts, end_with_boi, move_right, stack_rows, unconditional_prompts
 from .sampling import ScaleSampling, draw_codes, draw_seeds, sample_codes
 from .scale_cache import ScaleCache, check_empty, make_cache
 from .scale_schedule import ScaleSchedule
+from .token_layout import count_images
 
 Grids = Sequence[Sequence[Sequence[int]]]  # for each row the grids of its images
 

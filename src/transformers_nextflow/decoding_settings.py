@@ -17,9 +17,10 @@ from transformers.utils import logging
 
 from .configuration_nextflow import NextFlowConfig
 from .generation_config_nextflow import SIZE, NextFlowGenerationConfig
-from .padding import Prompts, count_images, end_with_boi, read_prompts, split_grids
+from .padding import Prompts, end_with_boi, read_prompts
 from .sampling import ScaleSampling, make_generators, sampling_plan
 from .scale_schedule import ScaleSchedule
+from .token_layout import count_images, split_grids
 
 logger = logging.get_logger(__name__)
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import CompileConfig
 
 from .scale_schedule import ScaleSchedule
-from .token_layout import scale_position_ids
+from .token_layout import ScaleStep, TokenLayout, scale_position_ids
 
 
 class DecodingState:
@@ -68,7 +68,7 @@ class DecodingState:
         Returns:
             `torch.FloatTensor` of shape `(B, vocab_size)`, or `(B, K)`.
         """
-        position_ids = self.model._token_position_ids(ids, image_grid_shw, mask, self.position[:, None])
+        layout = TokenLayout.of(ids, image_grid_shw, self.model.config, mask, self.position[:, None])
         real = torch.ones_like(ids) if mask is None else mask.long()
         self._all_real = self._all_real and (mask is None or bool(mask.all()))
         self.mask = torch.cat([self.mask, real], dim=1)
@@ -76,13 +76,13 @@ class DecodingState:
             input_ids=ids,
             image_grid_shw=image_grid_shw,
             attention_mask=None if self._all_real else self.mask,
-            position_ids=position_ids,
+            position_ids=layout.position_ids,
             cache=self.cache,
             use_cache=True,
             logits_to_keep=1,
             visual_logits=visual_logits,
         ).logits
-        furthest = torch.where(real.bool(), position_ids[0].long() + 1, 0).amax(-1)
+        furthest = torch.where(real.bool(), layout.position_ids[0].long() + 1, 0).amax(-1)
         self.position = torch.maximum(self.position, furthest)
         return logits[:, -1]
 
@@ -96,7 +96,7 @@ class DecodingState:
                 [`NextFlowModel.forward`].
             schedule (`ScaleSchedule`): The image's.
             scale_index (`int`): The scale, at least 1; after scale 0 the position is that of the slot after `<boi>`.
-            code_sampler (`Callable`): See [`NextFlowForCausalLM.forward`].
+            code_sampler (`Callable`): See [`ScaleStep`].
 
         Returns:
             What the sampler returned.
@@ -107,14 +107,11 @@ class DecodingState:
         self.position = self.position + 1
         return self.model(
             input_ids=ids,
-            image_grid_shw=torch.tensor([schedule.grid_shw]).expand(len(ids), -1),  # on the CPU, where it is read
             attention_mask=None if self._all_real else self.mask,
             position_ids=position_ids,
             cache=self.cache,
             use_cache=True,
-            scale_index=scale_index,
-            code_sampler=code_sampler,
-            compile_config=self.compile_config,
+            scale_step=ScaleStep(schedule, scale_index, code_sampler, self.compile_config),
         ).image_codes
 
     def select(self, rows: torch.Tensor) -> None:
@@ -129,7 +126,9 @@ class DecodingState:
         """Forgets all slots but the first `num_slots`; `position` `(B,)` is what it was then."""
         if not 0 <= num_slots <= self.num_slots:
             raise ValueError(f"A cache of {self.num_slots} slots can't be cropped to {num_slots}.")
-        for layer in list[Any](self.cache.layers):  # by their own lengths: a forward that failed reached some of them only
+        for layer in list[Any](
+            self.cache.layers
+        ):  # by their own lengths: a forward that failed reached some of them only
             if type(layer) is DynamicLayer and layer.is_initialized:  # keys may be longer than values then
                 layer.keys, layer.values = layer.keys[:, :, :num_slots], layer.values[:, :, :num_slots]
             elif (extra := int(layer.get_seq_length()) - num_slots) > 0:

@@ -21,9 +21,9 @@ from .configuration_nextflow import NextFlowConfig
 from .decoding import Decoding, GenerationEvent, events_of
 from .decoding_settings import DecodingSettings, TextOnlyLogitsProcessor, check_context, read_options, read_settings
 from .generation_config_nextflow import OWN_OPTIONS, NextFlowGenerationConfig
-from .padding import Prompts, check_left_padded, count_images, read_prompts, split_grids
+from .padding import Prompts, check_left_padded, read_prompts
 from .scale_schedule import ScaleSchedule
-from .token_layout import find_image_groups, get_token_layout
+from .token_layout import TokenLayout, count_images, split_grids
 
 OnScaleEnd = Callable[[int, ScaleSchedule, torch.Tensor], Any]
 
@@ -298,21 +298,6 @@ class NextFlowGenerationMixin(_GenerationMixin):
             )
         return prompts, None if grids is None else grids.to(prompts[0].device)
 
-    def _token_position_ids(
-        self,
-        ids: torch.Tensor,
-        grids: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        start: int | torch.Tensor = 0,
-    ) -> torch.Tensor:
-        """Positions `(3, B, L)` of token-view ids; `start` as in [`get_token_layout`]."""
-        config, groups = self.config, []
-        if grids is not None:
-            groups = find_image_groups(
-                ids, grids, mask, config.text_vocab_size, config.boi_token_id, max_num_scales=config.num_scales
-            )
-        return get_token_layout(ids, groups, mask, config.rope_spatial_range, start).position_ids
-
     def decode_image_tokens(
         self, tokens: torch.LongTensor, image_grid_shw: torch.LongTensor | None = None
     ) -> NextFlowGenerateOutput:
@@ -416,7 +401,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
                 f"The attention mask has shape {tuple(mask.shape)}, but the prompts have {tuple(inputs_tensor.shape)}. "
                 "To go on from a cache, pass whole sequences: positions depend on the images in them."
             )
-        return self._token_position_ids(inputs_tensor, grids, mask)
+        return TokenLayout.of(inputs_tensor, grids, self.config, mask).position_ids
 
     def _expand_inputs_for_generation(
         self,

@@ -7,14 +7,13 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import CompileConfig
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
@@ -31,18 +30,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
-from .head_loss import head_cross_entropy, is_plain_linear
 from .layer_compilation import call_layer, compiled_layer
+from .linear_cross_entropy import head_cross_entropy, is_plain_linear
+from .model_inputs import check_names, check_scale_step, lay_out, mark_image
 from .scale_cache import CacheRows, RowGroup, ScaleCache
 from .scale_schedule import ScaleSchedule
-from .token_layout import (
-    ImageGroup,
-    code_coordinates_on,
-    find_image_groups,
-    get_token_layout,
-    index_of_sequence_start,
-    scale_loss_weights,
-)
+from .token_layout import ImageGroup, ScaleStep, TokenLayout, index_of_sequence_start
 from .varlen_attention import SDPA_VARLEN, find_sequences
 from .whole_checkpoint import WholeCheckpointMixin
 
@@ -79,6 +72,9 @@ def scale_feature_maps(
     return torch.cat(maps, dim=1)
 
 
+_ONE_SCALE = ScaleSchedule(num_scales=1)
+
+
 class NextFlowPreTrainedModel(WholeCheckpointMixin, PreTrainedModel):
     """Loading, and the flags that transformers reads."""
 
@@ -99,12 +95,25 @@ class NextFlowPreTrainedModel(WholeCheckpointMixin, PreTrainedModel):
     _keep_in_fp32_modules = ["connector", "model.connector"]
     _can_record_outputs = {"hidden_states": Qwen2_5_VLDecoderLayer, "attentions": Qwen2_5_VLAttention}
 
-    def resize_token_embeddings(self, *args, **kwargs):
-        """Refused: ids are laid out as text, then visual codes, so new text rows would shift every visual id."""
-        raise ValueError(
-            "NextFlow's vocabulary can't be resized: visual ids follow the text ids. `text_vocab_size` has unused ids "
-            "for new tokens, as Qwen's vocabulary has."
-        )
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
+        """Checks that so many text ids fit, and changes nothing: a vocabulary has unused ids for new tokens.
+
+        Args:
+            new_num_tokens (`int`, *optional*): `len(tokenizer)` after `tokenizer.add_tokens`.
+
+        Returns:
+            The input embeddings.
+
+        Raises:
+            `ValueError`: if there are more; visual ids follow the text ids, so new text rows would shift all of them.
+        """
+        size = self.config.text_vocab_size
+        if new_num_tokens is not None and new_num_tokens > size and new_num_tokens != self.config.vocab_size:
+            raise ValueError(
+                f"{new_num_tokens} tokens don't fit into the {size} text ids (`config.text_vocab_size`), and the "
+                "vocabulary can't be resized: visual ids follow the text ids. Add fewer tokens."
+            )
+        return self.get_input_embeddings()
 
 
 class Connector(nn.Sequential):
@@ -113,6 +122,26 @@ class Connector(nn.Sequential):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         first: Any = self[0]
         return super().forward(input.to(first.weight.dtype))
+
+
+class LayerInputs(NamedTuple):
+    """What goes through the layers.
+
+    Args:
+        embeds (`torch.FloatTensor` of shape `(B, L, H)`): The slots.
+        position_ids (`torch.FloatTensor` of shape `(3, B, L)`): Their coordinates.
+        mask (`torch.Tensor` or `BlockMask`, *optional*): Who sees whom.
+        kwargs (`dict`): Further arguments of the attention.
+        groups (`list[RowGroup]`, *optional*): Rows that run by themselves, without masks.
+        run_layer (`Callable`): Calls a layer on a group.
+    """
+
+    embeds: torch.Tensor
+    position_ids: torch.Tensor
+    mask: Any
+    kwargs: dict[str, Any]
+    groups: list[RowGroup] | None = None
+    run_layer: Callable[..., torch.Tensor] = call_layer
 
 
 class NextFlowModel(NextFlowPreTrainedModel):
@@ -160,118 +189,119 @@ class NextFlowModel(NextFlowPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        scale_index: int | None = None,
+        scale_step: ScaleStep | None = None,
         seq_idx: torch.LongTensor | None = None,
-        compile_config: CompileConfig | None = None,
+        layout: TokenLayout | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`, *optional*):
-                Token-view ids. With `scale_index=s`: the ids of the codes of scale s - 1, `(B, n_{s-1})` (with
+                Token-view ids. In a step for scale s: the ids of the codes of scale s - 1, `(B, n_{s-1})` (with
                 `visual_feature_mode="accumulated"`: of all scales before s).
             image_grid_shw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*):
-                Number of scales, bucket height and bucket width of each image, in reading order over the batch. With
-                `scale_index`: one row a sample, all equal.
+                Number of scales, bucket height and bucket width of each image, in reading order over the batch.
             attention_mask (`torch.Tensor` of shape `(B, past + L)`, *optional*):
                 0 where a slot is padding (left or right). A 4D mask or a dict is used as it is.
             position_ids (`torch.Tensor` of shape `(3, B, L)`, *optional*):
-                Scale, row and column coordinates. Made here when absent; required with `scale_index`, and with a cache
+                Scale, row and column coordinates. Made here when absent; required with `scale_step`, and with a cache
                 that holds an image. Four rows carry text positions of packed sequences first, as in Qwen2.5-VL.
-            scale_index (`int`, *optional*):
-                A cached decoding step: 0-based index (at least 1) of the scale whose n_s slots are fed, and whose
-                codes the n_s outputs predict. They see the whole cache and each other.
+            scale_step ([`ScaleStep`], *optional*):
+                A cached decoding step of one scale, whose slots see the whole cache and each other.
             seq_idx (`torch.LongTensor` of shape `(B, L)`, *optional*):
                 Packed rows: the number of the sequence that each slot belongs to. Sequences don't see each other, and
                 positions restart where it changes. Padding is a sequence of its own, so there is no `attention_mask`.
-            compile_config (`CompileConfig`, *optional*):
-                With `scale_index` and a [`ScaleCache`]: compiles the layers, once for each length of a scale.
+            layout ([`TokenLayout`], *optional*): Of `input_ids`, by whoever has made it already.
 
         Raises:
-            `ValueError`: if ids, grids and arguments don't fit each other.
+            `ValueError`: if ids, grids and arguments don't fit each other, or for an argument that is not known.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        if inputs_embeds is not None and image_grid_shw is not None:
-            raise ValueError("`image_grid_shw` needs `input_ids`: the codes of the images are read from them.")
+        check_names(NextFlowModel.forward, kwargs)
         if use_cache and cache is None and seq_idx is None:
             cache = DynamicCache(config=self.config)
         num_past = cache.get_seq_length() if cache is not None else 0
 
-        block_ids = text_position_ids = groups = None
-        if seq_idx is not None:
-            if attention_mask is not None or cache is not None or scale_index is not None:
-                raise ValueError(
-                    "Packed rows (`seq_idx`) go without `attention_mask`, cache and scale steps: give padding a number "
-                    "of its own in `seq_idx`."
+        if scale_step is not None:
+            check_scale_step(
+                self.config, scale_step, input_ids, image_grid_shw, attention_mask, position_ids, seq_idx, num_past
+            )
+            inputs = self._scale_step_inputs(scale_step, input_ids, attention_mask, position_ids, cache, num_past)
+        else:
+            if layout is None:
+                layout = lay_out(
+                    self.config, input_ids, inputs_embeds, image_grid_shw, attention_mask, position_ids, seq_idx, cache
                 )
+            if position_ids is None and layout is not None:
+                position_ids = layout.position_ids
+            embeds = self._embed(input_ids, inputs_embeds, layout)
+            if seq_idx is not None:
+                inputs = self._packed_inputs(embeds, layout, position_ids, seq_idx)
+            else:
+                inputs = self._whole_inputs(embeds, layout, attention_mask, position_ids, cache, num_past)
+        if cache is not None and (scale_step is not None or layout is not None):
+            mark_image(cache, num_past)
+
+        hidden_states = inputs.embeds
+        position_embeddings = self.rotary_emb(hidden_states, inputs.position_ids)
+        kwargs = {**kwargs, **inputs.kwargs, "attention_mask": inputs.mask}
+        if inputs.groups is not None:
+            hidden_states = self._run_groups(
+                inputs.groups, hidden_states, position_embeddings, cache, inputs.run_layer, **kwargs
+            )
+        for layer in self.layers if inputs.groups is None else ():
+            hidden_states = layer(
+                hidden_states, position_embeddings=position_embeddings, cache=cache, use_cache=use_cache, **kwargs
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
+
+    def _whole_inputs(self, embeds, layout, attention_mask, position_ids, cache, num_past) -> LayerInputs:
+        """One sequence a row, padded or not, at the start or after a cache."""
+        text_position_ids, position_ids = _split_position_ids(position_ids)
+        if position_ids is None:
+            position_ids = _text_position_ids(embeds, attention_mask, num_past)
+        mask = self._causal_mask(embeds, attention_mask, cache, num_past, text_position_ids, layout)
+        return LayerInputs(embeds, position_ids, mask, {"position_ids": text_position_ids})
+
+    def _packed_inputs(self, embeds, layout, position_ids, seq_idx) -> LayerInputs:
+        """Several sequences a row."""
+        text_position_ids, position_ids = _split_position_ids(position_ids)
+        if text_position_ids is None:
             slots = torch.arange(seq_idx.shape[1], device=seq_idx.device)
             text_position_ids = slots - index_of_sequence_start(seq_idx)
-        if scale_index is not None:
-            hidden_states = self._embed_scale(input_ids, image_grid_shw, scale_index)
-            if position_ids is None:
-                raise ValueError("A scale step needs `position_ids`; `scale_position_ids` makes them.")
-        elif input_ids is not None:
-            own_mask = _mask_of_last(attention_mask, input_ids.shape[1])
-            image_groups = self._find_images(input_ids, image_grid_shw, own_mask)
-            hidden_states = self._embed(input_ids, image_groups)
-            if image_groups:
-                start: int | torch.Tensor = num_past
-                if attention_mask is not None and own_mask is not None:
-                    start = attention_mask[:, : -input_ids.shape[1]].sum(-1, keepdim=True)
-                spatial_range = float(self.config.rope_spatial_range)
-                layout = get_token_layout(input_ids, image_groups, own_mask, spatial_range, start, seq_idx)
-                block_ids = layout.block_ids
-                if position_ids is None:
-                    position_ids = layout.position_ids
-        else:
-            assert inputs_embeds is not None  # checked above; for the type checker
-            hidden_states = inputs_embeds
-
-        if position_ids is None and text_position_ids is not None:
+        if position_ids is None:
             position_ids = text_position_ids.float().expand(3, -1, -1)
-        elif position_ids is None:
-            position_ids = _text_position_ids(hidden_states, attention_mask, num_past)
-        elif position_ids.ndim == 2:
-            position_ids = position_ids.expand(3, *position_ids.shape)
-        elif position_ids.shape[0] == 4:
-            text_position_ids, position_ids = position_ids[0], position_ids[1:]
+        kwargs = {"position_ids": text_position_ids}
+        if self.config._attn_implementation == SDPA_VARLEN:
+            sequences = find_sequences(seq_idx, None if layout is None else layout.block_ids)
+            return LayerInputs(embeds, position_ids, None, {**kwargs, "packed_sequences": sequences})
+        mask = self._causal_mask(embeds, None, None, 0, text_position_ids, layout)
+        return LayerInputs(embeds, position_ids, mask, kwargs)
 
+    def _scale_step_inputs(self, step, input_ids, attention_mask, position_ids, cache, num_past) -> LayerInputs:
+        """One scale of an image in every row: no mask where every slot of the cache is real."""
+        try:
+            # Out-of-range codes are left to the codebook: looking at them here would make the host wait.
+            codes = input_ids - self.config.text_vocab_size
+            embeds = self._features(codes, step.schedule, range(step.index, step.index + 1))
+        except IndexError as error:
+            raise ValueError(
+                f"A scale step takes visual ids only, {self.config.text_vocab_size} to {self.config.vocab_size - 1}."
+            ) from error
+        groups = _row_groups(cache, attention_mask, embeds)
+        mask = None
         if isinstance(attention_mask, dict):
             mask = attention_mask["full_attention"]
-        elif scale_index is not None:
-            kwargs["is_causal"] = False  # or SDPA would take "no mask" for "causal" and use the first n_s keys only
-            groups = _row_groups(cache, attention_mask, hidden_states)
-            mask = None
-            if groups is None:
-                mask = self._scale_step_mask(hidden_states, attention_mask, cache, num_past)
-        elif seq_idx is not None and self.config._attn_implementation == SDPA_VARLEN:
-            mask, kwargs["packed_sequences"] = None, find_sequences(seq_idx, block_ids)
-        else:
-            mask = self._causal_mask(hidden_states, attention_mask, cache, num_past, text_position_ids, block_ids)
-
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        elif groups is None:
+            mask = self._scale_step_mask(embeds, attention_mask, cache, num_past)
         run_layer = call_layer
         # Flex attention compiles itself; its masks are new functions at each step, so a layer with one would not last.
         can_compile = isinstance(cache, ScaleCache) and (mask is None or isinstance(mask, torch.Tensor))
-        if scale_index is not None and compile_config is not None and can_compile:
-            run_layer = compiled_layer(compile_config)
-            groups = ScaleCache.equal_groups(groups or [RowGroup(0, len(hidden_states), 0)])
-        if groups is not None:
-            hidden_states = self._run_groups(
-                groups, hidden_states, position_embeddings, cache, run_layer, attention_mask=mask, **kwargs
-            )
-        for layer in self.layers if groups is None else ():
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=mask,
-                position_embeddings=position_embeddings,
-                position_ids=text_position_ids,
-                cache=cache,
-                use_cache=use_cache,
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
+        if step.compile_config is not None and can_compile:
+            run_layer = compiled_layer(step.compile_config)
+            groups = ScaleCache.equal_groups(groups or [RowGroup(0, len(embeds), 0)])
+        # Not causal, or SDPA would take "no mask" for "causal" and use the first n_s keys only.
+        kwargs = {"is_causal": False} if groups is not None else {"is_causal": False, "position_ids": None}
+        return LayerInputs(embeds, position_ids, mask, kwargs, groups, run_layer)
 
     def _run_groups(
         self,
@@ -300,99 +330,41 @@ class NextFlowModel(NextFlowPreTrainedModel):
         cache.advance(hidden_states.shape[1])
         return torch.cat(states)
 
-    def _find_images(
-        self, input_ids: torch.Tensor, image_grid_shw: torch.Tensor | None, attention_mask: torch.Tensor | None
-    ) -> list[ImageGroup]:
-        if not torch.compiler.is_compiling():
-            self._check_ids(input_ids, image_grid_shw)
-        if image_grid_shw is None:
-            return []
-        return find_image_groups(
-            input_ids,
-            image_grid_shw,
-            attention_mask,
-            text_vocab_size=self.config.text_vocab_size,
-            boi_token_id=self.config.boi_token_id,
-            max_num_scales=self.config.num_scales,
-        )
-
-    def _check_ids(self, input_ids: torch.Tensor, image_grid_shw: torch.Tensor | None):
-        if input_ids.numel() == 0:
-            return
-        smallest, largest = (int(bound) for bound in input_ids.aminmax())
-        if smallest < 0 or largest >= self.config.vocab_size:
-            raise ValueError(
-                f"`input_ids` must be between 0 and {self.config.vocab_size - 1}, but they reach from {smallest} to "
-                f"{largest}. Visual ids are {self.config.text_vocab_size} + code, and the codebook has "
-                f"{self.config.visual_codebook_size} codes."
-            )
-        if image_grid_shw is None and largest >= self.config.text_vocab_size:
-            raise ValueError(
-                f"`input_ids` hold image codes (ids from {self.config.text_vocab_size} on), but `image_grid_shw` is "
-                "missing: pass one row (number of scales, bucket height, bucket width) for each image."
-            )
-
-    def _embed(self, input_ids: torch.Tensor, image_groups: list[ImageGroup]) -> torch.Tensor:
+    def _embed(self, input_ids, inputs_embeds, layout: TokenLayout | None) -> torch.Tensor:
         """Input view of token-view ids: `(B, L)` -> `(B, L, H)`."""
-        # The slot of an image's last code carries <eoi>; the other code slots are overwritten below.
-        is_code = input_ids >= self.config.text_vocab_size
-        embeds = self.embed_tokens(input_ids.masked_fill(is_code, self.config.eoi_token_id))
-        if not image_groups:
-            return embeds
+        if inputs_embeds is None:
+            # The slot of an image's last code carries <eoi>; the other code slots are overwritten below.
+            is_code = input_ids >= self.config.text_vocab_size
+            inputs_embeds = self.embed_tokens(input_ids.masked_fill(is_code, self.config.eoi_token_id))
+        images = [] if layout is None else layout.images
+        if not images:
+            if not (self.training and torch.is_grad_enabled()):
+                return inputs_embeds
+            # Every part takes part in every training batch, if with no slot: else ranks that do have images would wait
+            # for its gradients for ever.
+            none = torch.zeros(0, 1, dtype=torch.long, device=inputs_embeds.device)
+            input_ids, images = none, [ImageGroup(_ONE_SCALE, 1, none)]
         features = []
-        for group in image_groups:
+        for group in images:
             seen = group.slots[:, : group.schedule.offsets[group.num_scales - 1]]  # the last scale is never an input
             codes = input_ids.flatten()[seen] - self.config.text_vocab_size
             features.append(self._features(codes, group.schedule, range(1, group.num_scales)).flatten(0, 1))
-        slots = torch.cat([group.feature_slots.flatten() for group in image_groups])
-        return embeds.flatten(0, 1).index_copy(0, slots, torch.cat(features).to(embeds)).view_as(embeds)
-
-    def _embed_scale(
-        self, input_ids: torch.Tensor | None, image_grid_shw: torch.Tensor | None, scale_index: int
-    ) -> torch.Tensor:
-        """Input slots of one scale from the codes before it: `(B, n_{s-1})` -> `(B, n_s, H)`."""
-        if input_ids is None or image_grid_shw is None:
-            raise ValueError("A scale step needs `input_ids` (the codes of the scale before) and `image_grid_shw`.")
-        grids = {tuple(row) for row in image_grid_shw.tolist()}
-        if len(grids) != 1 or len(image_grid_shw) != len(input_ids):
-            raise ValueError(
-                "A scale step needs one row of `image_grid_shw` a sample, and all rows equal, but got "
-                f"{len(image_grid_shw)} rows for {len(input_ids)} samples: {sorted(grids)}."
-            )
-        schedule = ScaleSchedule.from_grid_shw(grids.pop())
-        if not 1 <= scale_index < min(schedule.num_scales, self.config.num_scales):
-            raise ValueError(
-                f"`scale_index` must be between 1 and {min(schedule.num_scales, self.config.num_scales) - 1} here, but "
-                f"got {scale_index}."
-            )
-        accumulated = self.config.visual_feature_mode == "accumulated"
-        first = 0 if accumulated else scale_index - 1
-        num_codes = schedule.offsets[scale_index] - schedule.offsets[first]
-        if input_ids.shape[1] != num_codes:
-            raise ValueError(
-                f"The step for scale {scale_index} takes the {num_codes} codes of "
-                f"{'all scales before' if accumulated else f'scale {first}'}, but got {input_ids.shape[1]}."
-            )
-        try:
-            # Out-of-range codes are left to the codebook: looking at them here would make the host wait.
-            codes = input_ids - self.config.text_vocab_size
-            return self._features(codes, schedule, range(scale_index, scale_index + 1))
-        except IndexError as error:
-            raise ValueError(
-                f"A scale step takes visual ids only, {self.config.text_vocab_size} to {self.config.vocab_size - 1}."
-            ) from error
+        slots = torch.cat([group.feature_slots.flatten() for group in images])
+        placed = inputs_embeds.flatten(0, 1).index_copy(0, slots, torch.cat(features).to(inputs_embeds))
+        return placed.view_as(inputs_embeds)
 
     def _features(self, codes: torch.Tensor, schedule: ScaleSchedule, scales: range) -> torch.Tensor:
         """Input slots of `scales` from the codes before them: `(G, n)` -> `(G, sum of n_s over scales, H)`."""
         # In fp32: resizing in low precision would lose what the codes tell apart.
         vectors = self.visual_codebook(codes).float()
         maps = scale_feature_maps(vectors, schedule, scales, self.config.visual_feature_mode == "accumulated")
-        cells = slice(schedule.offsets[scales.start], schedule.offsets[scales.stop])
-        scale_of_code = code_coordinates_on(schedule, codes.device)[0][cells]
+        of_scale = self.scale_embedding(torch.arange(scales.start, scales.stop, device=codes.device))
+        lengths = schedule.scale_lengths[scales.start : scales.stop]
+        of_slot = [row.expand(length, -1) for row, length in zip(of_scale, lengths, strict=True)] or [of_scale]
         # In the dtype of text, whatever dtypes these modules have.
         features = self.connector(maps).to(self.embed_tokens.weight.dtype)
         # These modules may be on several devices, and the ids on another (`device_map="auto"`).
-        features = features + self.scale_embedding(scale_of_code).to(features)
+        features = features + torch.cat(of_slot).to(features)
         features = features + self._scale_length_embedding(schedule.num_scales, features.device).to(features)
         return features.to(codes.device)
 
@@ -419,16 +391,19 @@ class NextFlowModel(NextFlowPreTrainedModel):
             return mask[:, :, :1].clone()  # all queries see the same keys, so one row does for all of them
         return mask
 
-    def _causal_mask(self, inputs_embeds, attention_mask, cache, num_past, text_position_ids, block_ids):
+    def _causal_mask(self, inputs_embeds, attention_mask, cache, num_past, text_position_ids, layout):
         """Causal between blocks, full inside a block; without images exactly Qwen's mask (or none)."""
-        if block_ids is not None:
+        if isinstance(attention_mask, dict):
+            return attention_mask["full_attention"]
+        block_ids = None
+        if layout is not None:
             if is_flash_attention_requested(self.config):
                 raise ValueError(
                     f'attn_implementation="{self.config._attn_implementation}" can\'t let the slots of one scale see '
                     'each other, as sequences with images need. Use "sdpa" or "flex_attention". (Text, and scale steps '
                     "with a cache, do run on flash attention.)"
                 )
-            block_ids = F.pad(block_ids, (int(num_past), 0), value=-1)
+            block_ids = F.pad(layout.block_ids, (int(num_past), 0), value=-1)
         if cache is not None and self.config._attn_implementation == "flex_attention":
             cache = _with_fixed_lengths(cache)
         return create_causal_mask(
@@ -482,13 +457,11 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        scale_index: int | None = None,
+        scale_step: ScaleStep | None = None,
         seq_idx: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         visual_logits: bool = False,
-        code_sampler: Callable[..., torch.Tensor] | None = None,
         skip_logits: bool | None = None,
-        shift_labels: torch.LongTensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> NextFlowCausalLMOutputWithPast:
@@ -502,14 +475,10 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
                 Compute only the last `logits_to_keep` logits (0: all), or those at the given places.
             visual_logits (`bool`, *optional*, defaults to `False`):
                 Return `(B, L, visual_codebook_size)` logits, of the visual ids only.
-            code_sampler (`Callable`, *optional*):
-                Called as `code_sampler(head, hidden_states)`, `head` giving visual logits; what it returns goes into
-                `image_codes`, in place of `logits`. So a scale is drawn without ever holding all its logits.
             skip_logits (`bool`, *optional*):
-                Whether to return no logits beside a loss. By default they are left out in training mode: the loss is
-                computed in chunks that never hold them all.
-            shift_labels (`torch.LongTensor` of shape `(B, L)`, *optional*):
-                Labels that are shifted already; used instead of `labels`.
+                Whether to return no logits beside a loss, which is computed in chunks that never hold them all. By
+                default they are left out in training mode only, so that `model.eval()(ids, labels=ids).logits` is there
+                as anywhere; pass True wherever the loss alone is wanted.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*):
                 What the sum of the losses is divided by; by default the number of predicted tokens.
 
@@ -522,6 +491,18 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         >>> outputs.loss.backward()
         ```
         """
+        check_names(NextFlowForCausalLM.forward, kwargs)
+        layout = None
+        if labels is not None:
+            if input_ids is not None and labels.shape != input_ids.shape:
+                raise ValueError(
+                    f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, but got "
+                    f"{tuple(labels.shape)}. They are not shifted: that is done here."
+                )
+            if image_grid_shw is not None and scale_step is None:  # the loss needs the images, too: they are found once
+                layout = lay_out(
+                    self.config, input_ids, inputs_embeds, image_grid_shw, attention_mask, position_ids, seq_idx, cache
+                )
         outputs = self.model(
             input_ids=input_ids,
             image_grid_shw=image_grid_shw,
@@ -530,27 +511,19 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            scale_index=scale_index,
+            scale_step=scale_step,
             seq_idx=seq_idx,
+            layout=layout,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         loss = logits = token_losses = image_codes = None
-        targets: torch.Tensor | None = shift_labels
-        if targets is None and labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-            if seq_idx is not None:  # nothing predicts the first token of a packed sequence
-                ends = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (0, 1))
-                targets = targets.masked_fill(ends.to(targets.device), -100)
-        if targets is not None:
-            weights = self._token_weights(input_ids, image_grid_shw, attention_mask)
-            loss, token_losses = self._loss(
-                hidden_states, targets.to(hidden_states.device), weights, num_items_in_batch
-            )
+        if labels is not None:
+            loss, token_losses = self._loss(hidden_states, labels, layout, seq_idx, num_items_in_batch)
         if loss is None or not (self.training if skip_logits is None else skip_logits):
             hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)
-            if code_sampler is not None:
-                image_codes = code_sampler(self._visual_head, hidden_states)
+            if scale_step is not None and scale_step.code_sampler is not None:
+                image_codes = scale_step.code_sampler(self._visual_head, hidden_states)
             else:
                 logits = self._visual_head(hidden_states) if visual_logits else self.lm_head(hidden_states)
         return NextFlowCausalLMOutputWithPast(
@@ -563,24 +536,26 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
             attentions=outputs.attentions,
         )
 
-    def _token_weights(self, input_ids, image_grid_shw, attention_mask) -> torch.Tensor | None:
-        """Weight `(B, L)` of predicting each token; None when all are 1."""
-        alpha = float(self.config.scale_reweight_alpha)
-        if image_grid_shw is None or alpha == 0:
-            return None
-        groups = self.model._find_images(input_ids, image_grid_shw, _mask_of_last(attention_mask, input_ids.shape[1]))
-        return scale_loss_weights(groups, input_ids.shape, input_ids.device, alpha)
-
-    def _loss(self, hidden_states, targets, weights, num_items_in_batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, hidden_states, labels, layout, seq_idx, num_items) -> tuple[torch.Tensor, torch.Tensor]:
         """Stock shifted cross-entropy, with a weight a token; and each token's without it, `(B, L)`."""
-        predicts = targets != -100
-        if weights is not None:
-            weights = F.pad(weights[:, 1:], (0, 1)).to(predicts.device)[predicts]
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if seq_idx is not None:  # nothing predicts the first token of a packed sequence
+            ends = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (0, 1))
+            targets = targets.masked_fill(ends.to(targets.device), -100)
+        targets = targets.to(hidden_states.device)
+        predicts, weights = targets != -100, None
+        if layout is not None and (alpha := float(self.config.scale_reweight_alpha)):
+            weights = F.pad(layout.loss_weights(alpha)[:, 1:], (0, 1)).to(predicts.device)[predicts]
         total, losses = head_cross_entropy(
             self.lm_head, hidden_states[predicts], targets[predicts], self.config.vocab_size, weights
         )
         token_losses = losses.new_zeros(targets.shape).masked_scatter(predicts, losses)
-        return total / (predicts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch), token_losses
+        if num_items is None:
+            num_items = predicts.sum()
+        elif not torch.compiler.is_compiling() and not 0 <= float(num_items) < math.inf:
+            raise ValueError(f"`num_items_in_batch` must be a number of tokens, but got {float(num_items)}.")
+        # 0 of 0 is 0: a rank may have nothing to learn.
+        return total / (num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else num_items or 1), token_losses
 
     def _visual_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits of the visual rows only; the text rows are multiplied only where the head can't be cut."""
@@ -597,11 +572,13 @@ def _row_groups(cache: Cache | None, attention_mask, hidden_states: torch.Tensor
     return None
 
 
-def _mask_of_last(attention_mask, length: int) -> torch.Tensor | None:
-    """The part of a 2D padding mask that covers the last `length` slots."""
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        return attention_mask[:, -length:]
-    return None
+def _split_position_ids(position_ids: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Text positions `(B, L)`, if they come with the others, and coordinates `(3, B, L)`, if there are any."""
+    if position_ids is None or position_ids.shape[:-2] == (3,):
+        return None, position_ids
+    if position_ids.ndim == 2:
+        return None, position_ids.expand(3, *position_ids.shape)
+    return position_ids[0], position_ids[1:]
 
 
 def _text_position_ids(inputs_embeds: torch.Tensor, attention_mask, num_past: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Batches of prompts: their padding, and the images in them, as pure functions of tensors.
+"""Padded batches of prompts, as pure functions of tensors.
 
 A batch is token-view ids `(B, L)` and a mask of the same shape, 0 where there is padding (on the left).
 Letters: B rows, L slots a row.
@@ -6,8 +6,6 @@ Letters: B rows, L slots a row.
 
 import torch
 import torch.nn.functional as F
-
-from .token_layout import check_grids
 
 Prompts = tuple[torch.Tensor, torch.Tensor]
 
@@ -103,18 +101,3 @@ def stack_rows(upper: Prompts, lower: Prompts, pad_token_id: int) -> Prompts:
 
     ids = torch.cat([widen(upper[0], pad_token_id), widen(lower[0], pad_token_id)])
     return ids, torch.cat([widen(upper[1], 0), widen(lower[1], 0)])
-
-
-def count_images(input_ids: torch.Tensor, text_vocab_size: int) -> list[int]:
-    """Number of images in each row of token-view ids `(B, L)`."""
-    is_code = F.pad(input_ids >= text_vocab_size, (1, 0))
-    return (is_code[:, 1:] & ~is_code[:, :-1]).sum(-1).tolist()
-
-
-def split_grids(
-    input_ids: torch.Tensor, image_grid_shw: torch.Tensor, text_vocab_size: int
-) -> tuple[torch.Tensor, ...]:
-    """The rows of `image_grid_shw` `(num_images, 3)` that belong to each row of token-view ids `(B, L)`."""
-    counts = count_images(input_ids, text_vocab_size)
-    check_grids(image_grid_shw, sum(counts))
-    return image_grid_shw.split(counts)

@@ -21,9 +21,9 @@ from transformers.video_utils import load_video
 from .decoding import GenerationEvent
 from .image_processing_pil_nextflow import to_pil
 from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
-from .padding import count_images
 from .remote_code import write_shim
 from .scale_schedule import ScaleSchedule
+from .token_layout import count_images
 
 logger = logging.get_logger(__name__)
 

@@ -5,9 +5,9 @@ Pure Python on purpose: a data loader, a server's router or a notebook can plan 
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from operator import index
 
 # Sides of the square schedule, one a scale; the 12th is 16, the side that names a bucket.
@@ -76,6 +76,13 @@ class ScaleSchedule:
     num_scales: int = len(BASE_SIDES)
     stride: int = 16
     sides: tuple[int, ...] = BASE_SIDES
+    # Made once: `torch.compile` reads these as constants, and would trace a property's loops.
+    grids: tuple[tuple[int, int], ...] = field(init=False, compare=False)
+    """`(h_s, w_s)` of every scale, in cells."""
+    scale_lengths: tuple[int, ...] = field(init=False, compare=False)
+    """Number of codes of each scale, `n_s = h_s * w_s`."""
+    offsets: tuple[int, ...] = field(init=False, compare=False)
+    """Where each scale starts in the flat codes; one entry more than scales, the last is `num_tokens`."""
 
     def __post_init__(self):
         try:
@@ -100,36 +107,22 @@ class ScaleSchedule:
             raise ValueError(f"`sides` must begin with 1 and grow from scale to scale, but got {list(sides)}.")
         if not 1 <= num_scales <= len(sides):
             raise ValueError(f"`num_scales` must be between 1 and {len(sides)}, but got {num_scales}.")
+        # Python's `round` rounds half to even, which is what reproduces the paper's table.
+        h, w = (tuple(max(1, round(s * side / BUCKET_SIDE)) for s in sides[1:num_scales]) for side in bucket)
+        grids = ((1, 1), *zip(h, w, strict=True))
+        lengths = tuple(height * width for height, width in grids)
+        object.__setattr__(self, "grids", grids)
+        object.__setattr__(self, "scale_lengths", lengths)
+        object.__setattr__(self, "offsets", (0, *accumulate(lengths)))
 
     def __repr__(self):
         own_sides = "" if self.sides == BASE_SIDES else f", sides={self.sides}"
         return f"ScaleSchedule(bucket={self.bucket}, num_scales={self.num_scales}, stride={self.stride}{own_sides})"
 
     @property
-    def grids(self) -> tuple[tuple[int, int], ...]:
-        """`(h_s, w_s)` of every scale, in cells."""
-        h, w = self.bucket
-        # Python's `round` rounds half to even, which is what reproduces the paper's table.
-        later = ((max(1, round(s * h / BUCKET_SIDE)), max(1, round(s * w / BUCKET_SIDE))) for s in self.sides[1:])
-        return ((1, 1), *later)[: self.num_scales]
-
-    @property
-    def scale_lengths(self) -> tuple[int, ...]:
-        """Number of codes a scale, `n_s = h_s * w_s`."""
-        return tuple(h * w for h, w in self.grids)
-
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """Where each scale starts in the flat codes; one entry more than scales, the last is `num_tokens`."""
-        offsets = [0]
-        for length in self.scale_lengths:
-            offsets.append(offsets[-1] + length)
-        return tuple(offsets)
-
-    @property
     def num_tokens(self) -> int:
         """Number of codes of the whole image, `N`."""
-        return sum(self.scale_lengths)
+        return self.offsets[-1]
 
     @property
     def height(self) -> int:
@@ -207,14 +200,22 @@ class ScaleSchedule:
     def flops(self, hidden_size: int, num_text_tokens: int, num_layers: int = 1) -> int:
         """Forward FLOPs of a prompt's prefill and all scales, by the paper's cost model (appendix A.2).
 
-        A layer costs `12 * q * hidden_size**2 + 4 * q * kv * hidden_size` for `q` new tokens that attend to `kv`
-        (themselves among them). The text is one dense step; the 1x1 scale counts as a step.
+        The text is one dense step; the 1x1 scale counts as a step.
         """
-        total, kv = 0, 0
-        for q in (num_text_tokens, *self.scale_lengths):
-            kv += q
-            total += 12 * q * hidden_size**2 + 4 * q * kv * hidden_size
-        return num_layers * total
+        return sequence_flops((num_text_tokens, *self.scale_lengths), hidden_size, num_layers)
+
+
+def sequence_flops(steps: Iterable[int], hidden_size: int, num_layers: int = 1) -> int:
+    """Forward FLOPs of a sequence that is run in steps of so many tokens (the paper's appendix A.2).
+
+    A layer costs `12 * q * hidden_size**2 + 4 * q * kv * hidden_size` for `q` new tokens that attend to `kv`
+    (themselves among them).
+    """
+    total = kv = 0
+    for q in steps:
+        kv += q
+        total += 12 * q * hidden_size**2 + 4 * q * kv * hidden_size
+    return num_layers * total
 
 
 @lru_cache

@@ -9,13 +9,36 @@ Token view: `... text <boi> v_1 ... v_N text ...`. The output at a slot predicts
 Letters: B rows, L slots a row, G images of a group, n codes an image (N when it is whole), S scales.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers.generation import CompileConfig
 
 from .scale_schedule import ScaleSchedule
+
+
+@dataclass(frozen=True)
+class ScaleStep:
+    """A cached decoding step that appends the slots of one scale of an image to every row.
+
+    Args:
+        schedule (`ScaleSchedule`): The images' schedule, the same in all rows.
+        index (`int`): 0-based scale, at least 1, whose n_s slots are fed, and whose codes their outputs predict.
+        code_sampler (`Callable`, *optional*):
+            Called as `code_sampler(head, hidden_states)`, with `head` giving visual logits. What it returns becomes
+            `image_codes` and there are no `logits`: a scale is drawn without ever holding all its logits.
+        compile_config (`CompileConfig`, *optional*):
+            With a [`ScaleCache`]: compiles the layers, once for each length of a scale.
+    """
+
+    schedule: ScaleSchedule
+    index: int
+    code_sampler: Callable[..., torch.Tensor] | None = None
+    compile_config: CompileConfig | None = None
 
 
 class ImageGroup(NamedTuple):
@@ -37,8 +60,9 @@ class ImageGroup(NamedTuple):
         return self.slots[:, :-1]
 
 
-class TokenLayout(NamedTuple):
-    """What [`get_token_layout`] returns.
+@dataclass(frozen=True)
+class TokenLayout:
+    """The images in a batch of token-view ids, and where every slot stands because of them; see [`TokenLayout.of`].
 
     Args:
         position_ids (`torch.FloatTensor` of shape `(3, B, L)`):
@@ -47,11 +71,94 @@ class TokenLayout(NamedTuple):
             -1 for slots that attend causally, else a number shared by the slots of one scale of one image.
         scale_index (`torch.LongTensor` of shape `(B, L)`):
             The 0-based scale whose input features a slot carries; 0 for text, `<boi>` and `<eoi>`.
+        images (`list[ImageGroup]`): One entry for each (schedule, number of scales present) that occurs.
     """
 
     position_ids: torch.Tensor
     block_ids: torch.Tensor
     scale_index: torch.Tensor
+    images: list[ImageGroup]
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: torch.Tensor,
+        image_grid_shw: torch.Tensor | None,
+        config: Any,
+        attention_mask: torch.Tensor | None = None,
+        start: int | torch.Tensor = 0,
+        seq_idx: torch.Tensor | None = None,
+    ) -> "TokenLayout":
+        """Find the images of a batch, check that the grids fit them, and lay out all slots.
+
+        A text slot advances the position by one, and so does every scale of an image: an image of S scales costs S + 1
+        counts (`<boi>` and `<eoi>` take one each, scale 0 has no slot of its own).
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Token-view ids.
+            image_grid_shw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*):
+                One row (number of scales, bucket height, bucket width) for each image, in reading order.
+            config ([`NextFlowConfig`]): The model's.
+            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 0 where a slot is padding, left or right.
+            start (`int` or `torch.LongTensor` of shape `(B, 1)`, *optional*, defaults to 0):
+                Position of the first real slot of each row.
+            seq_idx (`torch.LongTensor` of shape `(B, L)`, *optional*):
+                Number of the packed sequence that a slot belongs to; positions restart wherever it changes.
+
+        Raises:
+            `ValueError`: if codes don't follow a `<boi>`, if there are more or fewer images than grids, or if an image
+            stops inside a scale, is longer than its grid or has more scales than the model.
+        """
+        images = _group_images(input_ids, image_grid_shw, config, attention_mask)
+        shape, device = input_ids.shape, input_ids.device
+        scale_index = torch.zeros(shape.numel(), dtype=torch.long, device=device)
+        coordinates = torch.zeros(2, shape.numel(), device=device)
+        for group in images:
+            scale_of_code, place_of_code = code_coordinates(group.schedule)
+            carried = slice(1, group.slots.shape[1])
+            scale_index[group.feature_slots] = scale_of_code[carried].to(device)
+            place = float(config.rope_spatial_range) * place_of_code[:, None, carried]
+            coordinates[:, group.feature_slots] = place.to(device)
+        scale_index, coordinates = scale_index.view(shape), coordinates.view(2, *shape)
+
+        advances = torch.ones_like(scale_index)
+        advances[:, 1:] = (scale_index[:, 1:] == 0) | (scale_index[:, 1:] != scale_index[:, :-1])
+        if attention_mask is not None:
+            advances = advances * attention_mask.bool()
+        counter = (advances.cumsum(-1) - 1).clamp(min=0) + start
+
+        in_scale = scale_index > 0
+        # The counter tells the scales of a row apart, so it serves as their name.
+        block_ids = counter.masked_fill(~in_scale, -1)
+        if seq_idx is not None:
+            counter = counter - counter.gather(-1, index_of_sequence_start(seq_idx))
+        spatial = torch.where(in_scale, coordinates, counter.float())
+        return cls(torch.cat([counter.float()[None], spatial]), block_ids, scale_index, images)
+
+    def scale_of_tokens(self) -> torch.Tensor:
+        """The 0-based scale `(B, L)` that each *token* is a code of, -1 for text.
+
+        (Not the scale whose features its slot carries: that one is `scale_index`.)
+        """
+        scales = torch.full_like(self.scale_index, -1).flatten()
+        for group in self.images:
+            scales[group.slots] = code_coordinates(group.schedule)[0][: group.slots.shape[1]].to(scales.device)
+        return scales.view_as(self.scale_index)
+
+    def loss_weights(self, alpha: float) -> torch.Tensor:
+        """Weight of each *token* in the loss (arXiv 2601.02204, scale reweighting).
+
+        Args:
+            alpha (`float`): `config.scale_reweight_alpha`; 0 gives ones.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, L)`: at the slot of each token, the weight of predicting that token. The
+            codes of an image weigh what [`scale_weights`] says, and text weighs 1.
+        """
+        weights = torch.ones(self.scale_index.numel(), device=self.scale_index.device)
+        for group in self.images:
+            weights[group.slots] = scale_weights(group.schedule, range(group.num_scales), alpha).to(weights.device)
+        return weights.view_as(self.scale_index)
 
 
 @lru_cache(maxsize=256)
@@ -107,88 +214,99 @@ def scale_position_ids(
     return torch.stack([depth, rows.expand_as(depth), columns.expand_as(depth)])
 
 
-def check_grids(image_grid_shw: torch.Tensor, num_images: int) -> None:
-    """A `ValueError` unless there is one row of three numbers an image."""
+def check_grids(image_grid_shw: torch.Tensor, num_images: int | None = None) -> None:
+    """A `ValueError` unless there is one row of three numbers for each image (of a number that is known)."""
     if image_grid_shw.ndim != 2 or image_grid_shw.shape[-1] != 3:
         raise ValueError(
             "`image_grid_shw` must have shape (num_images, 3), one row (number of scales, bucket height, bucket width) "
             f"an image, but got shape {tuple(image_grid_shw.shape)}."
         )
-    if len(image_grid_shw) != num_images:
+    if num_images is not None and len(image_grid_shw) != num_images:
         raise ValueError(
             f"`input_ids` hold {num_images} images, but `image_grid_shw` has {len(image_grid_shw)} rows. Pass one row "
             "(number of scales, bucket height, bucket width) for each image, in reading order over the batch."
         )
 
 
-def find_image_groups(
-    input_ids: torch.Tensor,
-    image_grid_shw: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    text_vocab_size: int,
-    boi_token_id: int,
-    max_num_scales: int,
-) -> list[ImageGroup]:
-    """Find the images of a batch of token-view ids and check that the grids fit them.
+def find_images(
+    input_ids: torch.Tensor, text_vocab_size: int, attention_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where the images stand in token-view ids: each is a run of visual ids.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(B, L)`): Token-view ids; ids from `text_vocab_size` on are visual.
-        image_grid_shw (`torch.LongTensor` of shape `(num_images, 3)`): One row an image, in reading order.
-        attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 0 where a slot is padding.
         text_vocab_size (`int`): The first visual id.
-        boi_token_id (`int`): The id that opens an image.
-        max_num_scales (`int`): The most scales an image may have.
+        attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 0 where a slot is padding.
 
     Returns:
-        `list[ImageGroup]`: one entry for each (schedule, number of scales present) that occurs.
-
-    Raises:
-        `ValueError`: if codes don't follow a `<boi>`, if there are more or fewer images than grids, or if an image
-        stops inside a scale, is longer than its grid or has more scales than the model.
+        Rows, slots of the first codes, and numbers of codes, in reading order: three int64 tensors `(num_images,)`.
     """
-    length = input_ids.shape[1]
     is_code = input_ids >= text_vocab_size
     if attention_mask is not None:
         is_code = is_code & attention_mask.bool()
-    follows_code = torch.zeros_like(is_code)
-    follows_code[:, 1:] = is_code[:, :-1]
-    follows_boi = torch.zeros_like(is_code)
-    follows_boi[:, 1:] = input_ids[:, :-1] == boi_token_id
-    rows, columns = (is_code & ~follows_code).nonzero(as_tuple=True)
-    # For each slot, the next one that holds no code.
-    ends = torch.arange(length, device=input_ids.device).masked_fill(is_code, length)
-    ends = ends.flip(-1).cummin(-1).values.flip(-1)
-    columns_and_lengths = torch.stack([columns, ends[rows, columns] - columns, follows_boi[rows, columns]], dim=-1)
+    rows, starts = (is_code & ~F.pad(is_code, (1, 0))[:, :-1]).nonzero(as_tuple=True)
+    ends = (is_code & ~F.pad(is_code, (0, 1))[:, 1:]).nonzero(as_tuple=True)[1]
+    return rows, starts, ends + 1 - starts
 
-    found = list(zip(rows.tolist(), columns_and_lengths.tolist(), strict=True))
-    for row, (column, _, opened) in found:
-        if not opened:
+
+def count_images(
+    input_ids: torch.Tensor, text_vocab_size: int, attention_mask: torch.Tensor | None = None
+) -> list[int]:
+    """Number of images in each row of token-view ids `(B, L)`."""
+    rows, _, _ = find_images(input_ids, text_vocab_size, attention_mask)
+    return rows.bincount(minlength=len(input_ids)).tolist()
+
+
+def split_grids(
+    input_ids: torch.Tensor,
+    image_grid_shw: torch.Tensor,
+    text_vocab_size: int,
+    attention_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """The rows of `image_grid_shw` `(num_images, 3)` that belong to each row of token-view ids `(B, L)`."""
+    counts = count_images(input_ids, text_vocab_size, attention_mask)
+    check_grids(image_grid_shw, sum(counts))
+    return image_grid_shw.split(counts)
+
+
+def _group_images(
+    input_ids: torch.Tensor, image_grid_shw: torch.Tensor | None, config: Any, attention_mask: torch.Tensor | None
+) -> list[ImageGroup]:
+    """The images of a batch by schedule and number of scales, checked against their grids."""
+    if image_grid_shw is None:
+        return []
+    length, boi_token_id = input_ids.shape[1], config.boi_token_id
+    rows, starts, lengths = find_images(input_ids, config.text_vocab_size, attention_mask)
+    opened = (starts > 0) & (input_ids[rows, (starts - 1).clamp(min=0)] == boi_token_id)
+    found = torch.stack([rows, starts, lengths, opened], dim=-1).tolist()
+    for row, start, _, is_open in found:
+        if not is_open:
             raise ValueError(
-                f"The image codes at row {row}, slot {column} don't follow a `<boi>` (id {boi_token_id}). An image is "
+                f"The image codes at row {row}, slot {start} don't follow a `<boi>` (id {boi_token_id}). An image is "
                 "`<boi>` and then all its codes, with nothing in between."
             )
     check_grids(image_grid_shw, len(found))
     members: dict[tuple[ScaleSchedule, int], list[int]] = {}
-    for (row, (column, num_codes, _)), grid in zip(found, image_grid_shw.tolist(), strict=True):
+    for (row, start, num_codes, _), grid in zip(found, image_grid_shw.tolist(), strict=True):
         schedule = ScaleSchedule.from_grid_shw(grid)
-        if schedule.num_scales > max_num_scales:
+        if schedule.num_scales > config.num_scales:
             raise ValueError(
-                f"An image of {schedule.num_scales} scales was given, but the model has {max_num_scales} "
+                f"An image of {schedule.num_scales} scales was given, but the model has {config.num_scales} "
                 "(`config.num_scales`). Encode the image with fewer scales."
             )
         if num_codes not in schedule.offsets:
             raise ValueError(
-                f"The image at row {row}, slot {column} has {num_codes} codes. An image with grid {tuple(grid)} has "
+                f"The image at row {row}, slot {start} has {num_codes} codes. An image with grid {tuple(grid)} has "
                 f"{schedule.num_tokens}, and a sequence may stop only after a whole scale: {schedule.offsets[1:]}."
             )
-        members.setdefault((schedule, num_codes), []).append(row * length + column)
+        members.setdefault((schedule, num_codes), []).append(row * length + start)
     return [
         ImageGroup(
             schedule,
             schedule.offsets.index(num_codes),
-            torch.tensor(starts, device=input_ids.device)[:, None] + torch.arange(num_codes, device=input_ids.device),
+            torch.tensor(firsts, device=input_ids.device)[:, None] + torch.arange(num_codes, device=input_ids.device),
         )
-        for (schedule, num_codes), starts in members.items()
+        for (schedule, num_codes), firsts in members.items()
     ]
 
 
@@ -199,98 +317,19 @@ def index_of_sequence_start(seq_idx: torch.Tensor) -> torch.Tensor:
     return slots.masked_fill(continues, 0).cummax(-1).values
 
 
-def get_token_layout(
-    input_ids: torch.Tensor,
-    image_groups: list[ImageGroup],
-    attention_mask: torch.Tensor | None,
-    spatial_range: float,
-    start: int | torch.Tensor = 0,
-    seq_idx: torch.Tensor | None = None,
-) -> TokenLayout:
-    """Positions, blocks and scales of every slot.
-
-    A text slot advances the position by one, and so does every scale of an image: an image of S scales costs S + 1
-    counts (`<boi>` and `<eoi>` take one each, scale 0 has no slot of its own).
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def scale_weights(schedule: ScaleSchedule, scales: range, alpha: float) -> torch.Tensor:
+    """Weight of every code of some scales: `1 / (h_s * w_s) ** alpha`, normalised so that they sum to their number.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `(B, L)`): Token-view ids.
-        image_groups (`list[ImageGroup]`): From [`find_image_groups`].
-        attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*):
-            0 where a slot is padding, left or right.
-        spatial_range (`float`): `config.rope_spatial_range`.
-        start (`int` or `torch.LongTensor` of shape `(B, 1)`, *optional*, defaults to 0):
-            Position of the first real slot of a row: how much text a cache holds already.
-        seq_idx (`torch.LongTensor` of shape `(B, L)`, *optional*):
-            Number of the packed sequence that a slot belongs to; positions restart wherever it changes.
-    """
-    shape, device = input_ids.shape, input_ids.device
-    scale_index = torch.zeros(shape.numel(), dtype=torch.long, device=device)
-    coordinates = torch.zeros(2, shape.numel(), device=device)
-    for group in image_groups:
-        scale_of_code, place_of_code = code_coordinates(group.schedule)
-        carried = slice(1, group.slots.shape[1])
-        scale_index[group.feature_slots] = scale_of_code[carried].to(device)
-        coordinates[:, group.feature_slots] = spatial_range * place_of_code[:, None, carried].to(device)
-    scale_index, coordinates = scale_index.view(shape), coordinates.view(2, *shape)
-
-    advances = torch.ones_like(scale_index)
-    advances[:, 1:] = (scale_index[:, 1:] == 0) | (scale_index[:, 1:] != scale_index[:, :-1])
-    if attention_mask is not None:
-        advances = advances * attention_mask.bool()
-    counter = (advances.cumsum(-1) - 1).clamp(min=0) + start
-
-    in_scale = scale_index > 0
-    # The counter tells the scales of a row apart, so it serves as their name.
-    block_ids = counter.masked_fill(~in_scale, -1)
-    if seq_idx is not None:
-        counter = counter - counter.gather(-1, index_of_sequence_start(seq_idx))
-    spatial = torch.where(in_scale, coordinates, counter.float())
-    position_ids = torch.cat([counter.float()[None], spatial])
-    return TokenLayout(position_ids, block_ids, scale_index)
-
-
-def scale_of_tokens(image_groups: list[ImageGroup], shape: torch.Size, device: torch.device) -> torch.Tensor:
-    """The 0-based scale `(B, L)` that each *token* is a code of, -1 for text.
-
-    (Not the scale whose features its slot carries: that one is [`TokenLayout`]'s.)
-
-    Args:
-        image_groups (`list[ImageGroup]`): From [`find_image_groups`].
-        shape (`torch.Size`): `(B, L)`.
-        device (`torch.device`): Of the result.
-    """
-    scales = torch.full((shape.numel(),), -1, device=device)
-    for group in image_groups:
-        scales[group.slots] = code_coordinates(group.schedule)[0][: group.slots.shape[1]].to(device)
-    return scales.view(shape)
-
-
-def scale_loss_weights(
-    image_groups: list[ImageGroup], shape: torch.Size, device: torch.device, alpha: float
-) -> torch.Tensor:
-    """Weight of every *token* in the loss (arXiv 2601.02204, scale reweighting).
-
-    A code of scale s weighs `1 / (h_s * w_s) ** alpha`, normalised so that the weights of an image's codes sum to their
-    number; text weighs 1.
-
-    Args:
-        image_groups (`list[ImageGroup]`): From [`find_image_groups`].
-        shape (`torch.Size`): `(B, L)`.
-        device (`torch.device`): Of the result.
-        alpha (`float`): `config.scale_reweight_alpha`; 0 gives ones.
+        schedule (`ScaleSchedule`): The image's schedule.
+        scales (`range`): Consecutive 0-based scales.
+        alpha (`float`): 0 gives ones; the papers found 0.6 to 0.8 best for GRPO.
 
     Returns:
-        `torch.FloatTensor` of shape `(B, L)`: at the slot of each token, the weight of predicting that token.
+        `torch.FloatTensor` of shape `(n,)`, on the CPU, and cached: don't write into it.
     """
-    weights = torch.ones(shape.numel(), device=device)
-    for group in image_groups:
-        weights[group.slots] = _normalised_code_weights(group.schedule.prefix(group.num_scales), alpha).to(device)
-    return weights.view(shape)
-
-
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # what the cache keeps must serve training, whoever comes first
-def _normalised_code_weights(schedule: ScaleSchedule, alpha: float) -> torch.Tensor:
-    lengths = torch.tensor(schedule.scale_lengths, device="cpu")
+    lengths = torch.tensor(schedule.scale_lengths[scales.start : scales.stop], device="cpu")
     weights = lengths.double().pow(-alpha).repeat_interleave(lengths)
-    return (weights * schedule.num_tokens / weights.sum()).float()
+    return (weights * len(weights) / weights.sum()).float()

@@ -36,7 +36,7 @@ def find_sequences(seq_idx: torch.Tensor, block_ids: torch.Tensor | None) -> lis
 
     Args:
         seq_idx (`torch.LongTensor` of shape `(B, L)`): Number of the sequence of each slot.
-        block_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): From `get_token_layout`.
+        block_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): From `TokenLayout`.
     """
     length = seq_idx.shape[1]
     starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True).nonzero().tolist()

@@ -5,11 +5,13 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_generation_nextflow import BOI, CODES, EOI, EOS, PAD, SCHEDULE, TEXT, N, build_model, seeded
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
-from transformers_nextflow import ScaleSchedule
+from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, ScaleSchedule
 from transformers_nextflow.decoding import Decoding
+from transformers_nextflow.token_layout import TokenLayout
 
 PROMPTS = torch.tensor([[5, 6, 7, 8, 9], [PAD, PAD, 10, 11, 12], [PAD, 13, 14, 15, 16]])
 MASK = (PROMPTS != PAD).long()
@@ -100,7 +102,7 @@ def test_nothing_is_run_twice_and_the_cache_is_that_of_one_forward(model, guidan
 
 
 def _position_after(model, row, grids):
-    return model._token_position_ids(torch.tensor([row]), grids, None)[..., -1:]
+    return TokenLayout.of(torch.tensor([row]), grids, model.config).position_ids[..., -1:]
 
 
 def test_greedy_tokens_are_the_likeliest_of_one_forward(model):
@@ -374,3 +376,200 @@ def test_too_many_images_say_how_many_fit(mode):
     ids = torch.cat([torch.tensor([[BOI]]), image], dim=1).repeat(1, 5)
     with pytest.raises(ValueError, match=r"At most [34] images of 80 x 80 pixels fit \(56 tokens each\)"):
         small.generate(ids, image_grid_shw=torch.tensor([GRID] * 5), generation_mode=mode)
+
+
+# --- One engine: what works in one mode works in the others, or is refused by name ---
+
+MODES = {
+    "image": dict(generation_mode="image"),
+    "frames": dict(generation_mode="image", num_frames=2),
+    "thinking": dict(generation_mode="image", thinking=True, max_new_tokens=3),
+    "interleaved": dict(generation_mode="interleaved", max_new_tokens=4, max_new_images=2),
+}
+
+
+def in_mode(model, mode, **settings):
+    return model.generate(
+        PROMPTS,
+        attention_mask=MASK,
+        **{"generator": seeded(0), "return_dict_in_generate": True, **MODES[mode], **settings},
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cache", ["preallocated", "dynamic", "static", "offloaded", "offloaded_static"])
+def test_every_cache_draws_the_same_in_every_mode(model, mode, cache):
+    if cache.startswith("offloaded") and not torch.cuda.is_available():
+        pytest.skip("transformers' offloaded caches need an accelerator")
+    expected = in_mode(model, mode, guidance_scale=2.0)
+    drawn = in_mode(model, mode, guidance_scale=2.0, cache_implementation=cache)
+    assert torch.equal(drawn.sequences, expected.sequences)
+    own = in_mode(model, mode, guidance_scale=2.0, cache=DynamicCache(config=model.config))
+    assert torch.equal(own.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_mode_with_checkpointing_draws_the_same(mode):
+    model = build_model()
+    expected = in_mode(model, mode).sequences
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert torch.equal(in_mode(model, mode).sequences, expected)
+    texts = [model.generate(PROMPTS, attention_mask=MASK, max_new_tokens=4) for _ in (model, model.eval())]
+    assert torch.equal(*texts)
+
+
+def test_a_negative_prompt_leads_away_from_it_after_a_thought(model):
+    """With a thought of no tokens the image is that of image mode."""
+    settings = dict(guidance_scale=3.0, do_sample=False)
+    for negatives in (torch.tensor([[20, 21, 22]]), torch.tensor([[20, 21], [PAD, 22], [23, 24]])):
+        thought = in_mode(
+            model, "thinking", negative_prompt_ids=negatives, logits_processor=[Raise(BOI, 1)], **settings
+        )
+        expected = in_mode(model, "image", negative_prompt_ids=negatives, **settings)
+        assert thought.thought_ids.shape[1] == 0
+        assert torch.equal(thought.image_codes, expected.image_codes)
+
+
+def test_rows_stop_one_by_one(model):
+    """A criterion ends the rows that it names, and no others."""
+
+    def long_enough(ids, scores):
+        return (ids != PAD).sum(-1) >= torch.tensor([8, 5, 7])[: len(ids)]
+
+    output = model.generate(
+        PROMPTS, attention_mask=MASK, generation_mode="interleaved", max_new_images=0, max_new_tokens=6,
+        stopping_criteria=[long_enough], return_dict_in_generate=True,
+    )  # fmt: skip
+    assert output.attention_mask.sum(-1).tolist() == [8, 5, 7]
+
+
+def test_stop_strings_end_a_text_and_the_picture_still_comes(tiny_random_checkpoint):
+    model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint).eval()
+    processor = NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
+    prompts = processor(["a b", "two"], padding=True, padding_side="left", return_tensors="pt")
+    letter = processor.tokenizer.convert_tokens_to_ids("x")
+    output = model.generate(
+        **prompts, generation_mode="image", thinking=True, max_new_tokens=5, stop_strings=["x"],
+        tokenizer=processor.tokenizer, logits_processor=[Raise(letter, 1)], return_dict_in_generate=True,
+    )  # fmt: skip
+    assert output.thought_ids.tolist() == [[letter]] * 2 and (output.image_codes >= 0).all()
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{"suppress_tokens": [7]}, {"no_repeat_ngram_size": 1}, {"bad_words_ids": [[7]]}, {"repetition_penalty": 1e9}],
+)
+def test_text_between_images_is_made_by_the_whole_configuration(stored, options):
+    model = build_model()
+    settings = dict(generation_mode="interleaved", max_new_images=0, max_new_tokens=3, logits_processor=[Raise(7, 1)])
+    ids = torch.tensor([[7, 5]])
+    assert model.generate(ids, **settings)[0, 2:].tolist() == [7, 7, 7]
+    if stored:
+        vars(model.generation_config).update(options)
+    assert 7 not in model.generate(ids, **settings, **({} if stored else options))[0, 2:].tolist()
+
+
+def test_lengths_count_as_they_are_named(model):
+    end = [Raise(EOS, 1)]
+    settings = dict(generation_mode="interleaved", max_new_images=0, eos_token_id=EOS, logits_processor=end)
+    assert model.generate(PROMPTS[:1], **settings).shape[1] == 6
+    assert model.generate(PROMPTS[:1], min_new_tokens=3, **settings).shape[1] == 9
+    assert model.generate(PROMPTS[:1], min_length=7, **settings).shape[1] == 8
+    assert model.generate(PROMPTS[:1], max_length=9, min_new_tokens=50, **settings).shape[1] == 9
+
+
+def test_sampled_text_has_transformers_top_k(model):
+    """As in text mode, where the 50 likeliest tokens are drawn from."""
+    settings = dict(generation_mode="interleaved", max_new_images=0, max_new_tokens=1, do_sample=True)
+    best = model(PROMPTS[:1]).logits[0, -1, :TEXT].float()
+    best[[BOI, EOI, MARK]] = -torch.inf
+    allowed = set(best.topk(50).indices.tolist())
+    drawn = model.generate(PROMPTS[:1], **settings, temperature=50.0, num_return_sequences=64, generator=seeded(0))
+    assert set(drawn[:, -1].tolist()) <= allowed
+    settings |= dict(top_k=0, generator=seeded(0))
+    free = model.generate(PROMPTS[:1], **settings, temperature=50.0, num_return_sequences=64)
+    assert not set(free[:, -1].tolist()) <= allowed
+
+
+@pytest.mark.parametrize("mode", ["image", "frames", "thinking"])
+def test_a_callback_changes_codes_and_what_follows(model, mode):
+    changed = {}
+
+    def replace(index, schedule, codes):
+        if index == 1:
+            codes = codes.clone()
+            codes[:, 1:] = (codes[:, 1:] + 1) % CODES
+            changed[len(changed)] = codes
+            return codes
+
+    plain, other = in_mode(model, mode), in_mode(model, mode, on_scale_end=replace)
+    first = other.image_codes.view(len(PROMPTS), -1)[:, :5]
+    assert torch.equal(first, changed[0])
+    assert not torch.equal(other.image_codes, plain.image_codes)
+    with torch.no_grad():  # the next scale is conditioned on them
+        mask = torch.ones_like(other.sequences) if other.attention_mask is None else other.attention_mask
+        mask = F.pad(MASK, (0, other.sequences.shape[1] - 5), value=1) if mode != "thinking" else mask
+        logits = model(other.sequences, image_grid_shw=other.image_grid_shw, attention_mask=mask).logits
+    greedy = in_mode(model, mode, on_scale_end=replace, do_sample=False)
+    assert torch.isfinite(logits).all() and greedy.image_codes.shape == other.image_codes.shape
+
+
+def test_a_callback_changes_the_guidance_of_what_follows(model):
+    def off(index, schedule, codes):
+        return {"guidance_scale": 1.0} if index == 2 else None
+
+    guided = in_mode(model, "image", guidance_scale=4.0).image_codes
+    changed = in_mode(model, "image", guidance_scale=4.0, on_scale_end=off).image_codes
+    plan_by_hand = in_mode(model, "image", guidance_scale=4.0, on_scale_end=lambda i, *_: {"guidance_scale": 4.0})
+    assert torch.equal(changed[:, :14], guided[:, :14]) and not torch.equal(changed, guided)
+    assert torch.equal(plan_by_hand.image_codes, guided)
+    with pytest.raises(ValueError, match="began without guidance"):
+        in_mode(model, "image", on_scale_end=lambda *_: {"guidance_scale": 3.0})
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (lambda codes: codes + CODES, "whole numbers from 0 to 63"),
+        (lambda codes: codes[:, 1:], r"of shape \(3, 5\)"),
+        (lambda codes: codes.float(), "whole numbers"),
+        (lambda codes: (codes + 1) % CODES, "Only codes of the scale that was just drawn"),
+    ],
+)
+def test_codes_that_a_callback_can_not_change(model, answer, message):
+    with pytest.raises(ValueError, match=message):
+        in_mode(model, "image", on_scale_end=lambda index, _, codes: answer(codes) if index == 1 else None)
+
+
+def test_image_mode_streams_too(model):
+    expected = in_mode(model, "image").image_codes
+    events = list(model.stream(PROMPTS, attention_mask=MASK, generation_mode="image", generator=seeded(0)))
+    assert [event.kind for event in events] == ["scale"] * 15 + ["image"] * 3
+    assert torch.equal(torch.stack([event.ids for event in events[-3:]]), expected)
+
+
+@pytest.mark.parametrize(
+    "mode, settings, message",
+    [
+        ("thinking", {"inputs": torch.tensor([[5, BOI]])}, "`thinking` comes before it"),
+        ("frames", {"negative_prompt_ids": PROMPTS, "guidance_scale": 2.0}, "would stand between the images"),
+        ("thinking", {"prefix_scales": 2, "images_per_prefix": 2}, "`prefix_scales` does not fit here"),
+        ("image", {"num_return_sequences": 10**12}, r"GB of keys and values, but the device has"),
+        ("image", {"output_scores": True}, "does not take `output_scores=True`"),
+        ("interleaved", {"prefill_chunk_size": 4}, "must not be cut"),
+        ("image", {"inputs_embeds": torch.zeros(1, 2, 64)}, "does not take `inputs_embeds`"),
+        ("image", {"height": "80", "width": 80}, "`height` must be a whole number of at least 1, but got '80'"),
+        ("image", {"do_sample": True, "logits_processor": [Raise(1, 1)]}, "writes no text"),
+    ],
+)
+def test_what_a_mode_can_not_do_is_refused_by_name(model, mode, settings, message):
+    inputs = settings.pop("inputs", PROMPTS)
+    with pytest.raises(ValueError, match=message):
+        model.generate(inputs, **MODES[mode], **settings)
+
+
+def test_text_is_never_guided_in_silence(model):
+    with pytest.raises(ValueError, match="Text mode does not take `guidance_scale`"):
+        model.generate(PROMPTS, attention_mask=MASK, max_new_tokens=2, guidance_scale=3.0)

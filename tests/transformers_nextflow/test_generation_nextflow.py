@@ -1,5 +1,6 @@
 """Image mode against teacher forcing and a slow double; text mode against Qwen2; seeds, settings and bad input."""
 
+from dataclasses import replace
 from threading import Thread
 from unittest import mock
 
@@ -83,15 +84,15 @@ class ForwardCalls:
     def before(self, model, args, kwargs):
         # The mask and cache may change later.
         self.arguments.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()})
-        sampler = kwargs.get("code_sampler")
-        if sampler is None:
+        step = kwargs.get("scale_step")
+        if step is None or step.code_sampler is None:
             return None
 
         def sample(head, hidden_states):
             self.logits.append(head(hidden_states))
-            return sampler(head, hidden_states)
+            return step.code_sampler(head, hidden_states)
 
-        return args, {**kwargs, "code_sampler": sample}
+        return args, {**kwargs, "scale_step": replace(step, code_sampler=sample)}
 
     def after(self, model, args, output):
         if output.logits is not None:

@@ -15,7 +15,13 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers_nextflow.configuration_nextflow import NextFlowConfig
 from transformers_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel, scale_feature_maps
 from transformers_nextflow.scale_schedule import ScaleSchedule
-from transformers_nextflow.token_layout import _normalised_code_weights, code_coordinates, scale_position_ids
+from transformers_nextflow.token_layout import (
+    ScaleStep,
+    TokenLayout,
+    code_coordinates,
+    scale_position_ids,
+    scale_weights,
+)
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 TEXT, CODES, CODE_DIM, BOI, EOI, MARK = 200, 64, 12, 197, 198, 199
@@ -203,7 +209,6 @@ def run_in_steps(model, batch, schedule, cache, tail):
     first = ids.shape[1] - schedule.num_tokens - tail
     accumulated = model.config.visual_feature_mode == "accumulated"
     padded = not mask.all()
-    grid = grids(*[schedule] * len(ids))
     boi_position = mask[:, :first].sum(-1) - 1
     step = {"cache": cache, "use_cache": True}
     outputs = [model(ids[:, :first], attention_mask=mask[:, :first] if padded else None, **step).logits]
@@ -212,10 +217,9 @@ def run_in_steps(model, batch, schedule, cache, tail):
         outputs.append(
             model(
                 ids[:, first + start : first + stop],
-                grid,
                 attention_mask=mask[:, : first + schedule.offsets[s + 1] - 1] if padded else None,
                 position_ids=scale_position_ids(boi_position, schedule, s, model.config.rope_spatial_range),
-                scale_index=s,
+                scale_step=ScaleStep(schedule, s),
                 **step,
             ).logits
         )
@@ -258,10 +262,9 @@ def test_an_unpadded_scale_step_runs_without_a_mask(model):
         calls = record_sdpa(
             lambda: model(
                 codes,
-                grids(SCHEDULE),
                 position_ids=scale_position_ids(torch.tensor([4]), SCHEDULE, 1, 64.0),
                 cache=cache,
-                scale_index=1,
+                scale_step=ScaleStep(SCHEDULE, 1),
             )
         )
     assert len(calls) == model.config.num_hidden_layers
@@ -279,11 +282,10 @@ def test_a_padded_scale_step_has_one_row_of_mask_for_all_its_queries(model):
         calls = record_sdpa(
             lambda: model(
                 codes[:, 1:],
-                grids(SCHEDULE, SCHEDULE),
                 attention_mask=F.pad(batch["attention_mask"], (0, 9), value=1),
                 position_ids=scale_position_ids(torch.tensor([3, 1]), SCHEDULE, 2, 64.0),
                 cache=cache,
-                scale_index=2,
+                scale_step=ScaleStep(SCHEDULE, 2),
             )
         )
     assert [call["attn_mask"].shape for call in calls] == [(2, 1, 1, 13)] * model.config.num_hidden_layers
@@ -384,8 +386,6 @@ def test_without_reweighting_the_loss_is_the_stock_one(num_items):
     output = model(**batch, num_items_in_batch=num_items)
     stock = ForCausalLMLoss(output.logits, batch["labels"], TEXT + CODES, num_items_in_batch=num_items)
     torch.testing.assert_close(output.loss, stock)
-    shifted = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
-    torch.testing.assert_close(model(**batch, shift_labels=shifted, num_items_in_batch=num_items).loss, stock)
 
 
 def test_reweighted_loss_is_the_hand_written_one(model):
@@ -420,7 +420,8 @@ def test_every_weight_gets_the_naive_gradient(checkpointing):
     model = build().train()
     batch = loss_batch()
     naive = model(**batch, skip_logits=False)
-    weights = model._token_weights(batch["input_ids"], batch["image_grid_shw"], batch["attention_mask"])[:, 1:]
+    ids, grid, mask = (batch[name] for name in ("input_ids", "image_grid_shw", "attention_mask"))
+    weights = TokenLayout.of(ids, grid, model.config, mask).loss_weights(0.6)[:, 1:]
     losses = F.cross_entropy(naive.logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none")
     loss = (losses * weights).sum() / (batch["labels"][:, 1:] != -100).sum()
     expected = torch.autograd.grad(loss, list(model.parameters()))
@@ -438,10 +439,10 @@ def test_every_weight_gets_the_naive_gradient(checkpointing):
 def test_what_is_remembered_of_schedules_serves_training_too(context):
     """Tensors that a cache keeps from an inference-mode or meta context would break every later training step."""
     code_coordinates.cache_clear()
-    _normalised_code_weights.cache_clear()
+    scale_weights.cache_clear()
     with context():
         code_coordinates(SCHEDULE)
-        _normalised_code_weights(SCHEDULE, 0.6)
+        scale_weights(SCHEDULE, range(5), 0.6)
     build().train()(**loss_batch()).loss.backward()
 
 
@@ -538,9 +539,13 @@ def test_pickles_are_refused(tmp_path, model):
 # --- Bad input ---
 
 
-def code_step(model, ids, grid, s=1, **arguments):
-    positions = torch.zeros(3, len(ids), 4)
-    return model(ids, grid, **{"position_ids": positions, "scale_index": s} | arguments)
+def code_step(model, ids, s=1, **arguments):
+    positions = torch.zeros(3, len(ids), SCHEDULE.scale_lengths[s] if s < 5 else 1)
+    return model(ids, **{"position_ids": positions, "scale_step": ScaleStep(SCHEDULE, s)} | arguments)
+
+
+def shaped(**arguments):
+    return lambda m: m(**{"input_ids": torch.ones(2, 3, dtype=torch.long)} | arguments)
 
 
 BAD = {
@@ -551,15 +556,31 @@ BAD = {
     "`image_grid_shw` needs `input_ids`": lambda m: m(None, grids(SCHEDULE), inputs_embeds=torch.zeros(1, 2, 64)),
     "has 8": lambda m: m(IDS, torch.tensor([[9, 16, 16]])),
     "hold 1 images": lambda m: m(IDS, grids(SCHEDULE, SCHEDULE)),
-    "codes of the scale before": lambda m: code_step(m, IDS[:, FIRST : FIRST + 1], None),
-    "one row of `image_grid_shw` a sample": lambda m: code_step(
-        m, IDS[:, FIRST : FIRST + 1], grids(SCHEDULE, SCHEDULE)
+    "takes neither `image_grid_shw`": lambda m: code_step(m, IDS[:, FIRST : FIRST + 1], image_grid_shw=grids(SCHEDULE)),
+    "index of a scale step must be between 1 and 4": lambda m: code_step(m, IDS[:, FIRST : FIRST + 1], 5),
+    "takes the 1 codes of scales 0 to 0, but got 2": lambda m: code_step(m, IDS[:, FIRST : FIRST + 2]),
+    "takes visual ids only": lambda m: code_step(m, torch.tensor([[5]])),
+    "needs .* `position_ids`": lambda m: code_step(m, IDS[:, FIRST : FIRST + 1], position_ids=None),
+    "of 4 slots .* must be one of": lambda m: code_step(m, torch.tensor([[TEXT]]), position_ids=torch.zeros(3, 1, 5)),
+    "integers of shape .* torch.float32": shaped(input_ids=torch.ones(2, 3)),
+    r"integers of shape .* \(3,\)": shaped(input_ids=torch.ones(3, dtype=torch.long)),
+    r"`inputs_embeds` must have shape": shaped(input_ids=None, inputs_embeds=torch.zeros(2, 64)),
+    r"`attention_mask` has shape \(2, 4\), but for 2 rows of 3": shaped(attention_mask=torch.ones(2, 4)),
+    r"`attention_mask` has shape \(3,\)": shaped(attention_mask=torch.ones(3)),
+    r"`position_ids` has shape \(2, 2, 3\)": shaped(position_ids=torch.ones(2, 2, 3)),
+    r"`seq_idx` has shape \(1, 3\)": shaped(seq_idx=torch.ones(1, 3)),
+    "`position_ids` must be finite": shaped(position_ids=torch.tensor([[0, 1, torch.nan]] * 2)),
+    r"must have shape \(num_images, 3\)": shaped(image_grid_shw=torch.tensor([5, 14, 18])),
+    "not one of the 41": lambda m: m(IDS, torch.tensor([[5, -14, 18]])),
+    "`num_scales` must be between": lambda m: m(IDS, torch.tensor([[-5, 14, 18]])),
+    "`labels` must have the shape": shaped(labels=torch.ones(2, 2, dtype=torch.long)),
+    "`num_items_in_batch` must be .* nan": shaped(labels=torch.ones(2, 3).long(), num_items_in_batch=torch.nan),
+    "`num_items_in_batch` must be .* inf": shaped(
+        labels=torch.ones(2, 3).long(), num_items_in_batch=torch.tensor(torch.inf)
     ),
-    "`scale_index` must be between 1 and 4": lambda m: code_step(m, IDS[:, FIRST : FIRST + 1], grids(SCHEDULE), 5),
-    "takes the 1 codes of scale 0, but got 2": lambda m: code_step(m, IDS[:, FIRST : FIRST + 2], grids(SCHEDULE)),
-    "takes visual ids only": lambda m: code_step(m, torch.tensor([[5]]), grids(SCHEDULE)),
-    "needs `position_ids`": lambda m: code_step(m, IDS[:, FIRST : FIRST + 1], grids(SCHEDULE), position_ids=None),
-    "vocabulary can't be resized": lambda m: m.resize_token_embeddings(300),
+    r"unknown arguments \['lables'\].*'labels'": shaped(lables=torch.ones(2, 3).long()),
+    r"unknown arguments \['image_grid'\].*'image_grid_shw'": lambda m: m.model(IDS, image_grid=grids(SCHEDULE)),
+    "300 tokens don't fit into the 200 text ids": lambda m: m.resize_token_embeddings(300),
 }
 
 

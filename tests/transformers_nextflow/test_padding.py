@@ -5,14 +5,13 @@ import torch
 
 from transformers_nextflow.padding import (
     check_left_padded,
-    count_images,
     end_with_boi,
     move_right,
     read_prompts,
-    split_grids,
     stack_rows,
     unconditional_prompts,
 )
+from transformers_nextflow.token_layout import count_images, split_grids
 
 PAD, TEXT, BOI = 0, 100, 9
 IDS = torch.tensor([[1, 2, 3, 4], [PAD, 5, 6, 7]])

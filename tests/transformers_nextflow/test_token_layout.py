@@ -1,18 +1,22 @@
 """Positions, blocks and loss weights against a slot-by-slot double, and against figure 5 of the paper."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from slow_layout import walk
 
 from transformers_nextflow.scale_schedule import ScaleSchedule, aspect_buckets
 from transformers_nextflow.token_layout import (
-    find_image_groups,
-    get_token_layout,
-    scale_loss_weights,
+    TokenLayout,
+    count_images,
+    find_images,
     scale_position_ids,
+    split_grids,
 )
 
 TEXT, BOI, PAD, C = 100, 90, 0, 64.0
+CONFIG = SimpleNamespace(text_vocab_size=TEXT, boi_token_id=BOI, num_scales=18, rope_spatial_range=C)
 
 
 def image(schedule: ScaleSchedule, num_scales: int | None = None) -> list[int]:
@@ -22,7 +26,7 @@ def image(schedule: ScaleSchedule, num_scales: int | None = None) -> list[int]:
 
 
 def lay_out(rows, grids, side="right"):
-    """Pads rows, and returns groups, ids, mask and layout."""
+    """Pads rows, and returns ids, mask and layout."""
     length = max(map(len, rows))
     pads = [[PAD] * (length - len(row)) for row in rows]
     ids = torch.tensor([row + pad if side == "right" else pad + row for row, pad in zip(rows, pads, strict=True)])
@@ -30,8 +34,7 @@ def lay_out(rows, grids, side="right"):
     mask = torch.tensor(
         [m + [0] * len(pad) if side == "right" else [0] * len(pad) + m for m, pad in zip(masks, pads, strict=True)]
     )
-    groups = find_image_groups(ids, torch.tensor(grids).view(-1, 3), mask, TEXT, BOI, 18)
-    return groups, ids, mask, get_token_layout(ids, groups, mask, C)
+    return ids, mask, TokenLayout.of(ids, torch.tensor(grids).view(-1, 3), CONFIG, mask)
 
 
 A, B_, ONE = ScaleSchedule((16, 16), 4), ScaleSchedule((9, 27), 6), ScaleSchedule((16, 16), 1)
@@ -62,7 +65,7 @@ def test_layout_is_that_of_the_slow_double(name, side):
         [s.grid_shw for s in ([ScaleSchedule((27, 9), 5)] if schedules is None else schedules)]
         for _, schedules in BATCHES[name]
     ]
-    _, _, mask, layout = lay_out(rows, [grid for row in grids for grid in row], side)
+    _, mask, layout = lay_out(rows, [grid for row in grids for grid in row], side)
     assert layout.position_ids.dtype == torch.float32
     for b, (row, row_grids) in enumerate(zip(rows, grids, strict=True)):
         slots = walk(row, row_grids, TEXT, BOI, C)
@@ -78,7 +81,7 @@ def test_layout_is_that_of_the_slow_double(name, side):
 
 def test_positions_of_figure_5():
     ids = [[*range(1, 10), *image(ScaleSchedule((16, 16), 3)), 5]]
-    positions = lay_out(ids, [(3, 16, 16)])[3].position_ids[[1, 2, 0], 0].T  # as the figure has them: (x, y, s)
+    positions = lay_out(ids, [(3, 16, 16)])[2].position_ids[[1, 2, 0], 0].T  # as the figure has them: (x, y, s)
     cells = torch.tensor([0.25, 0.75]) * C
     expected = [(9, 9, 9), *((x, y, 10) for x in cells for y in cells)]
     cells = torch.tensor([1 / 6, 3 / 6, 5 / 6]) * C
@@ -89,7 +92,7 @@ def test_positions_of_figure_5():
 @pytest.mark.parametrize("bucket", aspect_buckets()[::8])
 def test_scale_positions_are_the_layouts(bucket):
     schedule = ScaleSchedule(bucket, 7)
-    _, _, _, layout = lay_out([[1, 2, *image(schedule)], [1, *image(schedule)]], [schedule.grid_shw] * 2, "left")
+    _, _, layout = lay_out([[1, 2, *image(schedule)], [1, *image(schedule)]], [schedule.grid_shw] * 2, "left")
     start = torch.tensor([2, 1])
     for s in range(1, 7):
         slots = slice(*(2 + offset for offset in schedule.offsets[s : s + 2]))
@@ -101,13 +104,13 @@ def test_scale_positions_are_the_layouts(bucket):
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
 def test_loss_weights_are_those_of_a_hand_written_loop(alpha):
     row = [1, *image(A), 2, *image(B_, 4)]
-    groups, ids, _, _ = lay_out([row], [A.grid_shw, B_.grid_shw])
+    _, _, layout = lay_out([row], [A.grid_shw, B_.grid_shw])
     expected, i = torch.ones(len(row)), 0
     for start, schedule in ((2, A), (2 + A.num_tokens + 2, B_.prefix(4))):
         raw = [1 / (h * w) ** alpha for h, w in schedule.grids for _ in range(h * w)]
         for i, weight in enumerate(raw):
             expected[start + i] = weight * schedule.num_tokens / sum(raw)
-    weights = scale_loss_weights(groups, ids.shape, ids.device, alpha)
+    weights = layout.loss_weights(alpha)
     torch.testing.assert_close(weights[0], expected)
     torch.testing.assert_close(weights.sum(), torch.tensor(float(len(row))))
 
@@ -132,6 +135,26 @@ def test_bad_input(name):
 def test_bad_grids():
     ids = torch.tensor([image(A)])
     with pytest.raises(ValueError, match=r"must have shape \(num_images, 3\)"):
-        find_image_groups(ids, torch.tensor([4, 16, 16]), None, TEXT, BOI, 18)
+        TokenLayout.of(ids, torch.tensor([4, 16, 16]), CONFIG)
     with pytest.raises(ValueError, match="An image of 4 scales was given, but the model has 3"):
-        find_image_groups(ids, torch.tensor([A.grid_shw]), None, TEXT, BOI, 3)
+        TokenLayout.of(ids, torch.tensor([A.grid_shw]), SimpleNamespace(**{**vars(CONFIG), "num_scales": 3}))
+
+
+def test_images_are_found_in_one_place():
+    """Runs of codes, at both ends of a row and side by side in neighbouring rows; masked ones are none."""
+    ids = torch.tensor([[TEXT, 1, TEXT, TEXT], [TEXT, TEXT, 2, TEXT], [1, 2, 3, 4]])
+    assert [found.tolist() for found in find_images(ids, TEXT)] == [[0, 0, 1, 1], [0, 2, 0, 3], [1, 2, 2, 1]]
+    assert count_images(ids, TEXT) == [2, 2, 0]
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]])
+    assert count_images(ids, TEXT, mask) == [1, 1, 0]
+    rows = torch.arange(12).view(4, 3)
+    assert [part.tolist() for part in split_grids(ids, rows, TEXT)] == [rows[:2].tolist(), rows[2:].tolist(), []]
+    with pytest.raises(ValueError, match="hold 2 images, but `image_grid_shw` has 4"):
+        split_grids(ids, rows, TEXT, mask)
+
+
+def test_each_token_knows_its_scale():
+    row = [1, *image(A, 2), 7, *image(ONE)]
+    _, _, layout = lay_out([row, [1]], [A.grid_shw, ONE.grid_shw])
+    assert layout.scale_of_tokens().tolist() == [[-1, -1, 0, 1, 1, 1, 1, -1, -1, 0], [-1] * 10]
+    assert (TokenLayout.of(torch.tensor([[1, 2]]), None, CONFIG).scale_of_tokens() == -1).all()

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..scale_schedule import ScaleSchedule
+from ..token_layout import scale_weights
 
 
 class PolicyLoss(NamedTuple):
@@ -53,22 +54,6 @@ def code_log_probs(
     with torch.no_grad():
         entropies = normalisers - (logits.softmax(-1) * logits).sum(-1)
     return log_probs, entropies
-
-
-def scale_weights(schedule: ScaleSchedule, scales: range, alpha: float) -> torch.Tensor:
-    """Weight of every code of some scales: `1 / (h_s * w_s) ** alpha`, normalised so that they sum to their number.
-
-    Args:
-        schedule (`ScaleSchedule`): The image's schedule.
-        scales (`range`): The 0-based scales that are trained.
-        alpha (`float`): 0 gives ones; the papers found 0.6 to 0.8 best for GRPO.
-
-    Returns:
-        `torch.FloatTensor` of shape `(n,)`.
-    """
-    lengths = torch.tensor(schedule.scale_lengths[scales.start : scales.stop])
-    weights = lengths.double().pow(-alpha).repeat_interleave(lengths)
-    return (weights * len(weights) / weights.sum()).float()
 
 
 def group_advantages(rewards: torch.Tensor, group_size: int, scaling: str = "group") -> torch.Tensor:

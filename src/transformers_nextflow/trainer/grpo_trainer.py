@@ -18,9 +18,9 @@ from trl.trainer.utils import use_adapter
 
 from ..generation_nextflow import NextFlowGenerateOutput
 from ..modeling_nextflow import NextFlowForCausalLM
-from ..padding import split_grids
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
+from ..token_layout import split_grids
 from .grpo_config import NextFlowGRPOConfig
 from .grpo_losses import (
     code_log_probs,

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-from ..scale_schedule import ScaleSchedule
+from ..scale_schedule import ScaleSchedule, sequence_flops
 from .coded_dataset import CodedSample
 
 PACKING_STRATEGIES = ("compute", "length")
@@ -33,15 +33,6 @@ def block_lengths(sample: CodedSample, image_token_id: int) -> list[int]:
         previous = mark + 1
     tail = len(sample["token_ids"]) - previous
     return [*blocks, tail] if tail else blocks
-
-
-def sequence_flops(blocks: Iterable[int], hidden_size: int, num_layers: int = 1) -> int:
-    """Forward FLOPs of a sequence by the paper's cost model (appendix A.2), a block (see [`block_lengths`]) a step."""
-    total = kv = 0
-    for q in blocks:
-        kv += q
-        total += 12 * q * hidden_size**2 + 4 * q * kv * hidden_size
-    return num_layers * total
 
 
 def sample_costs(samples: Iterable[CodedSample], image_token_id: int, hidden_size: int | None) -> np.ndarray:

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from trl import SFTTrainer
 
 from ..modeling_nextflow import NextFlowForCausalLM
-from ..token_layout import find_image_groups, scale_of_tokens
+from ..token_layout import TokenLayout
 from ..varlen_attention import SDPA_VARLEN
 from .coded_dataset import COLUMNS, invert_task
 from .data_collator import NextFlowDataCollator
@@ -223,17 +223,7 @@ class NextFlowSFTTrainer(SFTTrainer):
     def _count_losses(self, inputs: dict[str, torch.Tensor], token_losses: torch.Tensor) -> None:
         """Adds up cross-entropies and numbers of text (first) and of each scale."""
         config, ids, grids = self._model_config, inputs["input_ids"], inputs.get("image_grid_shw")
-        kinds = torch.zeros_like(ids)
-        if grids is not None:
-            groups = find_image_groups(
-                ids,
-                grids,
-                inputs.get("attention_mask"),
-                text_vocab_size=config.text_vocab_size,
-                boi_token_id=config.boi_token_id,
-                max_num_scales=config.num_scales,
-            )
-            kinds = scale_of_tokens(groups, ids.shape, ids.device) + 1
+        kinds = TokenLayout.of(ids, grids, config, inputs.get("attention_mask")).scale_of_tokens() + 1
         predicted = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100) != -100
         kinds = F.pad(kinds[:, 1:], (0, 1))[predicted]
         sums = token_losses.new_zeros(2, config.num_scales + 1)

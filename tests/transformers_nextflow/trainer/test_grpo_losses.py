@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from transformers_nextflow import ScaleSchedule
-from transformers_nextflow.token_layout import scale_loss_weights
 from transformers_nextflow.trainer import (
     code_log_probs,
     group_advantages,
@@ -42,15 +41,6 @@ def test_scale_weights(alpha, scales):
     expected = torch.tensor([value * len(raw) / sum(raw) for value in raw])
     torch.testing.assert_close(scale_weights(SCHEDULE, scales, alpha), expected)
     assert alpha or (scale_weights(SCHEDULE, scales, alpha) == 1).all()
-
-
-def test_scale_weights_of_a_prefix_are_those_of_the_training_loss():
-    from transformers_nextflow.token_layout import ImageGroup
-
-    n = SCHEDULE.offsets[4]
-    group = ImageGroup(SCHEDULE, 4, torch.arange(n)[None])
-    expected = scale_loss_weights([group], torch.Size((1, n)), torch.device("cpu"), 0.9)[0]
-    torch.testing.assert_close(scale_weights(SCHEDULE, range(4), 0.9), expected)
 
 
 @pytest.mark.parametrize("scaling", ["group", "batch", "none"])

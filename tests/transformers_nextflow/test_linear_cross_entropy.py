@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from transformers_nextflow import head_loss
-from transformers_nextflow.head_loss import head_cross_entropy, is_plain_linear
+from transformers_nextflow import linear_cross_entropy
+from transformers_nextflow.linear_cross_entropy import head_cross_entropy, is_plain_linear
 
 ROWS, HIDDEN, VOCAB = 50, 16, 300
 
@@ -44,7 +44,7 @@ def gradients(loss, head, hidden):
 @pytest.mark.parametrize("wrap", [False, True])
 @pytest.mark.parametrize("num_rows", [7, 50, 1000])
 def test_loss_and_gradients_are_the_plain_ones(monkeypatch, num_rows, wrap, weighted):
-    monkeypatch.setattr(head_loss, "chunk_rows", lambda vocab_size: num_rows)
+    monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda vocab_size: num_rows)
     head, hidden, targets, weights = make()
     weights = weights if weighted else None
     loss, losses = head_cross_entropy(Wrapped(head) if wrap else head, hidden, targets, VOCAB, weights)

@@ -3,6 +3,8 @@
 With 10k tokens and 185k ids the logits alone would take 7 GB in fp32, and their gradient as much again.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -48,7 +50,10 @@ def head_cross_entropy(
     if weights is None:
         weights = torch.ones_like(targets, dtype=torch.float32)
     if is_plain_linear(head):
-        device_type, weight = hidden_states.device.type, head.weight
+        device_type = hidden_states.device.type
+        weight: Any = head.weight
+        if not torch.is_grad_enabled():  # autograd asks for gradients by `requires_grad` alone
+            hidden_states, weight = hidden_states.detach(), weight.detach()
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
             hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
@@ -98,6 +103,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             probabilities, normaliser = _softmax_(logits)
             log_likelihood = target_logits - normaliser
             token_losses[rows] = -log_likelihood[:, 0]
+            if not (need_hidden or need_weight):
+                continue
             # From here on the gradient of the logits, but for the factor: p - 1 at the target, p elsewhere.
             grad = probabilities.scatter_(-1, target, log_likelihood.expm1().to(weight.dtype))
             if need_hidden:

@@ -1,0 +1,143 @@
+"""What comes in at the door of the model: every argument is looked at once, before anything is computed."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.utils.generic import TransformersKwargs
+
+from .token_layout import ScaleStep, TokenLayout, check_grids
+
+# What transformers' own models take in `**kwargs`.
+_PASSED_ON = frozenset(TransformersKwargs.__annotations__) | {"return_dict"}
+
+
+def lay_out(
+    config, input_ids, inputs_embeds, image_grid_shw, attention_mask, position_ids, seq_idx, cache
+) -> TokenLayout | None:
+    """The layout of a batch with images, after a look at all inputs; None for text."""
+    num_past = cache.get_seq_length() if cache is not None else 0
+    check_shapes(input_ids, inputs_embeds, attention_mask, position_ids, seq_idx, num_past)
+    if inputs_embeds is not None and image_grid_shw is not None:
+        raise ValueError("`image_grid_shw` needs `input_ids`: the codes of the images are read from them.")
+    if seq_idx is not None and (attention_mask is not None or cache is not None):
+        raise ValueError(
+            "Packed rows (`seq_idx`) go without `attention_mask`, cache and scale steps: give padding a number of its "
+            "own in `seq_idx`."
+        )
+    if not torch.compiler.is_compiling():
+        _check_values(config, input_ids, image_grid_shw, position_ids)
+    if (first := getattr(cache, "first_image_slot", None)) is not None:
+        if num_past <= first:
+            del cache.first_image_slot  # it has been cropped or reset
+        elif position_ids is None:
+            raise ValueError(
+                "The cache holds an image, which takes fewer positions than slots: pass `position_ids` (those of the "
+                "whole sequence are `TokenLayout.of(...).position_ids`)."
+            )
+    if image_grid_shw is None:
+        return None
+    length, start = input_ids.shape[1], num_past
+    own_mask = None
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        own_mask = attention_mask[:, -length:]
+        start = attention_mask[:, :-length].sum(-1, keepdim=True)
+    layout = TokenLayout.of(input_ids, image_grid_shw, config, own_mask, start, seq_idx)
+    return layout if layout.images else None
+
+
+def mark_image(cache: Any, num_past: int | torch.Tensor) -> None:
+    """Notes in a cache where images begin: from there on its number of slots is not the position."""
+    if not hasattr(cache, "first_image_slot"):
+        cache.first_image_slot = num_past + 0  # a static cache counts in place
+
+
+def check_names(forward: Callable, kwargs: dict[str, Any]) -> None:
+    """Refuses arguments that would be dropped silently."""
+    if unknown := [name for name in kwargs if name not in _PASSED_ON]:
+        legal = {*inspect.signature(forward).parameters, *_PASSED_ON} - {"self", "kwargs"}
+        raise ValueError(f"`forward` got the unknown arguments {unknown}. It takes {sorted(legal)}.")
+
+
+def check_scale_step(
+    config, step: ScaleStep, input_ids, image_grid_shw, attention_mask, position_ids, seq_idx, num_past
+) -> None:
+    """Refuses what is not the step of a scale."""
+    if input_ids is None or position_ids is None or image_grid_shw is not None or seq_idx is not None:
+        raise ValueError(
+            "A scale step needs `input_ids` (the codes of the scale before) and `position_ids` (`scale_position_ids` "
+            "makes them), and takes neither `image_grid_shw` nor `seq_idx`."
+        )
+    schedule, index = step.schedule, step.index
+    num_scales = min(schedule.num_scales, config.num_scales)
+    if not 1 <= index < num_scales:
+        raise ValueError(f"The index of a scale step must be between 1 and {num_scales - 1} here, but got {index}.")
+    first = 0 if config.visual_feature_mode == "accumulated" else index - 1
+    num_codes = schedule.offsets[index] - schedule.offsets[first]
+    if input_ids.shape[-1] != num_codes:
+        raise ValueError(
+            f"The step for scale {index} takes the {num_codes} codes of scales {first} to {index - 1}, but got "
+            f"{input_ids.shape[-1]}."
+        )
+    check_shapes(input_ids, None, attention_mask, position_ids, None, num_past, schedule.scale_lengths[index])
+
+
+def check_shapes(
+    input_ids, inputs_embeds, attention_mask, position_ids, seq_idx, num_past, length: int | None = None
+) -> None:
+    """Refuses inputs whose shapes don't fit, without a look at values: the host would wait for them.
+
+    `length` is the number of slots where it is not that of ids.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+    if input_ids is not None and (input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32)):
+        raise ValueError(
+            "`input_ids` must be integers of shape (batch, length), but got "
+            f"{input_ids.dtype} of shape {tuple(input_ids.shape)}."
+        )
+    if inputs_embeds is not None and inputs_embeds.ndim != 3:
+        raise ValueError(
+            f"`inputs_embeds` must have shape (batch, length, hidden size), but got {tuple(inputs_embeds.shape)}."
+        )
+    rows, number = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+    length = number if length is None else length
+    positions = [(*axes, number, length) for axes in ((), (3,), (4,)) for number in (rows, 1)]
+    legal = {"position_ids": (position_ids, positions), "seq_idx": (seq_idx, [(rows, length)])}
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim != 4:
+        # The length of a static cache is on its device.
+        width = num_past + length if isinstance(num_past, int) else attention_mask.shape[-1]
+        legal["attention_mask"] = (attention_mask, [(rows, width)])
+    for name, (tensor, shapes) in legal.items():
+        if tensor is not None and tuple(tensor.shape) not in shapes:
+            raise ValueError(
+                f"`{name}` has shape {tuple(tensor.shape)}, but for {rows} rows of {length} slots (after {num_past} "
+                f"cached ones) it must be one of {', '.join(map(str, shapes))}."
+            )
+
+
+def _check_values(config, input_ids, image_grid_shw, position_ids) -> None:
+    """Refuses ids that are out of range and positions that are no numbers; the host waits for them once."""
+    if image_grid_shw is not None:
+        check_grids(image_grid_shw)
+    looks = [] if input_ids is None or not input_ids.numel() else [*input_ids.aminmax()]
+    if position_ids is not None:
+        looks.append(position_ids.isfinite().all().to(looks[0] if looks else position_ids.device))
+    if not looks:
+        return
+    *bounds, finite = torch.stack(looks if position_ids is not None else [*looks, torch.ones_like(looks[0])]).tolist()
+    if not finite:
+        raise ValueError("`position_ids` must be finite, but some are NaN or infinite.")
+    smallest, largest = bounds or (0, 0)
+    if smallest < 0 or largest >= config.vocab_size:
+        raise ValueError(
+            f"`input_ids` must be between 0 and {config.vocab_size - 1}, but they reach from {smallest} to "
+            f"{largest}. Visual ids are {config.text_vocab_size} + code, and the codebook has "
+            f"{config.visual_codebook_size} codes."
+        )
+    if image_grid_shw is None and largest >= config.text_vocab_size:
+        raise ValueError(
+            f"`input_ids` hold image codes (ids from {config.text_vocab_size} on), but `image_grid_shw` is "
+            "missing: pass one row (number of scales, bucket height, bucket width) for each image."
+        )
