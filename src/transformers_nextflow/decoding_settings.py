@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
-from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
 from .configuration_nextflow import NextFlowConfig
@@ -193,7 +193,9 @@ def read_settings(
             negative = negative[0].repeat_interleave(copies, dim=0), negative[1].repeat_interleave(copies, dim=0)
     writing = {} if opening == "now" else _text_settings(model, config, prompts, images, logits_processor, tokenizer)
     keeps_cache = cache is not None or (bool(config.return_dict_in_generate) and config.return_cache is not False)
-    settings = DecodingSettings(
+    new_slots = text + images * (schedule.num_tokens + 1)
+    _check_memory(model, num_rows * num_branches, prompts[0].shape[1] + new_slots)
+    return DecodingSettings(
         schedule=schedule,
         plan=plan,
         generators=make_generators(generator, num_rows, device),
@@ -212,8 +214,6 @@ def read_settings(
         should_stop=_stop_check(stopping_criteria),
         **writing,
     )
-    _check_memory(model, settings, num_rows * num_branches, prompts[0].shape[1])
-    return settings
 
 
 def _text_settings(
@@ -231,7 +231,9 @@ def _text_settings(
     text.min_length = text.min_new_tokens = text.max_length = None
     model._prepare_special_tokens(text, True, device=device)
     allowed = TextOnlyLogitsProcessor(model.config, with_images=num_images > 0)
-    criteria = model._get_stopping_criteria(text, None, tokenizer=tokenizer) if text.stop_strings else None
+    criteria = None
+    if text.stop_strings or text.max_time:
+        criteria = model._get_stopping_criteria(text, StoppingCriteriaList(), tokenizer=tokenizer)
     eos = [] if text.eos_token_id is None else text.eos_token_id
     return {
         "min_new_tokens": least,
@@ -356,17 +358,15 @@ def check_context(
     )
 
 
-def _check_memory(model: Any, settings: DecodingSettings, num_rows: int, num_prompt_tokens: int) -> None:
+def _check_memory(model: Any, num_rows: int, num_slots: int) -> None:
     """Refuses what no cache of this device could hold, before anything is allocated."""
     config = model.config
-    heads, width = config.num_key_value_heads or 1, config.hidden_size // config.num_attention_heads
-    per_slot = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-    needed = num_rows * (num_prompt_tokens + settings.num_new_slots) * per_slot
+    width = config.hidden_size // config.num_attention_heads * (config.num_key_value_heads or 1)
+    needed = num_rows * num_slots * 2 * config.num_hidden_layers * width * model.dtype.itemsize
     if needed > (total := _total_memory(model.device)):
         raise ValueError(
-            f"{num_rows} rows of {num_prompt_tokens + settings.num_new_slots} slots take {needed / 1e9:.0f} GB of "
-            f"keys and values, but the device has {total / 1e9:.0f} GB. Lower `num_return_sequences`, the number "
-            "of prompts or of images, or their size."
+            f"{num_rows} rows of {num_slots} slots take {needed / 1e9:.0f} GB of keys and values, but the device has "
+            f"{total / 1e9:.0f} GB. Lower `num_return_sequences`, the number of prompts or of images, or their size."
         )
 
 

@@ -6,6 +6,7 @@ codebook.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +96,17 @@ class NextFlowGenerationMixin(_GenerationMixin):
     """`generate` for models over text ids and visual codes."""
 
     config: NextFlowConfig
-    generation_config_class = NextFlowGenerationConfig
+
+    def adjust_generation_fn(
+        self, generation_config, from_auto_class, from_pipeline, path, trust_remote_code=False, **kwargs
+    ):
+        """Part of `from_pretrained`: reads `generation_config.json`, where transformers knows its own class only."""
+        if generation_config is not None:
+            self.generation_config = NextFlowGenerationConfig.from_dict(generation_config.to_dict())
+        elif path is not None:
+            kwargs |= {"_from_auto": from_auto_class, "_from_pipeline": from_pipeline}
+            with suppress(OSError):  # no such file: it stays what was made of the model's configuration
+                self.generation_config = NextFlowGenerationConfig.from_pretrained(path, **kwargs)
 
     @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     @deprecate_kwarg("return_past_key_values", "6.0.0", new_name="return_cache")

@@ -29,6 +29,7 @@ from transformers.utils.generic import is_flash_attention_requested, merge_with_
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nextflow import NextFlowConfig
+from .generation_config_nextflow import NextFlowGenerationConfig
 from .generation_nextflow import NextFlowGenerationMixin
 from .layer_compilation import call_layer, compiled_layer
 from .linear_cross_entropy import head_cross_entropy, is_plain_linear
@@ -434,6 +435,7 @@ class NextFlowCausalLMOutputWithPast(CausalLMOutputWithPast):
 class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # type: ignore[misc]  # both name `config`
     """NextFlow with its one output head over text and visual ids."""
 
+    generation_config_class = NextFlowGenerationConfig
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # as in transformers
     _fsdp_plan = {"lm_head": "keep_full_weight"}

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from test_generation_nextflow import BOI, CODES, EOI, EOS, PAD, SCHEDULE, TEXT, N, build_model, seeded
+from test_generation_nextflow import BOI, CODES, EOI, EOS, MARK, PAD, SCHEDULE, TEXT, N, build_model, seeded
 from transformers import DynamicCache, GenerationConfig
 
 from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, ScaleSchedule
@@ -412,7 +412,7 @@ def test_every_cache_draws_the_same_in_every_mode(model, mode, cache):
 def test_training_mode_with_checkpointing_draws_the_same(mode):
     model = build_model()
     expected = in_mode(model, mode).sequences
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.train()
     assert torch.equal(in_mode(model, mode).sequences, expected)
     texts = [model.generate(PROMPTS, attention_mask=MASK, max_new_tokens=4) for _ in (model, model.eval())]
@@ -463,7 +463,7 @@ def test_stop_strings_end_a_text_and_the_picture_still_comes(tiny_random_checkpo
 )
 def test_text_between_images_is_made_by_the_whole_configuration(stored, options):
     model = build_model()
-    settings = dict(generation_mode="interleaved", max_new_images=0, max_new_tokens=3, logits_processor=[Raise(7, 1)])
+    settings = dict(generation_mode="interleaved", max_new_images=0, max_new_tokens=3, sequence_bias=[[[7], 1e4]])
     ids = torch.tensor([[7, 5]])
     assert model.generate(ids, **settings)[0, 2:].tolist() == [7, 7, 7]
     if stored:
@@ -472,8 +472,8 @@ def test_text_between_images_is_made_by_the_whole_configuration(stored, options)
 
 
 def test_lengths_count_as_they_are_named(model):
-    end = [Raise(EOS, 1)]
-    settings = dict(generation_mode="interleaved", max_new_images=0, eos_token_id=EOS, logits_processor=end)
+    bias = [[[EOS], 1e4]]
+    settings = dict(generation_mode="interleaved", max_new_images=0, eos_token_id=EOS, sequence_bias=bias)
     assert model.generate(PROMPTS[:1], **settings).shape[1] == 6
     assert model.generate(PROMPTS[:1], min_new_tokens=3, **settings).shape[1] == 9
     assert model.generate(PROMPTS[:1], min_length=7, **settings).shape[1] == 8
@@ -505,7 +505,7 @@ def test_a_callback_changes_codes_and_what_follows(model, mode):
             return codes
 
     plain, other = in_mode(model, mode), in_mode(model, mode, on_scale_end=replace)
-    first = other.image_codes.view(len(PROMPTS), -1)[:, :5]
+    first = other.image_codes.reshape(len(PROMPTS), -1)[:, :5]
     assert torch.equal(first, changed[0])
     assert not torch.equal(other.image_codes, plain.image_codes)
     with torch.no_grad():  # the next scale is conditioned on them

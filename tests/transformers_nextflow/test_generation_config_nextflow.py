@@ -31,7 +31,7 @@ VALUES = {
 
 def test_every_option_is_saved_and_read_back(tmp_path):
     assert VALUES.keys() == set(OWN_OPTIONS)
-    NextFlowGenerationConfig(**VALUES, top_k=7).save_pretrained(tmp_path)
+    NextFlowGenerationConfig(**VALUES, do_sample=True, top_k=7).save_pretrained(tmp_path)
     loaded = NextFlowGenerationConfig.from_pretrained(tmp_path)
     assert {name: getattr(loaded, name) for name in OWN_OPTIONS} == VALUES and loaded.top_k == 7
 

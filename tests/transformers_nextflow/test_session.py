@@ -1,5 +1,8 @@
 """Conversations with a cache against one forward over the whole; streams; undo, fork and memory."""
 
+import random
+import sys
+
 import pytest
 import torch
 from PIL import Image
@@ -198,3 +201,61 @@ def test_layers_come_back_to_their_own_devices(session):
     assert {layer.keys.device.type for layer in session._decoding.state.cache.layers} == {"cpu"}
     session.onload()
     assert [layer.keys.device.type for layer in session._decoding.state.cache.layers] == ["cpu", "meta"]
+
+
+class Interrupt:
+    """Ctrl-C, or a device that is out of memory, before the n-th line of this package that is run; counts the lines."""
+
+    def __init__(self, line: int | None = None):
+        self.line, self.count = line, 0
+
+    def trace(self, frame, event, argument):
+        if "transformers_nextflow" not in frame.f_code.co_filename or "tests" in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            self.count += 1
+            if self.count == self.line:
+                raise KeyboardInterrupt
+        return self.trace
+
+    def __enter__(self):
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *error):
+        sys.settrace(None)
+
+
+@pytest.mark.parametrize("action", ["ask", "draw", "undo"])
+def test_whatever_interrupts_it_a_session_is_as_it_was(parts, action):
+    session = NextFlowSession(*parts, max_new_tokens=2, num_scales=2, guidance_scale=2.0)
+    session.ask("one", PICTURE)
+    session.draw("two", generator=seeded(0))
+    before = session.input_ids.clone(), session.image_grid_shw, session.num_turns, session.memory
+    keys = [layer.keys for state in session._states for layer in state.cache.layers]
+    actions = {
+        "ask": lambda of: of.ask("three"),
+        "draw": lambda of: of.draw("three", generator=seeded(1)),
+        "undo": lambda of: of.undo(),
+    }
+    twin = session.fork()
+    with Interrupt() as lines:
+        actions[action](twin)
+    after = twin.input_ids
+    places = random.Random(0).sample(range(1, lines.count), min(25, lines.count - 1))
+    for place in places:
+        with pytest.raises(KeyboardInterrupt), Interrupt(place):
+            actions[action](session)
+        assert torch.equal(session.input_ids, before[0]) and torch.equal(session.image_grid_shw, before[1])
+        assert (session.num_turns, session.memory) == before[2:]
+        now = [layer.keys for state in session._states for layer in state.cache.layers]
+        assert all(torch.equal(a, b) for a, b in zip(keys, now, strict=True))
+    actions[action](session)
+    assert torch.equal(session.input_ids, after)
+
+
+@pytest.mark.parametrize("name", ["cache", "num_return_sequences", "image_grid_shw", "on_scale_end"])
+def test_what_a_session_gives_itself_is_refused(session, name):
+    with pytest.raises(ValueError, match=f"A session sees to `{name}` itself"):
+        session.ask("one", **{name: 1})
+    assert session.num_turns == 0
