@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,9 +93,10 @@ class NextFlowSession:
             images (a picture or a list, *optional*): What the user shows, before the text.
             settings: As [`~NextFlowGenerationMixin.generate`] takes them; those for images have no effect.
         """
-        events = self._turn(text, images, "interleaved", {**settings, "max_new_images": 0})
-        ids = [int(event.ids) for event in events if event.kind == "token"]
-        return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        with self._all_or_nothing():
+            events = self._turn(text, images, "interleaved", {**settings, "max_new_images": 0})
+            ids = [int(event.ids) for event in events if event.kind == "token"]
+            return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def draw(
         self, text: str, images: Sequence[Any] | Any = None, thinking: bool | None = None, **settings
@@ -117,23 +119,25 @@ class NextFlowSession:
         chosen = {"thinking": True} if thinking else {"num_frames": 1}
         codes = None
         thought: list[int] = []
-        for event in self._turn(text, images, "image", {**settings, **chosen}):
-            if event.kind == "token":
-                thought.append(int(event.ids))
-            elif event.kind == "image":
-                codes = event
-        self.last_thought = self.processor.tokenizer.decode(thought, skip_special_tokens=True).strip()
-        if codes is None:
-            self.undo()
-            raise ValueError("The `stopping_criteria` ended the turn before the picture began, so it is forgotten.")
-        return self.processor.decode_codes([codes.ids], [codes.schedule.grid_shw])[0]
+        with self._all_or_nothing():
+            for event in self._turn(text, images, "image", {**settings, **chosen}):
+                if event.kind == "token":
+                    thought.append(int(event.ids))
+                elif event.kind == "image":
+                    codes = event
+            if codes is None:
+                raise ValueError("The `stopping_criteria` ended the turn before the picture began, so it is forgotten.")
+            picture = self.processor.decode_codes([codes.ids], [codes.schedule.grid_shw])[0]
+            self.last_thought = self.processor.tokenizer.decode(thought, skip_special_tokens=True).strip()
+            return picture
 
     def chat(self, text: str, images: Sequence[Any] | Any = None, **settings) -> Segments:
         """Text and pictures as the model likes: a list of `str` and `PIL.Image.Image` in order."""
-        for _ in self._turn(text, images, "interleaved", settings):
-            pass
-        num_tokens, num_images = self._marks[-1]["answer"]
-        return self.processor.decode_segments(self.input_ids[0, num_tokens:], self.image_grid_shw[num_images:])[0]
+        with self._all_or_nothing():
+            for _ in self._turn(text, images, "interleaved", settings):
+                pass
+            num_tokens, num_images = self._marks[-1]["answer"]
+            return self.processor.decode_segments(self.input_ids[0, num_tokens:], self.image_grid_shw[num_images:])[0]
 
     def stream(self, text: str, images: Sequence[Any] | Any = None, **settings) -> Iterator[StreamChunk]:
         """As [`~NextFlowSession.chat`], piece by piece; the turn ends with the iterator, or when another begins."""
@@ -200,6 +204,17 @@ class NextFlowSession:
             raise
         if self._open is not None and self._open[0] is events:  # no other turn has begun
             self._end_turn()
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """A turn with all that is made of it: if anything fails, as if it had not been."""
+        self._end_turn()
+        before = self._now
+        try:
+            yield
+        except BaseException:
+            self._now, self._open = before, None
+            raise
 
     def _end_turn(self) -> None:
         """Keeps the turn that is open; an image that has begun stays at its last whole scale."""
