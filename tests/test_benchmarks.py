@@ -128,12 +128,32 @@ def test_a_prediction_counts_all_that_is_in_the_cost_model(benchmarks, batch_siz
 
 def test_a_token_reads_what_a_cache_holds(benchmarks):
     import torch
+    import torch.nn.functional as F
     from growth import size_of
     from measure import make_config
     from predict import Machine
+    from torch.overrides import TorchFunctionMode
 
-    machine = Machine(size_of(make_config(128, 2, codebook_size=64)), "cpu", torch.float32, 3)
-    assert machine.token(20000) > 5 * machine.token(20)
+    class Reader(Machine):
+        """A machine that reads a number a second."""
+
+        def _median(self, run):
+            with Reads() as reads:
+                run()
+            return reads.numbers
+
+    class Reads(TorchFunctionMode):
+        numbers = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            read = {torch.cat: args[0], F.scaled_dot_product_attention: args}.get(func, ())
+            self.numbers += sum(value.numel() for value in read)
+            return func(*args, **(kwargs or {}))
+
+    size = size_of(make_config(128, 2, codebook_size=64))
+    short, long = (Reader(size, "cpu", torch.float32, 1).token(length) for length in (20, 20000))
+    # Every layer reads keys and values of both rows twice: to append to them, and to attend.
+    assert long - short == 2 * size.num_layers * 2 * 2 * 19980 * size.hidden_size
 
 
 def test_a_machine_forgets_all_timings(benchmarks):
