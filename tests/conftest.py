@@ -64,6 +64,10 @@ def build_byte_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_random_checkpoint(tmp_path_factory) -> Path:
+    return save_tiny_random_checkpoint(tmp_path_factory.mktemp("tiny_random_checkpoint"))
+
+
+def save_tiny_random_checkpoint(folder: Path) -> Path:
     """A plain transformers checkpoint of random weights: 5 scales (80 x 80 pixels), 64 codes, a vocabulary of bytes."""
     import torch
 
@@ -76,7 +80,6 @@ def tiny_random_checkpoint(tmp_path_factory) -> Path:
         NextFlowProcessor,
     )
 
-    folder = tmp_path_factory.mktemp("tiny_random_checkpoint")
     tokenizer = build_byte_tokenizer()
     special_ids = {name: tokenizer.convert_tokens_to_ids(f"<{name}>") for name in ("boi", "eoi", "image")}
     with torch.random.fork_rng():
