@@ -7,10 +7,9 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from doors import Bad, Door, World, is_bad
+from doors import Bad, Door, World
 
 OURS = (str(Path("src") / "transformers_nextflow"), str(Path("src") / "diffusers_nextflow"))
-# Of libraries whose own words are clear: the loaders' errors name the file, Python's the argument.
 MEMORY_LIMIT = 300 * 2**20
 CPU_SECONDS = 20
 GRAVE = ("hang", "memory", "wrong result", "accepted")
@@ -33,7 +32,7 @@ def _hang(*_):
 
 
 def judge(door: Door, world: World, case: dict[str, Any], wall_seconds: float = 300) -> Finding | None:
-    """None if the call returned something sane, or raised a ValueError or TypeError that is clear."""
+    """None if the call returned something sane, or raised a ValueError, TypeError or OSError that is clear."""
     peak = _peak()
     signal.signal(signal.SIGPROF, _hang)
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
@@ -43,11 +42,11 @@ def judge(door: Door, world: World, case: dict[str, Any], wall_seconds: float = 
         signal.setitimer(signal.ITIMER_PROF, 0)
         wrong = door.look(world, case, result)
         kind, what = ("wrong result", wrong) if wrong else ("", "")
-        if not wrong and is_bad(case):
-            bad = {name: value.value for name, value in case.items() if isinstance(value, Bad)}
+        bad = [name for name, value in case.items() if isinstance(value, Bad) and door.used(case, name)]
+        if not wrong and bad:
             kind, what = "accepted", ", ".join(sorted(bad))
-    except (ValueError, TypeError) as error:
-        clear = _is_clear(error, case)
+    except (ValueError, TypeError, OSError) as error:
+        clear = _is_clear(error, door, case)
         kind, what = ("", "") if clear else ("unclear", _place(error))
     except Hang:
         kind, what = "hang", ", ".join(sorted(case))
@@ -68,12 +67,12 @@ def _peak() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _is_clear(error: BaseException, case: dict[str, Any]) -> bool:
+def _is_clear(error: BaseException, door: Door, case: dict[str, Any]) -> bool:
     """It was raised by our code on purpose, or it names an argument or a file of the case."""
     deepest = traceback.extract_tb(error.__traceback__)[-1]
     text = str(error)
     raised_here = any(ours in deepest.filename for ours in OURS) and (deepest.line or "").startswith(("raise", ")"))
-    words = [name for name in case if name in text]
+    words = [word for word in (*case, *door.words) if word in text]
     words += [str(value) for value in case.values() if isinstance(value, str) and value and value in text]
     return raised_here or bool(words) or "unexpected keyword argument" in text
 
