@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-ROOT = Path(__file__).parents[2]
-sys.path.extend(str(ROOT / folder) for folder in ("tests", "tests/conversion", "examples", "."))
+sys.path.extend(str(Path(__file__).parents[2] / folder) for folder in ("tests", "tests/conversion", "examples", "."))
 
 from conftest import save_tiny_random_checkpoint
 from forks import as_script, fork
 
+ROOT = Path(__file__).parents[2]
 CPU_SECONDS = 300  # of a whole job: more is a hang
 WALL_SECONDS = 1800
 # What says when or where something was done, and not what.
@@ -43,11 +43,15 @@ PASSING = ("README.md", "training_args.bin", "trainer_state.json", "optimizer.pt
 
 
 class Job(NamedTuple):
-    """A command whose `{output}` and `{inputs}` are folders; `prepare` fills the inputs, and an output to save over."""
+    """A command whose `{output}` and `{inputs}` are folders; `prepare` fills the inputs, `old` what is saved over.
+
+    `resume` is added once there is a checkpoint.
+    """
 
     command: list[str]
     prepare: Callable[[Path], None] = lambda inputs: None
     old: Callable[[Path, Path], None] | None = None
+    resume: tuple[str, ...] = ()
 
 
 def pictures(inputs: Path) -> None:
@@ -135,8 +139,9 @@ trainer.train(resume_from_checkpoint=bool(os.path.isdir("{output}") and get_last
 trainer.save_model()
 """
 RANKS = ROOT / "tests" / "fixtures" / "qwen" / "first_1024_ranks.tiktoken"
-TRAINER = "--model_name_or_path {inputs}/checkpoint --output_dir {output} --resume_from_checkpoint true "
+TRAINER = "--model_name_or_path {inputs}/checkpoint --output_dir {output} "
 TRAINER += "--use_cpu true --bf16 false --report_to none --save_strategy steps"
+RESUME = ("--resume_from_checkpoint", "true")
 CODES = "--codes {inputs}/codes --checkpoint {inputs}/checkpoint --output {output}"
 PICTURES = "--data {inputs}/pictures --checkpoint {inputs}/checkpoint --output {output}"
 CONVERTER = "--source {inputs}/source --output {output} --max-shard-size 20kB"
@@ -145,10 +150,12 @@ JOBS: dict[str, Job] = {
         f"examples/sft.py --codes {{inputs}}/codes {TRAINER} --max_steps 8 --save_steps 2 "
         "--per_device_train_batch_size 2".split(),
         codes,
+        resume=RESUME,
     ),
     "grpo": Job(
         f"examples/grpo_shapes.py {TRAINER} --max_steps 4 --save_steps 1 --num_prompts 16 --num_generations 2 "
         "--per_device_train_batch_size 4".split(),
+        resume=RESUME,
     ),
     "loop": Job(f"examples/train_loop.py {CODES} --steps 8 --budget 500 --save-every 2".split(), codes),
     "image_tokenizer": Job(["-c", TOKENIZER]),
@@ -223,13 +230,13 @@ class Runner:
         save_tiny_random_checkpoint(self.inputs / "checkpoint")
         code, log = self.forked(lambda: self.job.prepare(self.inputs), Killer())
         if code:
-            raise SystemExit(f"The inputs of {name} can't be made:\n{log[-3000:]}")
+            raise RuntimeError(f"The inputs of {name} can't be made:\n{log[-3000:]}")
         self.output = folder / "output"
         self.begin()
         self.before = contents(self.output)
         code, log = self.run(Killer(report=folder / "counts"))
         if code:
-            raise SystemExit(f"An unbroken run of {name} fails:\n{log[-3000:]}")
+            raise RuntimeError(f"An unbroken run of {name} fails:\n{log[-3000:]}")
         self.changes, self.cpu_seconds = json.loads((folder / "counts").read_text())
         self.unbroken = contents(self.output)
 
@@ -271,7 +278,8 @@ class Runner:
 
     def run(self, killer: Killer) -> tuple[int, str]:
         places = {"output": self.output, "inputs": self.inputs, "here": Path(__file__).parent}
-        return self.forked(as_script([word.format(**places) for word in self.job.command]), killer)
+        words = [*self.job.command, *(self.job.resume if list(self.output.glob("checkpoint-*")) else ())]
+        return self.forked(as_script([word.format(**places) for word in words]), killer)
 
     def moment(self, rng: random.Random) -> Killer:
         if rng.random() < 0.5:
@@ -347,7 +355,12 @@ def main(arguments: list[str] | None = None) -> int:
     for index, name in enumerate(options.jobs):
         rounds = len(range(index, options.rounds, len(options.jobs)))
         with tempfile.TemporaryDirectory() as folder:
-            runner = Runner(name, Path(folder) / name)
+            try:
+                runner = Runner(name, Path(folder) / name)
+            except RuntimeError as error:
+                wrong += rounds
+                print(f"{name}: {error}", flush=True)
+                continue
             found: Counter[str] = Counter()
             done = 0
             for number in range(rounds):
