@@ -12,6 +12,7 @@ with its door, and the next share goes on.
 import argparse
 import json
 import os
+import random
 import resource
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from judge import GRAVE, judge
 from conftest import save_tiny_random_checkpoint
 from forks import fork, limit_memory
 
-SHARE = 2000  # calls of a fork
+SHARE = 500  # calls of a fork
 MEMORY = 4 * 2**30
 
 
@@ -79,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--doors", nargs="+", choices=[door.name for door in DOORS], help="some only")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=3600, help="no fork begins after so long (default 3600)")
     options = parser.parse_args(arguments)
     doors = [door for door in DOORS if options.doors is None or door.name in options.doors]
 
@@ -91,7 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
         (scratch / "checkpoint").mkdir()
         world = World(save_tiny_random_checkpoint(scratch / "checkpoint"), scratch)
         work, busy = shares(doors, options.examples, options.seed), {}
+        random.Random(options.seed).shuffle(work)  # a run that is cut short has seen all doors
         while work or busy:
+            if time.monotonic() - begin > options.seconds:
+                work = []
             while work and len(busy) < options.jobs:
                 door, number, first = work.pop(0)
                 own = scratch / f"job{first}"

@@ -39,7 +39,16 @@ ROOT = Path(__file__).parents[2]
 CPU_SECONDS = 300  # of a whole job: more is a hang
 WALL_SECONDS = 1800
 # What says when or where something was done, and not what.
-PASSING = ("README.md", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", "runs", "cache-")
+PASSING = (
+    "README.md",
+    "training_args.bin",
+    "trainer_state.json",
+    "optimizer.pt",
+    "scheduler.pt",
+    "state.pt",
+    "runs",
+    "cache-",
+)
 
 
 class Job(NamedTuple):
@@ -84,7 +93,8 @@ def siglip(inputs: Path) -> None:
     from test_siglip2 import TEXT, VISION
     from transformers import Siglip2Config, Siglip2Model
 
-    Siglip2Model(Siglip2Config(vision_config=VISION, text_config=TEXT)).save_pretrained(inputs / "source")
+    vision = {**VISION, "hidden_size": 24}  # which the converter's 12 heads divide
+    Siglip2Model(Siglip2Config(vision_config=vision, text_config=TEXT)).save_pretrained(inputs / "source")
 
 
 def another_checkpoint(inputs: Path, output: Path) -> None:
@@ -154,7 +164,7 @@ JOBS: dict[str, Job] = {
     ),
     "grpo": Job(
         f"examples/grpo_shapes.py {TRAINER} --max_steps 4 --save_steps 1 --num_prompts 16 --num_generations 2 "
-        "--per_device_train_batch_size 4".split(),
+        "--per_device_train_batch_size 4 --num_trained_scales 3".split(),
         resume=RESUME,
     ),
     "loop": Job(f"examples/train_loop.py {CODES} --steps 8 --budget 500 --save-every 2".split(), codes),
