@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusers_nextflow import NextFlowPipeline
 from transformers_nextflow import (
     NextFlowConfig,
     NextFlowForCausalLM,
@@ -60,6 +61,8 @@ class World:
         self.config = self.model.config
         self.schedule = ScaleSchedule(num_scales=self.config.num_scales)
         self.prompt = self.processor(["a red ring", "two"], padding=True, padding_side="left", return_tensors="pt")
+        self.pipe = NextFlowPipeline.from_pretrained(folder)
+        self.pipe.set_progress_bar_config(disable=True)
         self.weights = load_file(folder / "model.safetensors")
         self.codes = torch.randint(0, 64, (1, self.schedule.num_tokens), generator=torch.Generator().manual_seed(0))
 
@@ -513,6 +516,70 @@ def look_session(world, case, result):
     return "" if result[0].num_turns in (0, 1) else "one turn was made"
 
 
+PIPELINE = {
+    "prompt": (["a ring", ["a", "b"], ("a", "b")], [None, 5, [], [5], {}, b"a"]),
+    "negative_prompt": ([None, "blue"], [5, ["a", "b", "c"], b"a"]),
+    "image": ([None, PICTURES[0]], BAD_PICTURES[:6]),
+    "height": ([80, None], [0, -80, NAN, "80", 81, 10**12]),
+    "width": ([80, None], [0, -80, NAN, "80", 81, 10**12]),
+    "guidance_scale": ([None, 1.0, 3.0], BAD_NUMBERS),
+    "num_images_per_prompt": ([1, 2], BAD_COUNTS),
+    "image_top_k": ([0, 3], [65, 2.5, *BAD_NUMBERS]),
+    "image_top_p": ([0.5, 1.0], [0, 1.5, *BAD_NUMBERS]),
+    "generator": ([None], [5, "seed", [None]]),
+    "output_type": (["pil", "np", "pt", "latent"], ["jpg", 5]),
+    "callback_on_step_end": ([None], [5, "print"]),
+    "no_such_option": ([], [1]),
+}
+
+
+def call_pipeline(world, case):
+    return world.pipe(**{"prompt": "a ring", "num_scales": 3, **given(case)}).images
+
+
+def look_pipeline(world, case, images):
+    if isinstance(images, list) and images and isinstance(images[0], Image.Image):
+        prompts = case.get("prompt", "a ring")
+        number = case.get("num_images_per_prompt", 1) * (1 if isinstance(prompts, str) else len(prompts))
+        return "" if len(images) == number else f"{len(images)} pictures for {number}"
+    return "" if len(images) else "no picture"
+
+
+PIXELS = {
+    "pixel_values": (
+        [Spec("tensor", (2, 3, 80, 80), "float32"), Spec("tensor", (1, 3, 80, 80), "float32", 1.0)],
+        [
+            *(Spec("tensor", (1, 3, 80, 80), "float32", fill) for fill in (NAN, INF, 1e9)),
+            *(
+                Spec("tensor", shape, "float32")
+                for shape in ((3, 80, 80), (1, 1, 80, 80), (1, 3, 81, 80), (0, 3, 80, 80))
+            ),
+            *(Spec("tensor", (1, 3, 80, 80), dtype) for dtype in ("uint8", "complex64")),
+            *(None, [], "picture"),
+        ],
+    ),
+    "image_grid_shw": (
+        [None],
+        [Spec("tensor", shape, "int64", 5) for shape in ((2, 3), (3,), (1, 2))]
+        + [5, Spec("tensor", (1, 3), "float32", NAN)],
+    ),
+    "self_correction": ([True, False], []),
+    "generator": ([None], [5, "seed"]),
+}
+
+
+def call_image_tokenizer(world, case):
+    return world.processor.image_tokenizer.encode(
+        **{"pixel_values": PIXELS["pixel_values"][0][0].make(), **given(case)}
+    )
+
+
+def look_codes(world, case, output):
+    codes = output.codes
+    inside = all(int(row.min()) >= 0 and int(row.max()) < 64 for row in codes)
+    return "" if inside and len(codes) == len(output.image_grid_shw) else "codes beyond the codebook"
+
+
 # --- configurations ---
 
 CONFIG = {
@@ -662,6 +729,8 @@ DOORS = [
     Door("generate", some(GENERATE, 1, 3), call_generate, look_generate, 20, used=used_by_generate),
     Door("forward", some(FORWARD, 1, 3), call_forward, look_forward, 4),
     Door("session", some(SESSION, 1, 4), call_session, look_session, 25, ("turn",), used_by_session),
+    Door("pipeline", some(PIPELINE, 1, 3), call_pipeline, look_pipeline, 25),
+    Door("image tokenizer", some(PIXELS, 1, 3), call_image_tokenizer, look_codes, 10),
     Door("config", some(CONFIG, 1, 3), call_config, nothing_to_see, 2),
     Door("image tokenizer config", some(TOKENIZER_CONFIG, 1, 3), call_tokenizer_config, nothing_to_see, 2),
     Door("checkpoint", some(CHECKPOINT, 3, 3), call_checkpoint, look_checkpoint, 60, (".json", ".safetensors")),

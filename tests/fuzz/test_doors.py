@@ -1,15 +1,13 @@
 """Doors that are tried with plausible values, right and wrong: a few cases here, thousands by `make fuzz`."""
 
-import os
-
 import pytest
 from doors import DOORS, World
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from judge import GRAVE, judge
 
-# Doors that had no grave finding in 10,000 cases; the others are tried by `make fuzz` alone.
-SOUND = os.environ.get("FUZZ_DOORS", "chat").split(",")
+# Doors at which `make fuzz` finds nothing grave; a door that is mended is added here.
+SOUND = ("decode", "session", "checkpoint")
 
 
 @pytest.fixture(scope="module")
