@@ -145,6 +145,7 @@ def main(arguments: Sequence[str] | None = None):
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch-size", type=int, default=24)
     parser.add_argument("--num-codes", type=int, default=NUM_CODES)
+    parser.add_argument("--held-out", type=int, default=256, help="pictures of the held-out loss")
     parser.add_argument("--prompts", type=int, default=50, help="held-out prompts a kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--markdown", type=Path, help="write the table here")
@@ -155,7 +156,7 @@ def main(arguments: Sequence[str] | None = None):
     processor.image_tokenizer.float()
     weights = {"shapes": 1.0}
     codes = extract_codes(processor.image_tokenizer, options.work / "codes", options.num_codes, 1, weights=weights)
-    held_out = extract_codes(processor.image_tokenizer, options.work / "held_out", 256, 2, weights=weights)
+    held_out = extract_codes(processor.image_tokenizer, options.work / "held_out", options.held_out, 2, weights=weights)
     rng = np.random.default_rng([options.seed, 1])
     samples = [scene_sample(rng, "test", kind) for _ in range(options.prompts) for kind in KINDS]
 

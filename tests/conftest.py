@@ -1,32 +1,56 @@
-"""What more than one test file needs."""
+"""What more than one test file needs.
 
+Torch, transformers and diffusers are imported where they are used: the process that hands out the tests to its workers
+reads this file too, and needs none of them.
+"""
+
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import diffusers
 import pytest
-import torch
-import transformers
-from transformers import Qwen2Tokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from transformers_nextflow import (
-    NextFlowConfig,
-    NextFlowForCausalLM,
-    NextFlowImageProcessor,
-    NextFlowImageTokenizer,
-    NextFlowImageTokenizerConfig,
-    NextFlowProcessor,
-)
+# The tests' tensors are small: more threads only wait for each other. Before torch is imported, and for subprocesses.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-NUM_SCALES = 5
+NUM_SCALES = 5  # of the tiny random checkpoint
 CODEBOOK_SIZE = 64
 
 
-def build_byte_tokenizer() -> Qwen2Tokenizer:
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """A single file runs in this process: workers would each import torch for it."""
+    paths = {argument.partition("::")[0] for argument in config.args}
+    return 0 if len(paths) == 1 and Path(*paths).is_file() else None
+
+
+class DeprecationIsAnError(logging.Handler):
+    """The libraries log a part of their deprecations; pyproject.toml makes errors of those that are warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message:
+            raise DeprecationWarning(message)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_deprecated_calls():
+    handler = DeprecationIsAnError()
+    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers", "trl", "peft", "accelerate")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+def build_byte_tokenizer():
     """Qwen's tokenizer with a vocabulary of single bytes (ids 0 to 255), then its special tokens and NextFlow's."""
+    from transformers import Qwen2Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     return Qwen2Tokenizer(
         vocab={character: byte for byte, character in bytes_to_unicode().items()},
         merges=[],
@@ -40,8 +64,22 @@ def build_byte_tokenizer() -> Qwen2Tokenizer:
 
 @pytest.fixture(scope="session")
 def tiny_random_checkpoint(tmp_path_factory) -> Path:
+    return save_tiny_random_checkpoint(tmp_path_factory.mktemp("tiny_random_checkpoint"))
+
+
+def save_tiny_random_checkpoint(folder: Path) -> Path:
     """A plain transformers checkpoint of random weights: 5 scales (80 x 80 pixels), 64 codes, a vocabulary of bytes."""
-    folder = tmp_path_factory.mktemp("tiny_random_checkpoint")
+    import torch
+
+    from transformers_nextflow import (
+        NextFlowConfig,
+        NextFlowForCausalLM,
+        NextFlowImageProcessor,
+        NextFlowImageTokenizer,
+        NextFlowImageTokenizerConfig,
+        NextFlowProcessor,
+    )
+
     tokenizer = build_byte_tokenizer()
     special_ids = {name: tokenizer.convert_tokens_to_ids(f"<{name}>") for name in ("boi", "eoi", "image")}
     with torch.random.fork_rng():
@@ -118,6 +156,9 @@ def fresh_process():
 @pytest.fixture
 def keep_logging():
     """The command makes the libraries silent, which is right for a process of its own and wrong for the other tests."""
+    import diffusers
+    import transformers
+
     libraries = [transformers.utils.logging, diffusers.utils.logging]
     verbosities = [library.get_verbosity() for library in libraries]
     yield

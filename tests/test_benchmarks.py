@@ -2,12 +2,12 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from forks import run
 from transformers_nextflow import ScaleSchedule
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak of a process")
 def test_fused_loss():
     command = [sys.executable, str(ROOT / "benchmarks" / "fused_loss.py"), "--rows", "16", "--hidden-size", "8"]
-    done = subprocess.run([*command, "--vocab-size", "100", "--runs", "1"], capture_output=True, text=True)
+    done = run([*command, "--vocab-size", "100", "--runs", "1"], capture_output=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
     assert [row[0].strip() for row in rows] == ["naive", "chunked", "fused"]
@@ -29,7 +29,7 @@ def test_packing():
     options = ["--samples", "64", "--timed", "4", "--batch-size", "2", "--hidden-size", "64", "--layers", "1"]
     command = [sys.executable, str(ROOT / "benchmarks" / "packing.py"), *options, "--drop-scales", "10", "--ranks", "2"]
     command += ["--runs", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run(command, capture_output=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
     assert [row[0].strip() for row in rows] == ["padded", "length", "compute"]
@@ -45,13 +45,13 @@ def test_grpo_prefix(tmp_path):
     sizes = ["--updates", "1", "--pictures", "16", "--hard", "2", "--easy", "2", "--seeds", "0"]
     command = [sys.executable, str(ROOT / "benchmarks" / "grpo_prefix.py"), "--output", str(tmp_path), *sizes]
     command += ["--variants", "prefix, VMR", "--plot", str(tmp_path / "curves.png")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run(command, capture_output=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
     assert rows == ["variant", "base", "prefix, VMR", "reconstructions"]
     assert (tmp_path / "curves.png").is_file() and (tmp_path / "prefix_VMR_0" / "sheet.png").is_file()
     # What is there is not done again.
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = run(command, capture_output=True)
     assert "seconds" in again.stdout and "'loss'" not in again.stdout
 
 
@@ -128,12 +128,32 @@ def test_a_prediction_counts_all_that_is_in_the_cost_model(benchmarks, batch_siz
 
 def test_a_token_reads_what_a_cache_holds(benchmarks):
     import torch
+    import torch.nn.functional as F
     from growth import size_of
     from measure import make_config
     from predict import Machine
+    from torch.overrides import TorchFunctionMode
 
-    machine = Machine(size_of(make_config(128, 2, codebook_size=64)), "cpu", torch.float32, 3)
-    assert machine.token(20000) > 5 * machine.token(20)
+    class Reader(Machine):
+        """A machine that reads a number a second."""
+
+        def _median(self, run):
+            with Reads() as reads:
+                run()
+            return reads.numbers
+
+    class Reads(TorchFunctionMode):
+        numbers = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            read = {torch.cat: args[0], F.scaled_dot_product_attention: args}.get(func, ())
+            self.numbers += sum(value.numel() for value in read)
+            return func(*args, **(kwargs or {}))
+
+    size = size_of(make_config(128, 2, codebook_size=64))
+    short, long = (Reader(size, "cpu", torch.float32, 1).token(length) for length in (20, 20000))
+    # Every layer reads keys and values of both rows twice: to append to them, and to attend.
+    assert long - short == 2 * size.num_layers * 2 * 2 * 19980 * size.hidden_size
 
 
 def test_a_machine_forgets_all_timings(benchmarks):
@@ -249,7 +269,7 @@ def test_speed(tmp_path):
         "--markdown",
         str(tmp_path / "table"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run(command, capture_output=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows").read_text())["rows"]
     assert {row["part"] for row in rows} == set(parts)

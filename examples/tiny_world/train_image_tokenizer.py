@@ -5,7 +5,6 @@
 """
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +176,7 @@ def _train_stage(
     rng = np.random.default_rng((seed, step))
     generator = torch.Generator().manual_seed(seed + step)
     counts = torch.zeros(model.config.codebook_size)
-    last = saved = time.time()
+    last = saved = training_state.clock()
     while spent < budget:
         progress = spent / budget
         warm = min(1.0, (step + 1) / 100)
@@ -197,7 +196,7 @@ def _train_stage(
         counts[counts < 0.5] = 0
         if stage.name != "decoder" and step % REVIVE_EVERY == 0 and progress < REVIVE_UNTIL:
             parts["revived"] = revive_dead_codes(model, counts, generator)
-        now = time.time()
+        now = training_state.clock()
         spent, last = spent + now - last, now
         if step % LOG_EVERY == 0:
             line = " ".join(f"{name} {value:.3f}" for name, value in parts.items())

@@ -4,7 +4,6 @@ The recipe: Muon for the matrices of the blocks and AdamW for the rest; coarse s
 reweighting; self-corrected inputs; dropped conditions for guidance.
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,7 +205,7 @@ def train(
     state_file = folder / "state.pt"
     step, spent = load_state(state_file, model, optimizers)
     rng = np.random.default_rng((seed, step))
-    last = saved = time.time()
+    last = saved = training_state.clock()
     log = np.zeros(3)
     while spent < seconds:
         progress = spent / seconds
@@ -224,7 +223,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
         step += 1
         log += (loss.item(), text_loss, code_loss)
-        now = time.time()
+        now = training_state.clock()
         spent, last = spent + now - last, now
         if step % 50 == 0:
             loss_mean, text_mean, code_mean = log / 50

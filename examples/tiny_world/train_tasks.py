@@ -1,6 +1,5 @@
 """Goes on with a trained nextflow-tiny: reading, editing, stories, thoughts and turns, beside drawing from captions."""
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +47,7 @@ def train(
     state_file = folder / "state.pt"
     step, spent = load_state(state_file, model, optimizers)
     rng = np.random.default_rng((seed, step, rank))
-    last = saved = time.time()
+    last = saved = training_state.clock()
     log: dict[str, list[tuple[float, float]]] = {}
     while spent < seconds:
         progress = spent / seconds
@@ -66,11 +65,12 @@ def train(
             loss, text_loss, code_loss = batch_loss(model, batch, whole, text_weight, alpha)
             loss.backward()
             log.setdefault(batch.task, []).append((text_loss, code_loss))
-        flat = torch.cat([p.grad.flatten() for p in parameters] + [torch.tensor([spent + time.time() - last])])
+        spent += training_state.clock() - last
+        flat = torch.cat([p.grad.flatten() for p in parameters] + [torch.tensor([spent])])
         if world > 1:
             dist.all_reduce(flat)
             flat /= world
-        spent, last = float(flat[-1]), time.time()
+        spent, last = float(flat[-1]), training_state.clock()
         for parameter, gradient in zip(parameters, flat[:-1].split([p.numel() for p in parameters]), strict=True):
             parameter.grad = gradient.view_as(parameter)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -85,8 +85,8 @@ def train(
             )
             print(f"[tasks] step {step} {spent:.0f}/{seconds:.0f} s scales {num_scales}: {means}", flush=True)
             log.clear()
-        if rank == 0 and time.time() - saved > training_state.SAVE_EVERY:
-            saved = time.time()
+        if rank == 0 and training_state.clock() - saved > training_state.SAVE_EVERY:
+            saved = training_state.clock()
             save_state(state_file, model, optimizers, step, spent)
     if rank == 0:
         model.set_attn_implementation("sdpa")

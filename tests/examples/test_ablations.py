@@ -18,7 +18,7 @@ def test_every_run_ends_in_the_table_and_is_done_once(tmp_path, capsys):
         tiny_checkpoint()
     except FileNotFoundError:
         pytest.skip("nextflow-tiny is not in this checkout")
-    sizes = ["--steps", "2", "--batch-size", "2", "--num-codes", "16", "--prompts", "1"]
+    sizes = ["--steps", "2", "--batch-size", "2", "--num-codes", "16", "--held-out", "8", "--prompts", "1"]
     ablations.main(["--work", str(tmp_path), *sizes, "--markdown", str(tmp_path / "table.md")])
     first = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert first.count("\n| ") == len(ablations.RUNS)

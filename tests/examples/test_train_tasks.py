@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 pytest.importorskip("scipy", reason="the judge needs the [tiny] extra")
 
-from test_train_tiny import Killed, kill_after
+from test_train_tiny import Killed, a_step_takes_a_second, kill_after  # noqa: F401
 
 import evaluate_tiny
 from tiny_world import task_codes, training_state
@@ -91,7 +91,7 @@ def test_a_kill_loses_nothing(parts, folder, tmp_path, monkeypatch):
         train(60.0)
     saved = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert saved["step"] == 2
-    trained = train(saved["spent"] + 0.5)
+    trained = train(saved["spent"] + 1)
     assert not torch.equal(trained.lm_head.weight, model.lm_head.weight)
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
 
