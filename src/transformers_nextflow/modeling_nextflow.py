@@ -35,6 +35,7 @@ from .generation_nextflow import NextFlowGenerationMixin
 from .head_loss import head_cross_entropy, is_plain_linear
 from .scale_cache import CacheRows, RowGroup, ScaleCache
 from .scale_schedule import ScaleSchedule
+from .strict_loading import StrictLoadingMixin
 from .token_layout import (
     ImageGroup,
     code_coordinates_on,
@@ -44,7 +45,6 @@ from .token_layout import (
     scale_loss_weights,
 )
 from .varlen_attention import SDPA_VARLEN, find_sequences
-from .whole_checkpoint import WholeCheckpointMixin
 
 
 def scale_feature_maps(
@@ -79,7 +79,7 @@ def scale_feature_maps(
     return torch.cat(maps, dim=1)
 
 
-class NextFlowPreTrainedModel(WholeCheckpointMixin, PreTrainedModel):
+class NextFlowPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     """Loading, and the flags that transformers reads."""
 
     config_class = NextFlowConfig

@@ -23,8 +23,8 @@ from .semantic_branch import (
     mlp,
     semantic_tokens,
 )
+from .strict_loading import StrictLoadingMixin
 from .strip_decoding import decode_in_strips
-from .whole_checkpoint import WholeCheckpointMixin
 
 
 @dataclass
@@ -202,7 +202,7 @@ def _one_row_an_image(image_grid_shw: torch.Tensor, num_images: int) -> torch.Te
     return rows
 
 
-class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
+class NextFlowImageTokenizer(StrictLoadingMixin, PreTrainedModel):
     """
     Turns images into codes on many scales and back (dual codebook, TokenFlow arXiv 2412.03069; NextFlow section 3).
 

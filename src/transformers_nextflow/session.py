@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .codebook import check_same_codebook
 from .decoding_state import DecodingState
 from .interleaved_decoding import GenerationEvent, InterleavedDecoding
 from .modeling_nextflow import NextFlowForCausalLM
@@ -59,6 +60,7 @@ class NextFlowSession:
 
     def __init__(self, model: NextFlowForCausalLM, processor: NextFlowProcessor, **settings):
         processor._image_parts()  # says what is missing
+        check_same_codebook(model.config, processor.image_tokenizer)
         self.model, self.processor, self.settings = model, processor, settings
         pad_token_id = model.config.eoi_token_id if model.config.pad_token_id is None else model.config.pad_token_id
         self._decoding = InterleavedDecoding(model, 1, pad_token_id)
