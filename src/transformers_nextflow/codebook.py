@@ -10,13 +10,13 @@ from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
 
 STRIDE = 16  # pixels a cell, on which the language model's schedules rest
 
-_hashes: WeakKeyDictionary[NextFlowImageTokenizer, tuple[tuple[int, int], str]] = WeakKeyDictionary()
+_hashes: WeakKeyDictionary[NextFlowImageTokenizer, tuple[Any, str]] = WeakKeyDictionary()
 
 
 def hash_image_tokenizer(image_tokenizer: NextFlowImageTokenizer) -> str:
     """SHA-256, its first 16 digits, of both codebooks in fp32: tells whether two data sets speak of the same codes."""
     tables = [image_tokenizer.quantizer.semantic_codebook.weight, image_tokenizer.quantizer.pixel_codebook.weight]
-    versions = (tables[0]._version, tables[1]._version)
+    versions = tuple((table._version, table.data_ptr()) for table in tables)
     known = _hashes.get(image_tokenizer)
     if known is None or known[0] != versions:
         digest = hashlib.sha256()

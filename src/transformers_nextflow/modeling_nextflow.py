@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import CompileConfig
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
     Qwen2_5_VLDecoderLayer,
@@ -35,7 +35,7 @@ from .generation_nextflow import NextFlowGenerationMixin
 from .head_loss import head_cross_entropy, is_plain_linear
 from .scale_cache import CacheRows, RowGroup, ScaleCache
 from .scale_schedule import ScaleSchedule
-from .strict_loading import StrictLoadingMixin
+from .strict_loading import StrictPreTrainedModel
 from .token_layout import (
     ImageGroup,
     code_coordinates_on,
@@ -79,7 +79,7 @@ def scale_feature_maps(
     return torch.cat(maps, dim=1)
 
 
-class NextFlowPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
+class NextFlowPreTrainedModel(StrictPreTrainedModel):
     """Loading, and the flags that transformers reads."""
 
     config_class = NextFlowConfig

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from .whole_folder import PARTIAL, whole_folder
@@ -20,7 +21,7 @@ def read_json(path: Any, name: str, **kwargs) -> dict[str, Any] | None:
     Args:
         path (`str` or `os.PathLike`): The folder or repository.
         name (`str`): The file's name.
-        kwargs: Arguments of `from_pretrained`, of which those that find a file are used.
+        kwargs: Arguments of `from_pretrained`; those that locate a file are used.
 
     Raises:
         `ValueError`: if the file does not hold a JSON object. The message names it.
@@ -31,42 +32,36 @@ def read_json(path: Any, name: str, **kwargs) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}")
+    except ValueError as error:  # not an object, not JSON, or not UTF-8
         raise ValueError(
-            f'"{file}" is damaged: it is not JSON ({error}). Download or save the folder again.'
+            f'"{file}" is damaged: it should hold a JSON object ({error}). Download or save the folder again.'
         ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f'"{file}" is damaged: it holds no JSON object. Download or save the folder again.')
     return content
 
 
 class StrictConfigMixin:
     """Makes a configuration's `from_pretrained` refuse a folder without one. It stands before `PreTrainedConfig`."""
 
-    model_type: str
-
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         if os.path.isdir(pretrained_model_name_or_path):
-            folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
             found = (read_json(folder, "config.json") or {}).get("model_type")
-            if found != cls.model_type:
+            if found != cls.model_type:  # type: ignore[attr-defined]
                 raise ValueError(
-                    f'"{folder}" has no configuration of a {cls.model_type}: '
+                    f'"{folder}" has no configuration of a {cls.model_type}: '  # type: ignore[attr-defined]
                     + (f'its config.json is that of a "{found}".' if found else "config.json is missing or empty.")
-                    + (f" Saving was interrupted; the new files may be in {PARTIAL}/." if _interrupted(folder) else "")
+                    + (" Saving was interrupted: see .partial in it." if (folder / PARTIAL).is_dir() else "")
                     + " Pass the folder that the model was saved to, or save or download it again."
                 )
         return super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
 
 
-def _interrupted(folder: str) -> bool:
-    return os.path.isdir(os.path.join(folder, PARTIAL))
-
-
-class StrictLoadingMixin:
-    """Makes a model's `from_pretrained` refuse pickled, partial and damaged checkpoints, and its `save_pretrained`
-    leave none. It stands before `PreTrainedModel`.
+class StrictPreTrainedModel(PreTrainedModel):
+    """A model whose `from_pretrained` refuses pickled, partial and damaged checkpoints and whose `save_pretrained`
+    leaves none.
 
     Attributes:
         size_fields (`tuple[str, ...]`): The fields of the config that an error about wrong sizes points to.
@@ -87,13 +82,11 @@ class StrictLoadingMixin:
 
         Raises:
             `ValueError`: if weights are missing or of another size (pass `ignore_mismatched_sizes=True` to initialise
-                the latter anew), are NaN or infinite or no floating-point numbers, if the checkpoint is not all
+                the latter anew), are NaN, infinite or no floating-point numbers, if the checkpoint is not all
                 safetensors in the folder itself, if a file is damaged, or if quantisation is to untie embeddings.
         """
         path = pretrained_model_name_or_path
-        if kwargs.get("use_safetensors") is None:
-            kwargs["use_safetensors"] = True
-        if not kwargs["use_safetensors"] or kwargs.get("gguf_file"):
+        if not kwargs.setdefault("use_safetensors", True) or kwargs.get("gguf_file"):
             raise ValueError(
                 "NextFlow loads safetensors only (pickled weights can run code): drop `use_safetensors`, `gguf_file`."
             )
@@ -103,10 +96,10 @@ class StrictLoadingMixin:
         if path is not None:
             _check_names(path, kwargs)
             read_json(path, "generation_config.json", **kwargs)  # transformers would pass over a damaged one
-        if strict:
-            accept_mismatches, kwargs["ignore_mismatched_sizes"] = kwargs.get("ignore_mismatched_sizes", False), True
+        accept_mismatches = kwargs.get("ignore_mismatched_sizes", False)
+        kwargs["ignore_mismatched_sizes"] = strict or accept_mismatches
         try:
-            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise ValueError(f'The weights in "{path}" are damaged ({error}). Download or save them again.') from error
         except OSError as error:
@@ -123,7 +116,7 @@ class StrictLoadingMixin:
                 f"{', '.join(sorted(info['missing_keys']))}. (`{cls.__name__}(config)` makes a new model; "
                 "`strict=False` initialises what is missing.)"
             )
-        if strict and info["mismatched_keys"] and not accept_mismatches:
+        if info["mismatched_keys"] and not accept_mismatches:
             sizes = ", ".join(
                 f"{name} has {tuple(found)} instead of {tuple(expected)}"
                 for name, found, expected in sorted(info["mismatched_keys"])
@@ -137,24 +130,21 @@ class StrictLoadingMixin:
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        # Where transformers has found (and fetched) all files, and opened none.
+        # Here transformers has found (and fetched) all files, and opened none.
         _check_files(checkpoint_files or [], {} if load_config.is_quantized else model.state_dict())
-        return super(StrictLoadingMixin, type(model))._load_pretrained_model(  # type: ignore[misc]
-            model, state_dict, checkpoint_files, load_config, expected_keys
-        )
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
         """As in transformers, but whoever loads from the folder finds all of the old model or all of the new one."""
-        save: Any = super().save_pretrained  # type: ignore[misc]
-        if kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process):  # type: ignore[attr-defined]
+        save = super().save_pretrained
+        if kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process):
             return save(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
         names = ("repo_id", "commit_message", "private", "create_pr")
         hub = {name: kwargs.pop(name) for name in names if name in kwargs}
         with whole_folder(save_directory) as partial:
             save(partial, is_main_process, state_dict, **kwargs)
         if push_to_hub:
-            repository = hub.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repository, token=kwargs.get("token"), **hub)  # type: ignore[attr-defined]
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
 
 
 def _check_names(path: Any, kwargs: dict[str, Any]) -> None:
@@ -162,15 +152,12 @@ def _check_names(path: Any, kwargs: dict[str, Any]) -> None:
     if (name := (read_json(path, "config.json", **kwargs) or {}).get("transformers_weights")) is not None:
         _check_name(str(name), str(name))
     index = read_json(path, SAFE_WEIGHTS_INDEX_NAME, **kwargs)
-    if index is None:
-        return
-    shards = index.get("weight_map")
-    if not isinstance(shards, dict) or not isinstance(index.get("metadata"), dict):
+    if index is not None and not all(isinstance(index.get(name), dict) for name in ("weight_map", "metadata")):
         raise ValueError(
             f'"{SAFE_WEIGHTS_INDEX_NAME}" in "{path}" is damaged: it must hold the objects `weight_map` and '
             "`metadata`. Download or save the folder again."
         )
-    for name in map(str, shards.values()):
+    for name in map(str, (index or {"weight_map": {}})["weight_map"].values()):
         _check_name(name, name)
 
 
@@ -183,36 +170,26 @@ def _check_name(name: str, file: str) -> None:
 
 
 def _check_files(files: list[str], expected: dict[str, torch.Tensor]) -> None:
-    """Refuses files that are not whole safetensors files of one folder, and tensors that are no floats.
-
-    Args:
-        files (`list[str]`): Paths.
-        expected (`dict[str, torch.Tensor]`): The weights that the model has; only their dtype counts.
-    """
+    """Refuses what is no whole safetensors file of one folder, and a tensor that is no float where one is expected."""
     for file in files:
         _check_name(os.path.relpath(file, os.path.dirname(files[0])), file)
         try:
             with safe_open(file, framework="pt") as tensors:
                 dtypes = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f'"{file}" is missing or damaged ({error}). Download it again, or save the checkpoint again.'
-            ) from error
-        wrong = [
-            f"{name} ({dtype})"
-            for name, dtype in dtypes.items()
-            if name in expected and expected[name].is_floating_point() and dtype[0] != "F" and dtype != "BF16"
-        ]
+            raise ValueError(f'"{file}" is missing or damaged ({error}). Download or save it again.') from error
+        floats = {name for name, weight in expected.items() if weight.is_floating_point()}
+        wrong = [f"{name} ({dtypes[name]})" for name in floats & dtypes.keys() if "F" not in dtypes[name]]
         if wrong:
             raise ValueError(
                 f'"{file}" holds tensors that are no floating-point numbers where the model has weights: '
-                f"{', '.join(wrong)}. Convert the checkpoint again."
+                f"{', '.join(sorted(wrong))}. Convert the checkpoint again."
             )
 
 
 @torch.no_grad()
 def _check_finite(path: Any, model: torch.nn.Module) -> None:
-    """Refuses weights that are NaN or infinite. One sum a tensor: what it costs is reading the weights once."""
+    """Refuses weights that are NaN or infinite. A sum of each tensor finds them, which reads the weights once."""
     wrong = []
     for name, weight in model.named_parameters():
         plain = type(weight.data) is torch.Tensor and not weight.is_meta and weight.is_floating_point()
@@ -223,5 +200,5 @@ def _check_finite(path: Any, model: torch.nn.Module) -> None:
     if wrong:
         raise ValueError(
             f'Weights in "{path}" are NaN or infinite: {", ".join(wrong)}. A training that diverged leaves such '
-            "weights; load an earlier checkpoint, or convert the checkpoint again."
+            "weights: load an earlier checkpoint, or convert the checkpoint again."
         )

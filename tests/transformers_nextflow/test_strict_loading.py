@@ -67,7 +67,7 @@ def test_shards_are_safetensors_of_the_folder(copy, door, name, monkeypatch):
     index["weight_map"] = {key: name if file == first else file for key, file in index["weight_map"].items()}
     (folder / INDEX).write_text(json.dumps(index))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was reached"))
-    with pytest.raises(ValueError, match="loads only safetensors files .* of the checkpoint's own folder"):
+    with pytest.raises(ValueError, match=r"loads only safetensors files .* of the checkpoint's own folder"):
         door(folder)
 
 
@@ -93,7 +93,7 @@ def test_no_configuration(copy, door, content):
 
 
 def test_no_configuration_of_its_own(tmp_path):
-    with pytest.raises(ValueError, match="config.json is missing or empty"):
+    with pytest.raises(ValueError, match=r"config\.json is missing or empty"):
         NextFlowConfig.from_pretrained(tmp_path)
 
 
