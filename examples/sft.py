@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset, load_dataset
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, tiny_checkpoint
+from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, check_same_codebook, tiny_checkpoint
 from transformers_nextflow.trainer import (
     NextFlowSFTConfig,
     NextFlowSFTTrainer,
@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> NextFlowSFTTrainer:
         attn_implementation=model_config.attn_implementation,
         quantization_config=get_quantization_config(model_config),
     )
+    check_same_codebook(model.config, processor.image_tokenizer)
     if processor.image_tokenizer is not None:  # codes of others are refused
         model.config.image_tokenizer_hash = hash_image_tokenizer(processor.image_tokenizer)
     # The command line and YAML give text; `true` is the last checkpoint of `--output_dir`.

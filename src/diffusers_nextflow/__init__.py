@@ -1,25 +1,19 @@
 """NextFlow for diffusers: [`NextFlowPipeline`], and `python -m diffusers_nextflow` in a terminal.
 
 Importing this package makes NextFlow known to diffusers, so that `DiffusionPipeline.from_pretrained` and
-`AutoPipelineForText2Image.from_pretrained` find it too. It costs nothing: diffusers takes seconds to import, so the
-registration waits until somebody imports the part of diffusers that needs it.
+`AutoPipelineForText2Image.from_pretrained` find it too. It imports diffusers.
 """
 
-from typing import TYPE_CHECKING
+from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 
-from . import _registration
+from .pipeline_nextflow import NextFlowPipeline, NextFlowPipelineOutput
 
-if TYPE_CHECKING:
-    from .pipeline_nextflow import NextFlowPipeline, NextFlowPipelineOutput
-
-_registration.register()
+# Without these entries a folder on disk would still load, but a repository on the Hub would be refused.
+_METHODS = ["save_pretrained", "from_pretrained"]
+_COMPONENTS = ("NextFlowForCausalLM", "NextFlowImageTokenizer", "NextFlowImageProcessor", "NextFlowImageProcessorPil")
+pipeline_loading_utils.LOADABLE_CLASSES["transformers_nextflow"] = dict.fromkeys(_COMPONENTS, _METHODS)
+pipeline_loading_utils.LOADABLE_CLASSES["diffusers_nextflow"] = {"NextFlowPipeline": _METHODS}
+pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(dict.fromkeys((*_COMPONENTS, "NextFlowPipeline"), _METHODS))
+auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["nextflow"] = NextFlowPipeline
 
 __all__ = ["NextFlowPipeline", "NextFlowPipelineOutput"]
-
-
-def __getattr__(name: str):
-    if name in __all__:
-        from . import pipeline_nextflow
-
-        return getattr(pipeline_nextflow, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,7 +22,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import BatchEncoding, ImageProcessingMixin, PreTrainedTokenizerBase
 
-from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizer, NextFlowProcessor, ScaleSchedule
+from transformers_nextflow import (
+    NextFlowForCausalLM,
+    NextFlowImageTokenizer,
+    NextFlowProcessor,
+    ScaleSchedule,
+    check_same_codebook,
+)
+from transformers_nextflow.whole_folder import whole_folder
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -99,11 +106,7 @@ class NextFlowPipeline(DiffusionPipeline):
         super().__init__()
         if diffusion_decoder is not None or scheduler is not None:
             raise ValueError("`diffusion_decoder` and `scheduler` are not supported yet; leave them out.")
-        if model.config.visual_codebook_size != image_tokenizer.config.codebook_size:
-            raise ValueError(
-                f"The model draws {model.config.visual_codebook_size} codes but the image tokenizer has "
-                f"{image_tokenizer.config.codebook_size}; they are not of one checkpoint."
-            )
+        check_same_codebook(model.config, image_tokenizer)
         self.register_modules(
             model=model,
             image_tokenizer=image_tokenizer,
@@ -158,7 +161,10 @@ class NextFlowPipeline(DiffusionPipeline):
                     f"`{name}` carries a PEFT adapter, which a pipeline cannot save. Merge it first: "
                     f"`pipe.{name} = pipe.{name}.merge_and_unload()`; or save the adapter by itself."
                 )
-        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("push_to_hub"):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        with whole_folder(save_directory) as partial:
+            super().save_pretrained(partial, *args, **kwargs)
 
     # Generating
 

@@ -1,7 +1,7 @@
 """NextFlow for transformers: configuration, models, image tokenizer, processor, generation and pipelines.
 
-Importing this package makes NextFlow known to transformers' Auto classes and pipelines. It costs nothing: every name is
-loaded when it is first used, and the registration waits for transformers' own Auto modules.
+Importing this package makes NextFlow known to transformers' Auto classes and pipelines. It is cheap: every name is
+loaded when it is first used, and the classes are registered when the first of them is.
 """
 
 import importlib
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from . import _registration
 
 if TYPE_CHECKING:
+    from .codebook import check_same_codebook, hash_image_tokenizer, reseat_codebook
     from .configuration_nextflow import NextFlowConfig, NextFlowImageTokenizerConfig
     from .decoding import GenerationEvent
     from .generation_config_nextflow import NextFlowGenerationConfig
@@ -52,12 +53,16 @@ __all__ = [
     "StreamChunk",
     "add_remote_code",
     "aspect_buckets",
+    "check_same_codebook",
+    "hash_image_tokenizer",
     "nearest_bucket",
     "nearest_sizes",
+    "reseat_codebook",
     "tiny_checkpoint",
 ]
 
 _MODULES = {
+    "codebook": ("check_same_codebook", "hash_image_tokenizer", "reseat_codebook"),
     "configuration_nextflow": ("NextFlowConfig", "NextFlowImageTokenizerConfig"),
     "generation_config_nextflow": ("NextFlowGenerationConfig",),
     "generation_nextflow": ("NextFlowGenerateOutput", "NextFlowGenerationMixin"),
@@ -81,6 +86,8 @@ def __getattr__(name: str):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
     globals()[name] = value
+    if _MODULE_OF[name] != "scale_schedule":  # which works without torch
+        _registration.register()
     return value
 
 
@@ -105,4 +112,4 @@ def tiny_checkpoint() -> Path:
     return path
 
 
-_registration.register(sys.modules[__name__])
+_registration.announce(sys.modules[__name__])

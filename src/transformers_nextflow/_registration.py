@@ -1,87 +1,73 @@
-"""Makes NextFlow known to transformers' Auto classes and pipelines.
+"""Makes NextFlow known to transformers' Auto classes and pipelines, in two steps.
 
-transformers' Auto modules take seconds to import and bring torchvision along, so they are not imported for this: the
-entries are made when somebody else imports them. Then NextFlow looks like a model of transformers' own, with names in
-the tables that transformers resolves when they are needed: importing the classes at that point would run in circles,
-because transformers' modeling files import the Auto modules themselves.
+transformers' Auto modules take seconds to import and bring torchvision along. `announce` therefore only enters names
+into the tables that those modules read; whoever then loads a configuration or a processor by an Auto class asks this
+package for a class by name, and with the first class `register` makes the ordinary `AutoX.register` calls.
 """
 
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
-
-from ._after_import import after_import
 
 TINY_CHECKPOINT = Path(__file__).parent / "checkpoints" / "nextflow-tiny"
 
 MODEL_TYPE = "nextflow"
 IMAGE_TOKENIZER_TYPE = "nextflow_image_tokenizer"
 
-# Module of transformers.models.auto -> its table of names -> model type -> our names.
-ENTRIES: dict[str, dict[str, dict[str, str | dict[str, str]]]] = {
-    "configuration_auto": {
-        "CONFIG_MAPPING_NAMES": {
-            MODEL_TYPE: "NextFlowConfig",
-            IMAGE_TOKENIZER_TYPE: "NextFlowImageTokenizerConfig",
-        },
-        "SPECIAL_MODEL_TYPE_TO_MODULE_NAME": {IMAGE_TOKENIZER_TYPE: MODEL_TYPE},
-    },
-    "modeling_auto": {
-        "MODEL_MAPPING_NAMES": {MODEL_TYPE: "NextFlowModel", IMAGE_TOKENIZER_TYPE: "NextFlowImageTokenizer"},
-        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": {MODEL_TYPE: "NextFlowForCausalLM"},
-        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": {MODEL_TYPE: "NextFlowForCausalLM"},
-        "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": {MODEL_TYPE: "NextFlowForCausalLM"},
-    },
-    "image_processing_auto": {
-        "IMAGE_PROCESSOR_MAPPING_NAMES": {
-            MODEL_TYPE: {"torchvision": "NextFlowImageProcessor", "pil": "NextFlowImageProcessorPil"}
-        },
-    },
-    "processing_auto": {"PROCESSOR_MAPPING_NAMES": {MODEL_TYPE: "NextFlowProcessor"}},
-    "tokenization_auto": {"TOKENIZER_MAPPING_NAMES": {MODEL_TYPE: "Qwen2Tokenizer"}},
-}
 
+def announce(package: ModuleType) -> None:
+    """Enters the names of what is loaded first; transformers resolves them as attributes of `package`."""
+    from transformers.models.auto import auto_mappings
 
-def register(package: ModuleType) -> None:
-    """Registers the classes of `package`, which resolves their names, and the pipelines."""
     sys.modules[f"transformers.models.{MODEL_TYPE}"] = package  # where transformers looks the names up
-    for name in ENTRIES:
-        auto_module = f"transformers.models.auto.{name}"
-        enter = _enter_names_and_classes if auto_module in sys.modules else _enter_names
-        after_import(auto_module, enter)
-    after_import("transformers.pipelines", _register_pipelines)
+    configs = {MODEL_TYPE: "NextFlowConfig", IMAGE_TOKENIZER_TYPE: "NextFlowImageTokenizerConfig"}
+    auto_mappings.CONFIG_MAPPING_NAMES.update(configs)
+    auto_mappings.SPECIAL_MODEL_TYPE_TO_MODULE_NAME[IMAGE_TOKENIZER_TYPE] = MODEL_TYPE
+    auto_mappings.PROCESSOR_MAPPING_NAMES[MODEL_TYPE] = "NextFlowProcessor"
+    auto_mappings.IMAGE_PROCESSOR_MAPPING_NAMES[MODEL_TYPE] = {
+        "torchvision": "NextFlowImageProcessor",
+        "pil": "NextFlowImageProcessorPil",
+    }
+    if (auto := sys.modules.get("transformers.models.auto.configuration_auto")) is not None:
+        auto.CONFIG_MAPPING_NAMES.update(configs)  # it has copied the table already
+    if "transformers.pipelines" in sys.modules:
+        register()
 
 
-def _enter_names(auto_module: ModuleType) -> None:
-    for table, names in _entries(auto_module).items():
-        getattr(auto_module, table).update(names)
+@cache
+def register() -> None:
+    """Registers the classes with transformers' Auto classes, and the pipeline that draws."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+    from transformers.pipelines import PIPELINE_REGISTRY
 
+    from .configuration_nextflow import NextFlowConfig, NextFlowImageTokenizerConfig
+    from .image_processing_nextflow import NextFlowImageProcessor
+    from .image_processing_pil_nextflow import NextFlowImageProcessorPil
+    from .modeling_nextflow import NextFlowForCausalLM, NextFlowModel
+    from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
+    from .processing_nextflow import NextFlowProcessor
 
-def _enter_names_and_classes(auto_module: ModuleType) -> None:
-    # Mappings that were made before the names came don't see them: they take classes. (Pipelines and servers look into
-    # the tables, so the names are still worth entering.)
-    from transformers.models.auto.auto_factory import _LazyAutoMapping, getattribute_from_module
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    _enter_names(auto_module)
-    package = sys.modules[f"transformers.models.{MODEL_TYPE}"]
-    for table, names in _entries(auto_module).items():
-        mapping = getattr(auto_module, table.removesuffix("_NAMES"))
-        if isinstance(mapping, _LazyAutoMapping):
-            for model_type, name in names.items():
-                mapping.register(CONFIG_MAPPING[model_type], getattribute_from_module(package, name), exist_ok=True)
-
-
-def _entries(auto_module: ModuleType) -> dict[str, dict[str, str | dict[str, str]]]:
-    return ENTRIES[auto_module.__name__.rpartition(".")[2]]
-
-
-def _register_pipelines(pipelines: ModuleType) -> None:
-    # A name here too. (`PIPELINE_REGISTRY.register_pipeline` takes the class and marks it as one whose code
+    transformers.AutoConfig.register(MODEL_TYPE, NextFlowConfig, exist_ok=True)
+    transformers.AutoConfig.register(IMAGE_TOKENIZER_TYPE, NextFlowImageTokenizerConfig, exist_ok=True)
+    transformers.AutoModel.register(NextFlowConfig, NextFlowModel, exist_ok=True)
+    transformers.AutoModel.register(NextFlowImageTokenizerConfig, NextFlowImageTokenizer, exist_ok=True)
+    for task in ("CausalLM", "ImageTextToText", "MultimodalLM"):
+        auto_model = getattr(transformers, f"AutoModelFor{task}")
+        auto_model.register(NextFlowConfig, NextFlowForCausalLM, exist_ok=True)
+        # `register` leaves out the tables of names, which pipelines and servers read.
+        auto_model._model_mapping._model_mapping[MODEL_TYPE] = NextFlowForCausalLM.__name__
+    modeling_auto.MODEL_MAPPING_NAMES[MODEL_TYPE] = NextFlowModel.__name__
+    transformers.AutoTokenizer.register(NextFlowConfig, transformers.Qwen2Tokenizer, exist_ok=True)
+    backends: dict[str, type] = {"torchvision": NextFlowImageProcessor, "pil": NextFlowImageProcessorPil}
+    transformers.AutoImageProcessor.register(NextFlowConfig, image_processor_classes=backends, exist_ok=True)
+    transformers.AutoProcessor.register(NextFlowConfig, NextFlowProcessor, exist_ok=True)
+    # An entry by name. (`PIPELINE_REGISTRY.register_pipeline` takes the class and marks it as one whose code
     # `save_pretrained` copies into every checkpoint.)
-    pipelines.PIPELINE_REGISTRY.supported_tasks["text-to-image"] = {
+    PIPELINE_REGISTRY.supported_tasks["text-to-image"] = {
         "impl": f"{__package__}.pipelines.NextFlowTextToImagePipeline",
-        "pt": (pipelines.AutoModelForMultimodalLM,),
+        "pt": (transformers.AutoModelForMultimodalLM,),
         "default": {"model": (str(TINY_CHECKPOINT), "main")},
         "type": "text",
     }

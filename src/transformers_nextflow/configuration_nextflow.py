@@ -8,10 +8,11 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTe
 
 from .remote_code import write_shim
 from .scale_schedule import BASE_SIDES, ScaleSchedule
+from .strict_loading import StrictConfigMixin
 
 
 @strict
-class NextFlowConfig(Qwen2_5_VLTextConfig):
+class NextFlowConfig(StrictConfigMixin, Qwen2_5_VLTextConfig):
     r"""
     Configuration of [`NextFlowModel`] and [`NextFlowForCausalLM`]. It is a Qwen2.5-VL text configuration plus the
     visual fields; the defaults are the 7B model's (arXiv 2601.02204).
@@ -40,6 +41,8 @@ class NextFlowConfig(Qwen2_5_VLTextConfig):
             `<eoi>`: only ever an input (its embedding stands in the slot of an image's last code).
         image_token_id (`int`, *optional*, defaults to 151667):
             `<image>`: the mark in text that a processor replaces by an image.
+        image_tokenizer_hash (`str`, *optional*):
+            [`hash_image_tokenizer`] of the image tokenizer whose codes the model was trained on; others are refused.
     """
 
     model_type = "nextflow"
@@ -70,6 +73,7 @@ class NextFlowConfig(Qwen2_5_VLTextConfig):
     boi_token_id: int = 151665
     eoi_token_id: int = 151666
     image_token_id: int = 151667
+    image_tokenizer_hash: str | None = None
 
     def __post_init__(self, **kwargs):
         if self.rope_parameters is None:
@@ -111,7 +115,7 @@ class NextFlowConfig(Qwen2_5_VLTextConfig):
 
 
 @strict
-class NextFlowImageTokenizerConfig(PreTrainedConfig):
+class NextFlowImageTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`NextFlowImageTokenizer`]: a dual codebook (semantic and pixel) on a multi-scale residual
     quantizer, after TokenFlow (arXiv 2412.03069) with NextFlow's changes.

@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
     Qwen2_5_VLDecoderLayer,
@@ -36,9 +36,9 @@ from .linear_cross_entropy import head_cross_entropy, is_plain_linear
 from .model_inputs import check_names, check_scale_step, lay_out, mark_image
 from .scale_cache import CacheRows, RowGroup, ScaleCache
 from .scale_schedule import ScaleSchedule
+from .strict_loading import StrictPreTrainedModel
 from .token_layout import ImageGroup, ScaleStep, TokenLayout, index_of_sequence_start
 from .varlen_attention import SDPA_VARLEN, find_sequences
-from .whole_checkpoint import WholeCheckpointMixin
 
 
 def scale_feature_maps(
@@ -76,7 +76,7 @@ def scale_feature_maps(
 _ONE_SCALE = ScaleSchedule(num_scales=1)
 
 
-class NextFlowPreTrainedModel(WholeCheckpointMixin, PreTrainedModel):
+class NextFlowPreTrainedModel(StrictPreTrainedModel):
     """Loading, and the flags that transformers reads."""
 
     config_class = NextFlowConfig

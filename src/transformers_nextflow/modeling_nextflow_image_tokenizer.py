@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_nextflow import NextFlowImageTokenizerConfig
@@ -23,8 +22,8 @@ from .semantic_branch import (
     mlp,
     semantic_tokens,
 )
+from .strict_loading import StrictPreTrainedModel
 from .strip_decoding import decode_in_strips
-from .whole_checkpoint import WholeCheckpointMixin
 
 
 @dataclass
@@ -202,7 +201,7 @@ def _one_row_an_image(image_grid_shw: torch.Tensor, num_images: int) -> torch.Te
     return rows
 
 
-class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
+class NextFlowImageTokenizer(StrictPreTrainedModel):
     """
     Turns images into codes on many scales and back (dual codebook, TokenFlow arXiv 2412.03069; NextFlow section 3).
 

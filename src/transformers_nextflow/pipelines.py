@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers.pipelines.base import Pipeline
 
+from .codebook import check_same_codebook
 from .generation_nextflow import NextFlowGenerateOutput
 from .modeling_nextflow import NextFlowForCausalLM
 from .processing_nextflow import NextFlowProcessor
@@ -44,6 +45,7 @@ class NextFlowTextToImagePipeline(Pipeline):
                 'The "text-to-image" pipeline needs a processor with an image tokenizer. Load it from a checkpoint '
                 "with a folder `image_tokenizer/`, or pass `processor=NextFlowProcessor(..., image_tokenizer=...)`."
             )
+        check_same_codebook(self.model.config, self.processor.image_tokenizer)
         self.processor.image_tokenizer.to(self.device)
 
     def __call__(self, inputs: str | Sequence[str], **kwargs) -> list[Image.Image] | list[list[Image.Image]]:  # type: ignore[override]

@@ -15,22 +15,26 @@ from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 from transformers.video_utils import load_video
 
+from .codebook import check_same_codebook, check_schedules
+from .configuration_nextflow import NextFlowConfig
 from .decoding import GenerationEvent
 from .image_processing_pil_nextflow import to_pil
 from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
 from .remote_code import write_shim
 from .scale_schedule import ScaleSchedule
+from .strict_loading import HUB_ARGUMENTS, read_json
 from .token_layout import count_images
+from .whole_folder import whole_folder
 
 logger = logging.get_logger(__name__)
 
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
+PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json")
 VIDEO_MARK = "<video>"
 PADDING_ARGUMENTS = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 # ChatML as Qwen writes it, without a system prompt of its own. An image part of a message becomes `<image>`. The
 # `generation` marks let trainers find what the assistant said (`return_assistant_tokens_mask=True`).
@@ -129,7 +133,7 @@ class NextFlowProcessor(ProcessorMixin):
         self, image_processor=None, tokenizer=None, image_tokenizer=None, visual_token_offset=None, chat_template=None
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
-        _check_schedules(image_tokenizer)
+        check_schedules(image_tokenizer)
         self.image_tokenizer = image_tokenizer
         self.visual_token_offset = visual_token_offset
         self.image_token = getattr(tokenizer, "image_token", None) or "<image>"
@@ -581,20 +585,27 @@ class NextFlowProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Saves the processor; the image tokenizer goes to the sub-folder `image_tokenizer/`."""
-        files = super().save_pretrained(save_directory)
-        if getattr(self, "auto_map", None):
-            write_shim(save_directory)
-        if self.image_tokenizer is not None:
-            self.image_tokenizer.save_pretrained(os.path.join(save_directory, IMAGE_TOKENIZER_FOLDER))
+        with whole_folder(save_directory) as partial:
+            files = super().save_pretrained(partial)
+            if getattr(self, "auto_map", None):
+                write_shim(partial)
+            if self.image_tokenizer is not None:
+                self.image_tokenizer.save_pretrained(os.path.join(partial, IMAGE_TOKENIZER_FOLDER))
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(save_directory)), **kwargs)
-        return files
+        return [os.path.join(save_directory, os.path.relpath(file, partial)) for file in files]
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        processor_dict, unused_kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        path = pretrained_model_name_or_path
+        if None in [read_json(path, name, **kwargs) for name in PROCESSOR_FILES]:
+            raise ValueError(
+                f'"{path}" has no processor ({" and ".join(PROCESSOR_FILES)}), or saving it was interrupted. Save '
+                "or download it again."
+            )
+        processor_dict, unused_kwargs = super().get_processor_dict(path, **kwargs)
         if "image_tokenizer" not in kwargs:
-            processor_dict["image_tokenizer"] = cls._load_image_tokenizer(pretrained_model_name_or_path, kwargs)
+            processor_dict["image_tokenizer"] = cls._load_image_tokenizer(path, kwargs)
         return processor_dict, unused_kwargs
 
     @classmethod
@@ -607,25 +618,30 @@ class NextFlowProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        kwargs.pop("image_tokenizer", None)  # not for the tokenizer and the image processor
-        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+        for name in ("image_tokenizer", "dtype"):  # not for the tokenizer and the image processor
+            kwargs.pop(name, None)
+        try:
+            return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+        except (OSError, TypeError):
+            raise
+        except Exception as error:  # the tokenizers library raises just that, and names no file
+            raise ValueError(
+                f'The tokenizer in "{pretrained_model_name_or_path}" does not load: {error}. If tokenizer.json is '
+                "damaged, download or save it again."
+            ) from error
 
     @classmethod
     def _load_image_tokenizer(cls, pretrained_model_name_or_path, kwargs: dict) -> NextFlowImageTokenizer | None:
-        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        subfolder = os.path.join(kwargs.get("subfolder", ""), IMAGE_TOKENIZER_FOLDER)
-        config_file = cached_file(
-            pretrained_model_name_or_path,
-            "config.json",
-            subfolder=subfolder,
-            _raise_exceptions_for_missing_entries=False,
-            **hub_arguments,
-        )
-        if config_file is None:
+        passed = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "dtype") if name in kwargs}
+        subfolder = os.path.join(kwargs.get("subfolder") or "", IMAGE_TOKENIZER_FOLDER)
+        path = pretrained_model_name_or_path
+        if read_json(path, "config.json", **{**passed, "subfolder": subfolder}) is None:
             return None
-        return NextFlowImageTokenizer.from_pretrained(
-            pretrained_model_name_or_path, subfolder=subfolder, **hub_arguments
-        )
+        image_tokenizer = NextFlowImageTokenizer.from_pretrained(path, subfolder=subfolder, **passed)
+        model_config = read_json(path, "config.json", **kwargs) or {}  # none where a processor is saved by itself
+        if model_config.get("model_type") == NextFlowConfig.model_type:
+            check_same_codebook(NextFlowConfig.from_dict(model_config), image_tokenizer)
+        return image_tokenizer
 
 
 def _flatten_videos(videos: Any) -> list[Any]:
@@ -657,18 +673,6 @@ def _sample_frames(video: Any, number: int) -> list[Any]:
         range(len(video)) if len(video) <= number else [round(i * last / max(number - 1, 1)) for i in range(number)]
     )
     return [video[place] for place in places]
-
-
-def _check_schedules(image_tokenizer) -> None:
-    """The language model and the image processor know the paper's schedules only."""
-    config = getattr(image_tokenizer, "config", None)
-    foreign = [name for name in ("scale_sides", "image_size") if getattr(config, name, None) is not None]
-    if foreign:
-        raise ValueError(
-            f"The image tokenizer has schedules of its own ({' and '.join(f'`{name}`' for name in foreign)} in its "
-            "configuration), but a NextFlow model draws on the paper's. Load it with `NextFlowImageTokenizer."
-            "from_pretrained(path, scale_sides=None, image_size=None)`, or use it without a processor."
-        )
 
 
 def _id_of(tokenizer, token: str) -> int:

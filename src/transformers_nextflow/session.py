@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .codebook import check_same_codebook
 from .decoding import Decoding, GenerationEvent, events_of
 from .decoding_settings import read_options, read_settings
 from .decoding_state import DecodingState
@@ -67,6 +68,7 @@ class NextFlowSession:
 
     def __init__(self, model: NextFlowForCausalLM, processor: NextFlowProcessor, **settings):
         processor._image_parts()  # says what is missing
+        check_same_codebook(model.config, processor.image_tokenizer)
         self.model, self.processor, self.settings = model, processor, settings
         pad_token_id = model.config.eoi_token_id if model.config.pad_token_id is None else model.config.pad_token_id
         # The decoding, and where each turn and its answer began. One attribute, so that whatever interrupts a turn, an

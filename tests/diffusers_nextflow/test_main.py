@@ -151,13 +151,6 @@ def run(*arguments, folder):
     return process, used
 
 
-def test_help_waits_for_no_import(tmp_path):
-    process, _ = run("-X", "importtime", "-m", "diffusers_nextflow", "--help", folder=tmp_path)
-    assert process.returncode == 0 and "--steps-dir" in process.stdout
-    imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
-    assert imported.isdisjoint({"torch", "transformers", "diffusers", "numpy"})
-
-
 @pytest.mark.slow
 def test_a_fresh_process_takes_at_most_three_times_its_imports(tiny_random_checkpoint, tmp_path):
     process, imports = run("-c", "import torch, transformers, diffusers", folder=tmp_path)

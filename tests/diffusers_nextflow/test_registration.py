@@ -1,4 +1,4 @@
-"""Importing the package is free, and diffusers knows NextFlow whichever of the two is imported first."""
+"""diffusers knows NextFlow whichever of the two packages is imported first."""
 
 import subprocess
 import sys
@@ -10,11 +10,6 @@ import diffusers_nextflow
 
 def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-
-
-def test_importing_the_package_imports_nothing_heavy():
-    heavy = {"torch", "transformers", "diffusers", "PIL", "numpy"}
-    assert run(f"import sys, diffusers_nextflow; print({heavy} & set(sys.modules))").strip() == "set()"
 
 
 @pytest.mark.slow

@@ -20,36 +20,19 @@ and, where there is a use for them,
 Letters: L slots of the token view, N codes of an image.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
+from ..codebook import hash_image_tokenizer
 from ..configuration_nextflow import NextFlowConfig
-from ..modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
 
 CodedSample = dict[str, Any]
 COLUMNS = ("token_ids", "completion_mask", "codes", "target_codes", "image_grid_shw", "codebook_size")
-
-_hashes: WeakKeyDictionary[NextFlowImageTokenizer, tuple[tuple[int, int], str]] = WeakKeyDictionary()
-
-
-def hash_image_tokenizer(image_tokenizer: NextFlowImageTokenizer) -> str:
-    """SHA-256, its first 16 digits, of both codebooks in fp32: tells whether two data sets speak of the same codes."""
-    tables = [image_tokenizer.quantizer.semantic_codebook.weight, image_tokenizer.quantizer.pixel_codebook.weight]
-    versions = (tables[0]._version, tables[1]._version)
-    known = _hashes.get(image_tokenizer)
-    if known is None or known[0] != versions:
-        digest = hashlib.sha256()
-        for table in tables:
-            digest.update(table.detach().float().cpu().numpy().tobytes())
-        known = _hashes[image_tokenizer] = (versions, digest.hexdigest()[:16])
-    return known[1]
 
 
 def coded_features():

@@ -16,6 +16,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
+from ..codebook import check_same_codebook
 from ..generation_nextflow import NextFlowGenerateOutput
 from ..modeling_nextflow import NextFlowForCausalLM
 from ..processing_nextflow import NextFlowProcessor
@@ -126,6 +127,7 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
                 "Rewards judge pictures: pass `processing_class=NextFlowProcessor.from_pretrained(...)` with an image "
                 "tokenizer."
             )
+        check_same_codebook(model.config, processing_class.image_tokenizer)
         functions = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         if not functions:
             raise ValueError("`reward_funcs` is empty: pass at least one reward function.")

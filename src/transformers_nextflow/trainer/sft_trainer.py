@@ -17,6 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import SFTTrainer
 
+from ..codebook import check_same_codebook
 from ..modeling_nextflow import NextFlowForCausalLM
 from ..token_layout import TokenLayout
 from ..varlen_attention import SDPA_VARLEN
@@ -81,6 +82,7 @@ class NextFlowSFTTrainer(SFTTrainer):
             settings: Any = args.model_init_kwargs or {}
             network = NextFlowForCausalLM.from_pretrained(model, **settings)
             args.model_init_kwargs = None
+        check_same_codebook(network.config, getattr(kwargs.get("processing_class"), "image_tokenizer", None))
         if args.scale_reweight_alpha is not None:
             network.config.scale_reweight_alpha = args.scale_reweight_alpha
         if args.packing and network.config._attn_implementation == "sdpa":
