@@ -354,6 +354,48 @@ class NextFlowProcessor(ProcessorMixin):
                 batch[name].append(fill + values if left else values + fill)
         return batch
 
+    # Prompts
+
+    def check_plain(self, texts: Iterable[str]) -> None:
+        """Raises a `ValueError` for a prompt that holds marks of pictures or turns: a prompt is plain text."""
+        marks = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        if found := sorted({mark for text in texts for mark in marks if mark in text}):
+            raise ValueError(f"A prompt is plain text: it must not hold any of {', '.join(found)}. Leave them out.")
+
+    def style_prompt(
+        self, text: str, task: str = "image", styles: dict[str, str] | None = None, style: str | None = None
+    ) -> str:
+        """A prompt for a picture, worded as the model was trained to be prompted.
+
+        Args:
+            text (`str`): The prompt, with an `<image>` mark for each picture that it is about.
+            task (`str`, *optional*, defaults to `"image"`): `"image"`, `"edit"`, `"thinking"` or `"frames"`.
+            styles (`dict[str, str]`, *optional*):
+                The style of each task, `model.generation_config.prompt_styles`. Those not in it are `"bare"`, but
+                `"thinking"` is `"chat"`.
+            style (`str`, *optional*): Overrules `styles`.
+
+        Returns:
+            `str`: `"bare"`: the text itself, `<boi>` if it is empty; `"chat"`: a conversation in which the text is the
+            user's turn and the assistant's follows.
+
+        Raises:
+            `ValueError`: for another style.
+        """
+        style = style or (styles or {}).get(task) or ("chat" if task == "thinking" else "bare")
+        if style == "bare":
+            return text or self.boi_token
+        if style != "chat":
+            raise ValueError(f'A prompt style is "bare" or "chat", but got {style!r} for the task "{task}".')
+        parts: list[dict[str, str]] = []
+        for number, piece in enumerate(text.split(self.image_token)):
+            parts += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": piece}] * bool(piece)
+        turns = [{"role": "user", "content": parts}]
+        # As `encode_messages` writes them for training.
+        return self.tokenizer.apply_chat_template(
+            turns, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
+        )
+
     # Ids to text and pictures
 
     def decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:  # type: ignore[override]

@@ -97,7 +97,7 @@ def test_sampling_options_reach_the_model(command, tmp_path):
         (["--output", "a-folder.png"], '--output "a-folder.png" is a folder'),
         (["--output", ""], '--output "." is a folder'),
         (["--steps-dir", "a-file"], "a-file"),
-        (["--num-images", "0"], "--num-images must be at least 1, not 0"),
+        (["--num-images", "0"], "--num-images must be between 1 and 1000, not 0"),
         (["--seed", "-1"], "--seed must be between 0"),
         (
             ["--model", "no/such/folder"],
