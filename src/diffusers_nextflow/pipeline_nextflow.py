@@ -50,24 +50,20 @@ class NextFlowPipelineOutput(BaseOutput):
     thoughts: list[str] | None = None
 
 
-class _OfCall:
-    """An attribute that each call has for itself: a pipeline may be shared by threads."""
+def _of_call(name: str, default: Any, doc: str) -> Any:
+    """A property that each call has for itself, as threads may share a pipeline."""
 
-    def __init__(self, default: Any = None):
-        self.default = default
+    def read(pipe: Any) -> Any:
+        return pipe._calls.get(threading.get_ident(), {}).get(name, default)
 
-    def __set_name__(self, owner: type, name: str):
-        self.name = name
-
-    def __get__(self, pipe: Any, owner: type) -> Any:
-        return self if pipe is None else pipe._calls.get(threading.get_ident(), {}).get(self.name, self.default)
-
-    def __set__(self, pipe: Any, value: Any):
+    def write(pipe: Any, value: Any) -> None:
         own = pipe._calls.get(threading.get_ident())
-        if own is None and self.name != "_interrupt":
-            raise ValueError(f"`{self.name}` belongs to a call: set it in a callback, or pass it as an argument.")
-        for call in [own] if own is not None else list(pipe._calls.values()):  # from outside: all calls are stopped
-            call[self.name] = value
+        if own is None and name != "interrupt":
+            raise ValueError(f"`{name}` belongs to a call: set it in a callback, or pass it as an argument.")
+        for call in list(pipe._calls.values()) if own is None else [own]:  # from outside: all calls are stopped
+            call[name] = value
+
+    return property(read, write, doc=doc)
 
 
 class NextFlowPipeline(DiffusionPipeline):
@@ -77,8 +73,8 @@ class NextFlowPipeline(DiffusionPipeline):
     There is no denoising: an autoregressive model draws an image scale by scale, from 1x1 up, and an image tokenizer
     decodes the codes. So a *step* is a scale, and *latents* are the sum of the upsampled code vectors so far.
 
-    Threads may share a pipeline: `schedule`, `guidance_scale`, `num_timesteps` and `interrupt` are those of the call
-    that runs in the thread which reads them (a callback), and None (False) where none runs.
+    Threads may share a pipeline: `schedule`, `num_timesteps`, `guidance_scale` and `interrupt` are those of the call
+    whose callback reads or sets them, and None (False) outside of calls.
 
     Args:
         model ([`~transformers_nextflow.NextFlowForCausalLM`]): The language model that draws.
@@ -111,7 +107,11 @@ class NextFlowPipeline(DiffusionPipeline):
     _exclude_from_cpu_offload = ["image_tokenizer"]  # small, and used by other methods than `forward`
     _optional_components = ["diffusion_decoder", "scheduler"]
     _callback_tensor_inputs = ("latents", "codes", "prompt_embeds")
-    _interrupt, _schedule, _guidance_scale = _OfCall(False), _OfCall(), _OfCall()
+
+    interrupt = _interrupt = _of_call("interrupt", False, "True in a callback stops; what there is so far is returned.")
+    guidance_scale = _guidance_scale = _of_call("guidance_scale", None, "The strength of guidance from here on.")
+    schedule = _of_call("schedule", None, "The scales of the images that are being drawn.")
+    num_timesteps = property(lambda self: self.schedule and self.schedule.num_scales, doc="How many scales these are.")
 
     def __init__(
         self,
@@ -139,28 +139,8 @@ class NextFlowPipeline(DiffusionPipeline):
             scheduler=scheduler,
         )
         self._postprocessor = VaeImageProcessor()
-        self._calls: dict[int, dict[str, Any]] = {}  # what `_OfCall` holds, by the thread that the call runs in
+        self._calls: dict[int, dict[str, Any]] = {}  # what is of each call, by its thread
         self._processor: NextFlowProcessor | None = None
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to stop its call; what the scales so far show is returned."""
-        return self._interrupt
-
-    @property
-    def schedule(self) -> ScaleSchedule | None:
-        """The scales of the images that are being drawn."""
-        return self._schedule
-
-    @property
-    def num_timesteps(self) -> int | None:
-        """How many scales these are."""
-        return self._schedule and self._schedule.num_scales
-
-    @property
-    def guidance_scale(self) -> float | None:
-        """The strength of guidance. A callback may set `pipe._guidance_scale` for the scales that are still to come."""
-        return self._guidance_scale
 
     # Loading and saving
 
@@ -323,31 +303,31 @@ class NextFlowPipeline(DiffusionPipeline):
             progress_bar.total = schedule.num_scales * (num_frames or 1)
             progress_bar.set_description(f"scale {step + 1}/{schedule.num_scales} · {h}x{w}", refresh=False)
             progress_bar.update()
-            self._schedule, strength = schedule, self._guidance_scale
+            self.schedule, strength = schedule, self.guidance_scale
             changes: Any = None
             if callback_on_step_end is not None:
+                text_ids = inputs["input_ids"].clamp(max=self.model.config.text_vocab_size - 1)  # codes have no row
                 makers = {
                     "latents": lambda: self._codes_to_latents(codes, schedule),
                     "codes": codes.clone,
-                    "prompt_embeds": lambda: self._prompt_embeds(inputs["input_ids"]),
+                    "prompt_embeds": lambda: self.model.get_input_embeddings()(text_ids),
                 }
                 tensors = {name: makers[name]() for name in callback_on_step_end_tensor_inputs}
                 returned = callback_on_step_end(self, step, step, tensors)
-                if not isinstance(returned, dict | None):
-                    raise ValueError(f"A callback returns a dict of tensors or None, not {type(returned).__name__}.")
-                tensors |= returned or {}
-                changes = codes = self._changed_codes(codes, tensors, schedule, step)
-                if self._guidance_scale != strength:
-                    changes = {"codes": codes, "guidance_scale": _strength(self._guidance_scale)}
+                if not isinstance(returned, dict | None) or set(returned or ()) - set(makers):
+                    raise ValueError(f"A callback returns None or a dict of {sorted(makers)}, not {returned!r:.80}.")
+                changes = codes = self._changed_codes(codes, tensors | (returned or {}), schedule, step)
+                if self.guidance_scale != strength:
+                    changes = {"codes": codes, "guidance_scale": _strength(self.guidance_scale)}
             drawn[len(drawn) - (step > 0) :] = [(codes, schedule)]
-            if self._interrupt:
+            if self.interrupt:
                 raise _Interrupted
             return changes
 
         thread = threading.get_ident()
         outer = self._calls.get(thread)  # a callback may call the pipeline, too
         stored = self.model.generation_config.guidance_scale
-        self._calls[thread] = {"_guidance_scale": stored if guidance_scale is None else guidance_scale}
+        self._calls[thread] = {"guidance_scale": stored if guidance_scale is None else guidance_scale}
         try:
             with self.progress_bar(total=self.model.config.num_scales) as progress_bar, suppress(_Interrupted):
                 output = self.model.generate(
@@ -403,8 +383,6 @@ class NextFlowPipeline(DiffusionPipeline):
         self, codes: torch.Tensor, tensors: dict[str, torch.Tensor], schedule: ScaleSchedule, step: int
     ) -> torch.Tensor:
         """All codes `(B, n)` so far as a callback left them, by themselves or in the latents."""
-        if unknown := tensors.keys() - set(self._callback_tensor_inputs):
-            raise ValueError(f"A callback may return {self._callback_tensor_inputs}, not {sorted(unknown)}.")
         changed, latents = tensors.get("codes", codes).to(codes), tensors.get("latents")
         old = changed if latents is None else self._codes_to_latents(codes, schedule)
         if changed.shape != codes.shape or (latents is not None and latents.shape != old.shape):
@@ -416,10 +394,6 @@ class NextFlowPipeline(DiffusionPipeline):
             last = self.image_tokenizer.quantizer(residual, [schedule.grids[step]]).codes
             changed = torch.cat([earlier, last.to(codes)], dim=1)
         return changed
-
-    def _prompt_embeds(self, input_ids: torch.Tensor) -> torch.Tensor:
-        codes = input_ids >= self.model.config.text_vocab_size  # which have no embedding of their own
-        return self.model.get_input_embeddings()(input_ids.masked_fill(codes, self.model.config.eoi_token_id))
 
     def _pictures(self, image: Any, prompts: list[str]) -> list[list[Any]]:
         """The pictures of each prompt."""

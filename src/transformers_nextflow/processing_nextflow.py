@@ -357,7 +357,7 @@ class NextFlowProcessor(ProcessorMixin):
     # Prompts
 
     def check_plain(self, texts: Iterable[str]) -> None:
-        """Raises a `ValueError` for a prompt that holds marks of pictures or turns: a prompt is plain text."""
+        """Raises a `ValueError` for prompts that hold special tokens, which mark pictures and turns."""
         marks = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         if found := sorted({mark for text in texts for mark in marks if mark in text}):
             raise ValueError(f"A prompt is plain text: it must not hold any of {', '.join(found)}. Leave them out.")
@@ -365,36 +365,24 @@ class NextFlowProcessor(ProcessorMixin):
     def style_prompt(
         self, text: str, task: str = "image", styles: dict[str, str] | None = None, style: str | None = None
     ) -> str:
-        """A prompt for a picture, worded as the model was trained to be prompted.
+        """A prompt (with an `<image>` mark a picture) in the words that the model was trained to be prompted with.
 
         Args:
-            text (`str`): The prompt, with an `<image>` mark for each picture that it is about.
+            text (`str`): The prompt. For an empty one it is `<boi>`, all that training leaves of a dropped prompt.
             task (`str`, *optional*, defaults to `"image"`): `"image"`, `"edit"`, `"thinking"` or `"frames"`.
             styles (`dict[str, str]`, *optional*):
-                The style of each task, `model.generation_config.prompt_styles`. Those not in it are `"bare"`, but
-                `"thinking"` is `"chat"`.
-            style (`str`, *optional*): Overrules `styles`.
-
-        Returns:
-            `str`: `"bare"`: the text itself, `<boi>` if it is empty; `"chat"`: a conversation in which the text is the
-            user's turn and the assistant's follows.
-
-        Raises:
-            `ValueError`: for another style.
+                `model.generation_config.prompt_styles`: for each task `"bare"` (the text itself, the default) or
+                `"chat"` (the text as a user's turn, the assistant's follows; the default of `"thinking"`).
+            style (`str`, *optional*): Overrules them.
         """
         style = style or (styles or {}).get(task) or ("chat" if task == "thinking" else "bare")
-        if style == "bare":
-            return text or self.boi_token
-        if style != "chat":
+        if style not in ("bare", "chat"):
             raise ValueError(f'A prompt style is "bare" or "chat", but got {style!r} for the task "{task}".')
-        parts: list[dict[str, str]] = []
-        for number, piece in enumerate(text.split(self.image_token)):
-            parts += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": piece}] * bool(piece)
-        turns = [{"role": "user", "content": parts}]
-        # As `encode_messages` writes them for training.
-        return self.tokenizer.apply_chat_template(
-            turns, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
-        )
+        if not text and task != "thinking":
+            return self.boi_token
+        turns = [{"role": "user", "content": text}]  # as `encode_messages` writes them for training
+        options: Any = {"chat_template": self.chat_template, "tokenize": False, "add_generation_prompt": True}
+        return text if style == "bare" else self.tokenizer.apply_chat_template(turns, **options)
 
     # Ids to text and pictures
 

@@ -352,7 +352,7 @@ def test_another_call_at_the_same_time_changes_nothing(pipe):
     """What a second thread does to the pipeline while this one draws."""
 
     def neighbour(pipe, step, timestep, tensors):
-        pipe._schedule = ScaleSchedule((8, 32), NUM_SCALES)
+        pipe.schedule = ScaleSchedule((8, 32), NUM_SCALES)
 
     assert torch.equal(draw(pipe, callback_on_step_end=neighbour), draw(pipe))
 
