@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 PROGRAM = "python -m diffusers_nextflow"
+MAX_IMAGES = 1000  # they are drawn in one batch
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -19,7 +20,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(PROGRAM, usage="%(prog)s PROMPT [options]", description="Draws images, scale by scale.")
+    parser = OneLineParser(
+        PROGRAM, usage="%(prog)s PROMPT [options]", description="Draws images, scale by scale.", allow_abbrev=False
+    )
     parser.add_argument("prompt", help="what to draw")
     parser.add_argument(
         "--output",
@@ -39,6 +42,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     drawing.add_argument("--width", type=int, help="pixels")
     drawing.add_argument("--num-scales", type=int, help="number of scales; height and width then only give the shape")
     drawing.add_argument("--negative-prompt", help="what to lead away from")
+    drawing.add_argument(
+        "--prompt-style", choices=["bare", "chat"], help="how to word the prompt (default: as trained)"
+    )
     drawing.add_argument("--guidance-scale", type=float, help="how closely to follow the prompt; 1 is no guidance")
     drawing.add_argument("--temperature", type=float, help="how freely to draw; 1 is as trained")
     drawing.add_argument("--top-k", type=int, help="draw from this many best codes; 1 is greedy")
@@ -62,12 +68,15 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     output = arguments.output
     if not arguments.prompt.strip():
         raise ValueError("the prompt is empty; say what to draw")
-    if arguments.num_images < 1:
-        raise ValueError(f"--num-images must be at least 1, not {arguments.num_images}")
+    if not 1 <= arguments.num_images <= MAX_IMAGES:
+        raise ValueError(f"--num-images must be between 1 and {MAX_IMAGES}, not {arguments.num_images}")
     if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed must be between 0 and 2**63 - 1, not {arguments.seed}")
-    if output.is_dir():
-        raise ValueError(f'--output "{output}" is a folder; name a file in it')
+    for path in output_paths(arguments):
+        if path.is_dir():
+            raise ValueError(f'--output "{path}" is a folder; name a file in it')
+        if path.exists() and not os.access(path, os.W_OK):
+            raise ValueError(f'--output "{path}" is there and may not be written to')
     Image.init()
     if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         ending = f'"{output.suffix}" is no image format' if output.suffix else "has no file extension"
@@ -81,6 +90,23 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise ValueError(f'cannot write into the folder "{folder}"')
+
+
+def output_paths(arguments: argparse.Namespace) -> list[Path]:
+    """`out.png`, or `out_0.png`, `out_1.png`, ..."""
+    output, number = arguments.output, arguments.num_images
+    return [output] if number == 1 else [output.with_stem(f"{output.stem}_{index}") for index in range(number)]
+
+
+def save_whole(image, path: Path) -> None:
+    """Saves beside and renames, so that a full disk or Ctrl-C leaves no part of a picture."""
+    path = path.resolve()  # of a link, what it points to
+    part = path.with_name(f".{os.getpid()}_{path.name[-100:]}")
+    try:
+        image.save(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_pipeline(arguments: argparse.Namespace):
@@ -117,13 +143,13 @@ def draw(arguments: argparse.Namespace) -> None:
 
     first_seed = random.randrange(2**31) if arguments.seed is None else arguments.seed
     seeds = range(first_seed, first_seed + arguments.num_images)
-    endings = [""] if len(seeds) == 1 else [f"_{index}" for index in range(len(seeds))]
+    paths = output_paths(arguments)
 
     def save_previews(pipe, step, timestep, tensors):
         h, w = pipe.schedule.grids[step]
-        for preview, ending in zip(pipe.decode_latents(tensors["latents"]), endings, strict=True):
-            preview.save(arguments.steps_dir / f"scale_{step + 1:02d}_{h}x{w}{ending}.png")
-        return tensors
+        for preview, path in zip(pipe.decode_latents(tensors["latents"]), paths, strict=True):
+            ending = path.stem.removeprefix(arguments.output.stem)
+            save_whole(preview, arguments.steps_dir / f"scale_{step + 1:02d}_{h}x{w}{ending}.png")
 
     start = time.perf_counter()
     images = pipe(
@@ -132,6 +158,7 @@ def draw(arguments: argparse.Namespace) -> None:
         height=arguments.height,
         width=arguments.width,
         num_scales=arguments.num_scales,
+        prompt_style=arguments.prompt_style,
         guidance_scale=arguments.guidance_scale,
         num_images_per_prompt=len(seeds),
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -141,9 +168,8 @@ def draw(arguments: argparse.Namespace) -> None:
         callback_on_step_end=save_previews if arguments.steps_dir else None,
     ).images
     seconds = time.perf_counter() - start
-    for image, seed, ending in zip(images, seeds, endings, strict=True):
-        path = arguments.output.with_stem(arguments.output.stem + ending)
-        image.save(path)
+    for image, seed, path in zip(images, seeds, paths, strict=True):
+        save_whole(image, path)
         if not arguments.quiet:
             print(f"{path}: {image.height} x {image.width} pixels (height x width), seed {seed}, {seconds:.1f} s")
 
@@ -154,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check_arguments(parsed)
         draw(parsed)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ Axes: B images (prompts x images per prompt), D channels of a code vector, (h, w
 
 import json
 import os
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ import diffusers
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import BatchEncoding, ImageProcessingMixin, PreTrainedTokenizerBase
+from transformers import ImageProcessingMixin, PreTrainedTokenizerBase
 
 from transformers_nextflow import (
     NextFlowForCausalLM,
@@ -55,12 +57,31 @@ class NextFlowPipelineOutput(BaseOutput):
     thoughts: list[str] | None = None
 
 
+def _of_call(name: str, default: Any, doc: str) -> Any:
+    """A property that each call has for itself, as threads may share a pipeline."""
+
+    def read(pipe: Any) -> Any:
+        return pipe._calls.get(threading.get_ident(), {}).get(name, default)
+
+    def write(pipe: Any, value: Any) -> None:
+        own = pipe._calls.get(threading.get_ident())
+        if own is None and name != "interrupt":
+            raise ValueError(f"`{name}` belongs to a call: set it in a callback, or pass it as an argument.")
+        for call in list(pipe._calls.values()) if own is None else [own]:  # from outside: all calls are stopped
+            call[name] = value
+
+    return property(read, write, doc=doc)
+
+
 class NextFlowPipeline(DiffusionPipeline):
     r"""
     Images from text and images by next-scale prediction (NextFlow, arXiv 2601.02204): drawing, editing, stories.
 
     There is no denoising: an autoregressive model draws an image scale by scale, from 1x1 up, and an image tokenizer
     decodes the codes. So a *step* is a scale, and *latents* are the sum of the upsampled code vectors so far.
+
+    Threads may share a pipeline: `schedule`, `num_timesteps`, `guidance_scale` and `interrupt` are those of the call
+    whose callback reads or sets them, and None (False) outside of calls.
 
     Args:
         model ([`~transformers_nextflow.NextFlowForCausalLM`]): The language model that draws.
@@ -92,7 +113,12 @@ class NextFlowPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "model->image_tokenizer"  # type: ignore[assignment]
     _exclude_from_cpu_offload = ["image_tokenizer"]  # small, and used by other methods than `forward`
     _optional_components = ["diffusion_decoder", "scheduler"]
-    _callback_tensor_inputs = ("latents", "codes")
+    _callback_tensor_inputs = ("latents", "codes", "prompt_embeds")
+
+    interrupt = _interrupt = _of_call("interrupt", False, "True in a callback stops; what there is so far is returned.")
+    guidance_scale = _guidance_scale = _of_call("guidance_scale", None, "The strength of guidance from here on.")
+    schedule = _of_call("schedule", None, "The scales of the images that are being drawn.")
+    num_timesteps = property(lambda self: self.schedule and self.schedule.num_scales, doc="How many scales these are.")
 
     def __init__(
         self,
@@ -116,18 +142,8 @@ class NextFlowPipeline(DiffusionPipeline):
             scheduler=scheduler,
         )
         self._postprocessor = VaeImageProcessor()
-        self._interrupt = False
-        self._schedule = ScaleSchedule(num_scales=model.config.num_scales)
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to stop; what the scales so far show is returned."""
-        return self._interrupt
-
-    @property
-    def schedule(self) -> ScaleSchedule:
-        """The scales of the images that are being drawn, or were drawn last (at first: of the largest square)."""
-        return self._schedule
+        self._calls: dict[int, dict[str, Any]] = {}  # what is of each call, by its thread
+        self._processor: NextFlowProcessor | None = None
 
     # Loading and saving
 
@@ -171,12 +187,13 @@ class NextFlowPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | Sequence[str],
         image: Any = None,
-        negative_prompt: str | list[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_scales: int | None = None,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         image_guidance_scale: float | None = None,
         thinking: bool = False,
@@ -186,6 +203,7 @@ class NextFlowPipeline(DiffusionPipeline):
         image_temperature: float | list[float] | None = None,
         image_top_k: int | list[int] | None = None,
         image_top_p: float | list[float] | None = None,
+        prompt_style: str | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[["NextFlowPipeline", int, int, dict[str, torch.Tensor]], Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -203,13 +221,16 @@ class NextFlowPipeline(DiffusionPipeline):
                 whatever the image processor takes. The result has the size of the (last) picture, unless `height` and
                 `width` say otherwise.
             negative_prompt (`str` or `list[str]`, *optional*):
-                What guidance leads away from; by default from no prompt at all. One for all prompts, or one a prompt.
+                What guidance leads away from, in the style of the prompts; by default, and for an empty one, from no
+                prompt at all. One for all prompts, or one a prompt.
             height, width (`int`, *optional*):
                 Pixels; they choose the schedule (see [`~transformers_nextflow.ScaleSchedule.from_size`]).
             num_scales (`int`, *optional*):
                 Forces the number of scales; then only the aspect ratio of `height` and `width` counts.
+            num_inference_steps (`int`, *optional*):
+                The number of scales, which the size decides; a `ValueError` if it is another.
             guidance_scale (`float`, *optional*):
-                Strength of classifier-free guidance; 1 turns it off.
+                Strength of classifier-free guidance. At most 1 turns it off, as everywhere in diffusers.
             image_guidance_scale (`float`, *optional*):
                 Strength of the guidance by `image` apart from the prompt's; a third branch. By default the pictures are
                 in both branches and only the text is guided.
@@ -223,14 +244,20 @@ class NextFlowPipeline(DiffusionPipeline):
                 Source of all draws: one, or one an image. The same seed gives an image its looks, whatever the batch.
             image_temperature, image_top_k, image_top_p (number or list of numbers, *optional*):
                 How codes are sampled; one for all scales, or one a scale.
+            prompt_style (`str`, *optional*):
+                `"bare"`, the prompt is given to the model as it is, or `"chat"`, as a user's turn. By default as the
+                model was trained: `model.generation_config.prompt_styles` tells for each task.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"`, `"pt"` or `"latent"`; see [`NextFlowPipelineOutput`].
             callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipe, step, step, tensors)` after each scale; scales count from 0. What it returns
-                is not used: codes that are drawn stay drawn.
+                Called as `callback(pipe, step, step, tensors)` after each scale; scales count from 0. diffusers' own
+                callbacks work if `tensors` has what they ask for. What is changed in `tensors`, or in the `dict` that
+                is returned, is what the drawing goes on from: `"codes"`, or `"latents"`, whose last scale is then
+                quantized again. `pipe._guidance_scale` and `pipe._interrupt` may be set.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, *optional*, defaults to `("latents",)`):
                 Tensors the callback gets: `"latents"`, the accumulated map `(B, D, h, w)`, which
-                [`~NextFlowPipeline.decode_latents`] turns into a preview; `"codes"`, all codes so far `(B, n)`.
+                [`~NextFlowPipeline.decode_latents`] turns into a preview; `"codes"`, all codes so far `(B, n)`;
+                `"prompt_embeds"`, of the prompts `(prompts, L, hidden_size)`, to look at only.
             return_dict (`bool`, *optional*, defaults to `True`):
                 `False` returns a plain tuple.
 
@@ -251,57 +278,88 @@ class NextFlowPipeline(DiffusionPipeline):
             raise ValueError("Pass `thinking` or `num_frames`, not both.")
         if negative_prompts is not None and (thinking or num_frames is not None):
             raise ValueError("`negative_prompt` can't be combined with `thinking` or `num_frames`.")
-        if num_images_per_prompt < 1:
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` must be at least 1, but got {num_images_per_prompt}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f'`output_type` must be one of {", ".join(OUTPUT_TYPES)}, but got "{output_type}".')
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, but may only hold "
                 f"{list(self._callback_tensor_inputs)}."
             )
 
-        self._interrupt = False
-        inputs = self._encode(prompts, pictures, chat=thinking)
-        negative_inputs = None if negative_prompts is None else self._tokenize(negative_prompts)
+        guidance_scale = _strength(guidance_scale)
+        task = "thinking" if thinking else "frames" if num_frames is not None else "edit" if any(pictures) else "image"
+        inputs = self._encode(prompts, pictures, task, prompt_style)
+        negative: Any = {}
+        if negative_prompts is not None:
+            negative = self._encode(negative_prompts, [[] for _ in negative_prompts], task, prompt_style)
         drawn: list[tuple[torch.Tensor, ScaleSchedule]] = []  # an entry a frame; without `num_frames` there is one
         output = None
 
-        def on_scale_end(step: int, schedule: ScaleSchedule, codes: torch.Tensor) -> None:
-            drawn[len(drawn) - (step > 0) :] = [(codes, schedule)]
-            self._schedule = schedule
+        def on_scale_end(step: int, schedule: ScaleSchedule, codes: torch.Tensor) -> Any:
+            if num_inference_steps not in (None, schedule.num_scales):
+                raise ValueError(
+                    f"A step is a scale, and an image of {schedule.height} x {schedule.width} pixels has "
+                    f"{schedule.num_scales}: leave out `num_inference_steps`, which is {num_inference_steps}."
+                )
             h, w = schedule.grids[step]
             progress_bar.total = schedule.num_scales * (num_frames or 1)
             progress_bar.set_description(f"scale {step + 1}/{schedule.num_scales} · {h}x{w}", refresh=False)
             progress_bar.update()
+            self.schedule, strength = schedule, self.guidance_scale
+            changes: Any = None
             if callback_on_step_end is not None:
-                makers = {"latents": self._codes_to_latents, "codes": lambda codes, _: codes}
-                tensors = {name: makers[name](codes, schedule) for name in callback_on_step_end_tensor_inputs}
-                callback_on_step_end(self, step, step, tensors)
-            if self._interrupt:
+                text_ids = inputs["input_ids"].clamp(max=self.model.config.text_vocab_size - 1)  # codes have no row
+                makers = {
+                    "latents": lambda: self._codes_to_latents(codes, schedule),
+                    "codes": codes.clone,
+                    "prompt_embeds": lambda: self.model.get_input_embeddings()(text_ids),
+                }
+                tensors = {name: makers[name]() for name in callback_on_step_end_tensor_inputs}
+                returned = callback_on_step_end(self, step, step, tensors)
+                if not isinstance(returned, dict | None) or set(returned or ()) - set(makers):
+                    raise ValueError(f"A callback returns None or a dict of {sorted(makers)}, not {returned!r:.80}.")
+                changes = codes = self._changed_codes(codes, tensors | (returned or {}), schedule, step)
+                if self.guidance_scale != strength:
+                    changes = {"codes": codes, "guidance_scale": _strength(self.guidance_scale)}
+            drawn[len(drawn) - (step > 0) :] = [(codes, schedule)]
+            if self.interrupt:
                 raise _Interrupted
+            return changes
 
-        with self.progress_bar(total=self._schedule.num_scales) as progress_bar, suppress(_Interrupted):
-            output = self.model.generate(
-                **inputs,
-                generation_mode="image",
-                return_dict_in_generate=True,
-                height=height,
-                width=width,
-                num_scales=num_scales,
-                guidance_scale=guidance_scale,
-                image_guidance_scale=image_guidance_scale,
-                thinking=thinking,
-                num_frames=num_frames,
-                negative_prompt_ids=None if negative_inputs is None else negative_inputs.input_ids,
-                negative_prompt_attention_mask=None if negative_inputs is None else negative_inputs.attention_mask,
-                num_return_sequences=num_images_per_prompt,
-                generator=generator,
-                image_temperature=image_temperature,
-                image_top_k=image_top_k,
-                image_top_p=image_top_p,
-                on_scale_end=on_scale_end,
-            )
+        thread = threading.get_ident()
+        outer = self._calls.get(thread)  # a callback may call the pipeline, too
+        stored = self.model.generation_config.guidance_scale
+        self._calls[thread] = {"guidance_scale": stored if guidance_scale is None else guidance_scale}
+        try:
+            with self.progress_bar(total=self.model.config.num_scales) as progress_bar, suppress(_Interrupted):
+                output = self.model.generate(
+                    **inputs,
+                    generation_mode="image",
+                    return_dict_in_generate=True,
+                    height=height,
+                    width=width,
+                    num_scales=num_scales,
+                    guidance_scale=guidance_scale,
+                    image_guidance_scale=image_guidance_scale,
+                    thinking=thinking,
+                    num_frames=num_frames,
+                    negative_prompt_ids=negative.get("input_ids"),
+                    negative_prompt_attention_mask=negative.get("attention_mask"),
+                    num_return_sequences=num_images_per_prompt,
+                    generator=generator,
+                    image_temperature=image_temperature,
+                    image_top_k=image_top_k,
+                    image_top_p=image_top_p,
+                    on_scale_end=on_scale_end,
+                )
+        finally:
+            del self._calls[thread]
+            if outer is not None:
+                self._calls[thread] = outer
 
         latents = torch.stack([self._codes_to_latents(*frame) for frame in drawn], dim=1).flatten(0, 1)
         images: Any = self.decode_latents(latents, output_type)
@@ -327,24 +385,28 @@ class NextFlowPipeline(DiffusionPipeline):
         _onload(self.image_tokenizer)
         return self.image_tokenizer.codes_to_latents(codes, torch.tensor([schedule.grid_shw]))
 
-    def _tokenize(self, prompts: list[str]) -> BatchEncoding:
-        """Raw prompts, padded on the left; `generate` puts `<boi>` behind them."""
-        self._check_marks(prompts)
-        inputs = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
-        return inputs.to(self._execution_device)
-
-    def _check_marks(self, prompts: list[str]) -> None:
-        config = self.model.config
-        marks = [config.boi_token_id, config.eoi_token_id, config.image_token_id]
-        for ids in self.tokenizer(prompts)["input_ids"]:
-            if set(ids) & set(marks):
-                names = ", ".join(self.tokenizer.convert_ids_to_tokens(marks))
-                raise ValueError(f"A prompt is plain text: it must not hold any of {names}, which mark images.")
+    def _changed_codes(
+        self, codes: torch.Tensor, tensors: dict[str, torch.Tensor], schedule: ScaleSchedule, step: int
+    ) -> torch.Tensor:
+        """All codes `(B, n)` so far as a callback left them, by themselves or in the latents."""
+        changed, latents = tensors.get("codes", codes).to(codes), tensors.get("latents")
+        old = changed if latents is None else self._codes_to_latents(codes, schedule)
+        if changed.shape != codes.shape or (latents is not None and latents.shape != old.shape):
+            raise ValueError(f"A callback must not change shapes: codes {tuple(codes.shape)}, latents like before.")
+        if latents is not None and not torch.equal(latents, old):
+            # Earlier scales stay: what the model has read of them can't be taken back.
+            earlier = changed[:, : schedule.offsets[step]]
+            residual = latents.float() - self._codes_to_latents(earlier, schedule)
+            last = self.image_tokenizer.quantizer(residual, [schedule.grids[step]]).codes
+            changed = torch.cat([earlier, last.to(codes)], dim=1)
+        return changed
 
     def _pictures(self, image: Any, prompts: list[str]) -> list[list[Any]]:
         """The pictures of each prompt."""
         if image is None:
             return [[] for _ in prompts]
+        if getattr(image, "ndim", 0) == 4:  # a batch of pictures
+            image = list(image)
         if not isinstance(image, list | tuple):
             image = [image] if len(prompts) == 1 else [[image]] * len(prompts)
         if len(prompts) == 1 and not (len(image) == 1 and isinstance(image[0], list | tuple)):
@@ -356,23 +418,24 @@ class NextFlowPipeline(DiffusionPipeline):
             )
         return [list(entry) if isinstance(entry, list | tuple) else [entry] for entry in image]
 
-    def _encode(self, prompts: list[str], pictures: list[list[Any]], chat: bool) -> Any:
-        """Prompts with their pictures before the text, padded on the left."""
-        if not chat and not any(pictures):
-            return self._tokenize(prompts)
-        self._check_marks(prompts)
-        processor = NextFlowProcessor(
-            self.image_processor, self.tokenizer, self.image_tokenizer, self.model.config.text_vocab_size
-        )
-        texts: Any = [
-            processor.image_token * len(of_prompt) + prompt for prompt, of_prompt in zip(prompts, pictures, strict=True)
+    def _encode(self, prompts: list[str], pictures: list[list[Any]], task: str, style: str | None) -> Any:
+        """Prompts, as the model was trained to be prompted, behind their pictures; padded on the left."""
+        parts = (self.image_processor, self.tokenizer, self.image_tokenizer)
+        processor = self._processor  # one for all calls, until a component is another
+        if processor is None or parts != (processor.image_processor, processor.tokenizer, processor.image_tokenizer):
+            offset, template = self.model.config.text_vocab_size, self.tokenizer.chat_template
+            processor = self._processor = NextFlowProcessor(*parts, offset, template)
+        processor.check_plain(prompts)
+        styles = getattr(self.model.generation_config, "prompt_styles", None)
+        texts = [
+            processor.style_prompt(processor.image_token * len(of_prompt) + prompt, task, styles, style)
+            for prompt, of_prompt in zip(prompts, pictures, strict=True)
         ]
-        if chat:
-            turns = [[{"role": "user", "content": text}] for text in texts]
-            texts = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        _onload(self.image_tokenizer)
-        flat = [picture for of_prompt in pictures for picture in of_prompt]
-        inputs = processor(text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt")
+        flat = [picture for of_prompt in pictures for picture in of_prompt] or None
+        if flat:
+            _onload(self.image_tokenizer)
+        # The processor pads by itself: a tokenizer that pads changes its own state, which other threads see.
+        inputs = processor(text=texts, images=flat, padding=True, padding_side="left", return_tensors="pt")
         return inputs.to(self._execution_device)
 
 
@@ -380,11 +443,20 @@ class _Interrupted(Exception):
     """Leaves `generate` after a scale."""
 
 
-def _as_list(name: str, prompts: str | list[str]) -> list[str]:
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+def _as_list(name: str, prompts: str | Sequence[str]) -> list[str]:
+    listed = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(listed, list | tuple) or not listed or not all(isinstance(prompt, str) for prompt in listed):
         raise ValueError(f"`{name}` must be a string or a list of strings, but got {prompts!r}.")
-    return prompts
+    return list(listed)
+
+
+def _strength(guidance_scale: float | None) -> float | None:
+    """In diffusers guidance is off up to 1; to `generate`, less than 1 would be less of the prompt."""
+    if guidance_scale is None:
+        return None
+    if not guidance_scale >= 0:
+        raise ValueError(f"`guidance_scale` must be at least 0, but got {guidance_scale}.")
+    return max(guidance_scale, 1.0)
 
 
 def _onload(module: torch.nn.Module) -> None:

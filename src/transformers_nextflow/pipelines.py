@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers.pipelines.base import Pipeline
 
 from .codebook import check_same_codebook
@@ -48,18 +47,20 @@ class NextFlowTextToImagePipeline(Pipeline):
         check_same_codebook(self.model.config, self.processor.image_tokenizer)
         self.processor.image_tokenizer.to(self.device)
 
-    def __call__(self, inputs: str | Sequence[str], **kwargs) -> list[Image.Image] | list[list[Image.Image]]:  # type: ignore[override]
+    def __call__(self, inputs: str | Sequence[str], **kwargs) -> list[Any]:  # type: ignore[override]
         """Draws.
 
         Args:
             inputs (`str` or `list[str]`):
                 The prompt or prompts.
             negative_prompt (`str`, *optional*):
-                What guidance leads away from, instead of no text.
+                What guidance leads away from, instead of no text; one for all prompts.
             num_images_per_prompt (`int`, *optional*, defaults to 1):
                 How many pictures of each prompt.
             seed (`int`, *optional*):
                 Makes the pictures repeatable: picture j of any prompt is drawn with the seed `seed + j`.
+            prompt_style (`str`, *optional*):
+                `"bare"` or `"chat"`; by default as the model was trained (`model.generation_config.prompt_styles`).
             batch_size (`int`, *optional*, defaults to 1):
                 How many prompts are drawn together.
             kwargs:
@@ -67,17 +68,24 @@ class NextFlowTextToImagePipeline(Pipeline):
                 [`~NextFlowGenerationMixin.generate`].
 
         Returns:
-            `list[PIL.Image.Image]` of length `num_images_per_prompt`; for a list of prompts a list of such lists.
+            `list[PIL.Image.Image]` of length `num_images_per_prompt`; with `num_frames` a list of frames in place of
+            each picture; with `thinking` a picture's `info["thought"]` is what was written before it. For a list of
+            prompts a list of such lists.
         """
-        if isinstance(inputs, list | tuple) and not inputs:
+        inputs = list(inputs) if isinstance(inputs, tuple) else inputs
+        if isinstance(inputs, list) and not inputs:
             raise ValueError("There are no prompts; give at least one.")
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
-        self, negative_prompt: str | None = None, num_images_per_prompt: int | None = None, **kwargs
+        self,
+        negative_prompt: str | None = None,
+        num_images_per_prompt: int | None = None,
+        prompt_style: str | None = None,
+        **kwargs,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if num_images_per_prompt is not None:
-            if num_images_per_prompt < 1:
+            if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
                 raise ValueError(f"`num_images_per_prompt` must be at least 1, but got {num_images_per_prompt}.")
             kwargs["num_return_sequences"] = num_images_per_prompt
         seed = kwargs.get("seed")
@@ -85,13 +93,26 @@ class NextFlowTextToImagePipeline(Pipeline):
             raise TypeError(f"`seed` must be a whole number, but got {seed!r}.")
         if seed is not None and kwargs.get("generator") is not None:
             raise ValueError("Pass `seed` or `generator`, not both.")
-        return {} if negative_prompt is None else {"negative_prompt": negative_prompt}, kwargs, {}
+        prompting: dict[str, Any] = {"negative_prompt": negative_prompt, "style": prompt_style}
+        if {"thinking", "num_frames"} & kwargs.keys():
+            has_frames = kwargs.get("num_frames") is not None
+            prompting["task"] = "thinking" if kwargs.get("thinking") else "frames" if has_frames else "image"
+        return {name: value for name, value in prompting.items() if value is not None}, kwargs, {}
 
-    def preprocess(self, inputs: str, negative_prompt: str | None = None) -> dict[str, Any]:  # type: ignore[override]
-        model_inputs = dict(self.processor(text=inputs, return_tensors="pt"))
+    def preprocess(  # type: ignore[override]
+        self, inputs: str, negative_prompt: str | None = None, task: str = "image", style: str | None = None
+    ) -> dict[str, Any]:
+        texts = {"": inputs} if negative_prompt is None else {"": inputs, "negative_prompt_": negative_prompt}
+        if not all(isinstance(text, str) for text in texts.values()):
+            raise ValueError("`text` must be a string or a list of strings, and `negative_prompt` one string for all.")
+        self.processor.check_plain(texts.values())
+        styles = getattr(self.model.generation_config, "prompt_styles", None)
+        model_inputs: dict[str, Any] = {}
+        for prefix, text in texts.items():
+            styled = self.processor.style_prompt(text, task, styles, style)
+            model_inputs |= {prefix + k: v for k, v in self.processor(text=styled, return_tensors="pt").items()}
         if negative_prompt is not None:
-            negative = self.processor(text=negative_prompt, return_tensors="pt")
-            model_inputs["negative_prompt_ids"] = negative["input_ids"]
+            model_inputs["negative_prompt_ids"] = model_inputs.pop("negative_prompt_input_ids")
         return model_inputs
 
     def _forward(  # type: ignore[override]
@@ -108,16 +129,22 @@ class NextFlowTextToImagePipeline(Pipeline):
             return_dict_in_generate=True,
             return_cache=False,
         )
+        names = ("image_codes", "image_grid_shw", "thought_ids")
+        parts = {name: part for name in names if (part := getattr(output, name)) is not None}
         # One row a prompt, as the base class cuts batches.
-        return {
-            "image_codes": output.image_codes.unflatten(0, (num_prompts, -1)),
-            "image_grid_shw": output.image_grid_shw.unflatten(0, (num_prompts, -1)),
-        }
+        return {name: part.unflatten(0, (num_prompts, -1)) for name, part in parts.items()}
 
-    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[Image.Image]:  # type: ignore[override]
+    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[Any]:  # type: ignore[override]
         codes, grids = model_outputs["image_codes"][0], model_outputs["image_grid_shw"][0]
-        output = NextFlowGenerateOutput(image_codes=codes, image_grid_shw=grids)
-        return self.processor.post_process_multimodal_output(output, generation_mode="image")  # type: ignore[return-value]
+        drawn = [of_image[of_image >= 0] for of_image in codes.flatten(0, -2)]  # -1 where it was stopped
+        output = NextFlowGenerateOutput(image_codes=drawn, image_grid_shw=grids)  # type: ignore[arg-type]
+        images: list[Any] = self.processor.post_process_multimodal_output(output, generation_mode="image")
+        if codes.ndim == 3:  # frames
+            images = [images[start : start + codes.shape[1]] for start in range(0, len(images), codes.shape[1])]
+        if "thought_ids" in model_outputs:
+            for image, thought in zip(images, model_outputs["thought_ids"][0], strict=True):
+                image.info["thought"] = str(self.processor.decode(thought, skip_special_tokens=True)).strip()
+        return images
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Saves the model and the processor with its image tokenizer."""

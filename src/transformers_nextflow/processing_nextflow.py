@@ -358,6 +358,36 @@ class NextFlowProcessor(ProcessorMixin):
                 batch[name].append(fill + values if left else values + fill)
         return batch
 
+    # Prompts
+
+    def check_plain(self, texts: Iterable[str]) -> None:
+        """Raises a `ValueError` for prompts that hold special tokens, which mark pictures and turns."""
+        marks = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        if found := sorted({mark for text in texts for mark in marks if mark in text}):
+            raise ValueError(f"A prompt is plain text: it must not hold any of {', '.join(found)}. Leave them out.")
+
+    def style_prompt(
+        self, text: str, task: str = "image", styles: dict[str, str] | None = None, style: str | None = None
+    ) -> str:
+        """A prompt (with an `<image>` mark a picture) in the words that the model was trained to be prompted with.
+
+        Args:
+            text (`str`): The prompt. For an empty one it is `<boi>`, all that training leaves of a dropped prompt.
+            task (`str`, *optional*, defaults to `"image"`): `"image"`, `"edit"`, `"thinking"` or `"frames"`.
+            styles (`dict[str, str]`, *optional*):
+                `model.generation_config.prompt_styles`: for each task `"bare"` (the text itself, the default) or
+                `"chat"` (the text as a user's turn, the assistant's follows; the default of `"thinking"`).
+            style (`str`, *optional*): Overrules them.
+        """
+        style = style or (styles or {}).get(task) or ("chat" if task == "thinking" else "bare")
+        if style not in ("bare", "chat"):
+            raise ValueError(f'A prompt style is "bare" or "chat", but got {style!r} for the task "{task}".')
+        if not text and task != "thinking":
+            return self.boi_token
+        turns = [{"role": "user", "content": text}]  # as `encode_messages` writes them for training
+        options: Any = {"chat_template": self.chat_template, "tokenize": False, "add_generation_prompt": True}
+        return text if style == "bare" else self.tokenizer.apply_chat_template(turns, **options)
+
     # Ids to text and pictures
 
     def decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:  # type: ignore[override]

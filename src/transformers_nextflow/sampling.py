@@ -317,7 +317,8 @@ def make_generators(
                 f"Got {len(generator)} generators for {num_samples} images. Pass one, or one an image (number of "
                 "prompts times `num_return_sequences`)."
             )
-        return list(generator)
+        if all(isinstance(of_one, torch.Generator) for of_one in generator):
+            return list(generator)
     if not isinstance(generator, torch.Generator | None):
         raise TypeError(
             f"`generator` must be a `torch.Generator` or a list of them, but got {type(generator).__name__}. For a "

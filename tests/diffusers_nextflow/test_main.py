@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -97,7 +98,7 @@ def test_sampling_options_reach_the_model(command, tmp_path):
         (["--output", "a-folder.png"], '--output "a-folder.png" is a folder'),
         (["--output", ""], '--output "." is a folder'),
         (["--steps-dir", "a-file"], "a-file"),
-        (["--num-images", "0"], "--num-images must be at least 1, not 0"),
+        (["--num-images", "0"], "--num-images must be between 1 and 1000, not 0"),
         (["--seed", "-1"], "--seed must be between 0"),
         (
             ["--model", "no/such/folder"],
@@ -110,16 +111,31 @@ def test_sampling_options_reach_the_model(command, tmp_path):
         (["--temperature", "0"], "`image_temperature` must be positive"),
         (["--top-p", "1.5"], "`image_top_p` must be above 0"),
         (["--guidance-scale", "-1"], "`guidance_scale` must be at least 0"),
+        (["--guidance-scale", "nan"], "`guidance_scale` must be at least 0"),
+        (["--num-images", "1000000000000"], "--num-images must be between 1 and 1000"),
+        (["--num-images", "2", "--output", "several.png"], '--output "several_1.png" is a folder'),
+        (["--model", "damaged"], "damaged"),
+        (["--model", "another"], "another"),
+        (["--output", "x" * 300 + ".png"], "File name too long"),
+        (["--height", "80"], "`height` and `width`"),
+        (["--num-scales", "0"], "scales"),
+        (["--top-k", "-1"], "`image_top_k`"),
     ],
 )
-def test_misuse_is_one_line(options, message, command, tmp_path, capsys):
+def test_misuse_is_one_line(options, message, command, tiny_random_checkpoint, tmp_path, capsys):
     (tmp_path / "a-file").touch()
     (tmp_path / "a-folder.png").mkdir()
+    (tmp_path / "several_1.png").mkdir()
+    if options[1] in ("damaged", "another"):
+        shutil.copytree(tiny_random_checkpoint, tmp_path / options[1])
+        (tmp_path / "damaged" / "model.safetensors").write_bytes(b"123") if options[1] == "damaged" else None
+        if options[1] == "another":
+            (tmp_path / "another" / "config.json").write_text('{"model_type": "qwen2"}')
     assert command(*options) == 2
     output = capsys.readouterr()
     [line] = output.err.splitlines()
     assert line.startswith("python -m diffusers_nextflow: error: ") and message in line
-    assert output.out == ""
+    assert output.out == "" and not list(tmp_path.glob("*out*"))
 
 
 def test_an_empty_prompt_is_misuse(capsys):
@@ -127,13 +143,73 @@ def test_an_empty_prompt_is_misuse(capsys):
     assert "the prompt is empty; say what to draw" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arguments", "message"), [([], "required: prompt"), ([PROMPT, "--sede", "1"], "--sede")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: prompt"),
+        ([PROMPT, "--sede", "1"], "--sede"),
+        ([PROMPT, "--num-i", "2"], "--num-i"),  # no abbreviations: a new option could change what they mean
+        ([PROMPT, "--out", "a.png"], "--out"),
+        ([PROMPT, "--seed", "1.5"], "--seed: invalid int value"),
+        ([PROMPT, "--seed"], "--seed: expected one argument"),
+        ([PROMPT, "another prompt"], "another prompt"),
+        ([PROMPT, "--dtype", "int8"], "--dtype: invalid choice"),
+        ([PROMPT, "--prompt-style", "haiku"], "--prompt-style: invalid choice"),
+    ],
+)
 def test_wrong_options_are_one_line_too(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit:
         main(arguments)
     assert exit.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert message in line and line.endswith("(--help lists all options)")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("options", [[], ["--steps-dir", "steps"]])
+def test_a_full_disk_leaves_no_part_of_a_picture(error, options, command, tmp_path, monkeypatch, capsys):
+    assert command("--seed", "1", "--quiet") == 0
+    before = (tmp_path / "out.png").read_bytes()
+
+    def save(image, path):
+        path.write_bytes(b"half a picture")
+        raise error
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert command("--seed", "2", *options) == (2 if isinstance(error, OSError) else 130)
+    assert ("No space left" in capsys.readouterr().err) is isinstance(error, OSError)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["out.png"]
+    assert (tmp_path / "out.png").read_bytes() == before
+
+
+def test_a_link_is_followed_and_modes_are_the_umasks(command, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out.png").symlink_to(tmp_path / "real" / "picture.png")
+    old = os.umask(0o027)
+    try:
+        assert command("--num-scales", "2") == 0
+    finally:
+        os.umask(old)
+    assert (tmp_path / "out.png").is_symlink()
+    assert (tmp_path / "real" / "picture.png").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_that_may_not_be_written_is_named_before_anything_runs(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out.png").touch()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and str(path) != "out.png")
+    assert command() == 2
+    assert '--output "out.png" is there and may not be written to' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no memory")])
+def test_out_of_memory_is_one_line(error, command, monkeypatch, capsys):
+    def run(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(NextFlowPipeline, "__call__", run)
+    assert command() == 2
+    assert capsys.readouterr().err.endswith("memory\n")
 
 
 def run(*arguments, folder):

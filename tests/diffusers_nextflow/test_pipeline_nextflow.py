@@ -294,9 +294,16 @@ def test_size_and_number_of_scales(pipe):
     assert pipe(PROMPT, height=64, width=64).images[0].size == (64, 64)
     assert pipe(PROMPT, num_scales=3).images[0].size == (48, 48)
     wide = ScaleSchedule.from_size(1, 2, num_scales=NUM_SCALES)
-    [picture] = pipe(PROMPT, height=1, width=2, num_scales=NUM_SCALES).images
+    seen = []
+    [picture] = pipe(
+        PROMPT,
+        height=1,
+        width=2,
+        num_scales=NUM_SCALES,
+        callback_on_step_end=lambda pipe, *_: seen.append(pipe.schedule),
+    ).images
     assert (picture.height, picture.width) == (wide.height, wide.width)
-    assert pipe.schedule == wide
+    assert set(seen) == {wide} and pipe.schedule is None
 
 
 def test_guidance_and_negative_prompt(pipe):
@@ -345,7 +352,7 @@ def test_another_call_at_the_same_time_changes_nothing(pipe):
     """What a second thread does to the pipeline while this one draws."""
 
     def neighbour(pipe, step, timestep, tensors):
-        pipe._schedule = ScaleSchedule((8, 32), NUM_SCALES)
+        pipe.schedule = ScaleSchedule((8, 32), NUM_SCALES)
 
     assert torch.equal(draw(pipe, callback_on_step_end=neighbour), draw(pipe))
 
@@ -399,11 +406,11 @@ def test_sequential_cpu_offload_draws_the_same(pipe, monkeypatch):
     [
         ({"prompt": []}, "`prompt` must be a string or a list of strings"),
         ({"prompt": None}, "`prompt` must be a string or a list of strings"),
-        ({"prompt": "a <image> of a cat"}, "must not hold any of <boi>, <eoi>, <image>"),
+        ({"prompt": "a <image> of a cat"}, "must not hold any of <image>. Leave"),
         ({"prompt": ["a", "b"], "negative_prompt": ["a", "b", "c"]}, "Got 3 negative prompts for 2 prompts"),
         ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be at least 1"),
         ({"output_type": "jpeg"}, '`output_type` must be one of pil, np, pt, latent, but got "jpeg"'),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"\['noise'\], but may only hold \['latents', 'codes'\]"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"\['noise'\], but may only hold"),
         ({"height": 100, "width": 100}, "nearest legal sizes .* are 96 x 96"),
         ({"height": 80}, "`height` and `width`"),
         ({"height": 1024, "width": 1024}, "18 scales, but this model has 5"),

@@ -184,3 +184,70 @@ def test_text_generation(tiny_random_checkpoint):
 def test_bad_pictures(any_to_any):
     with pytest.raises(ValueError, match="`text` has 0 `<image>` marks, but `images` has 1 pictures"):
         any_to_any(images=Image.new("RGB", (80, 80)), text="What is it?")
+
+
+# What image generation can do beside one picture a prompt
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_frames_and_thoughts(draw, batch_size):
+    prompts = ["a cat", "", "two dogs"]
+    stories = draw(prompts, num_frames=2, num_images_per_prompt=2, seed=0, batch_size=batch_size)
+    assert [[len(frames) for frames in story] for story in stories] == [[2, 2]] * 3
+    assert all(frame.size == (80, 80) for story in stories for frames in story for frame in frames)
+    pictures = draw(prompts, thinking=True, max_new_tokens=3, seed=0, batch_size=batch_size)
+    assert all(isinstance(picture.info["thought"], str) for [picture] in pictures)
+    assert draw("a cat", num_frames=1, seed=0)[0][0].size == (80, 80)
+
+
+def test_frames_at_construction_can_be_taken_back(tiny_random_checkpoint):
+    draw = pipeline("text-to-image", model=tiny_random_checkpoint, thinking=True, max_new_tokens=2)
+    assert "thought" in draw("a cat")[0].info
+    assert "thought" not in draw("a cat", thinking=False)[0].info
+
+
+def test_a_tuple_of_prompts_is_a_list(draw):
+    one, two = draw(("a cat", "two dogs"), seed=0), draw(["a cat", "two dogs"], seed=0)
+    assert [pixels(image) for [image] in one] == [pixels(image) for [image] in two]
+    with pytest.raises(ValueError, match="no prompts; give at least one"):
+        draw(())
+
+
+def test_an_empty_prompt_among_others(draw):
+    together = draw(["", "two dogs", ""], seed=0, batch_size=3)
+    assert all(alike(image, draw(prompt, seed=0)[0]) for prompt, [image] in zip(["", "two dogs"], together))  # noqa: B905
+
+
+def test_negative_prompts_of_batches(draw):
+    settings = {"image_top_k": 1, "guidance_scale": 4.0}
+    plain = draw(["a cat", "two dogs"], batch_size=2, **settings)
+    for style in (None, "chat"):
+        together = draw(["a cat", "two dogs"], batch_size=2, negative_prompt="red", prompt_style=style, **settings)
+        for prompt, [image] in zip(["a cat", "two dogs"], together, strict=True):
+            assert alike(image, draw(prompt, negative_prompt="red", prompt_style=style, **settings)[0])
+        assert not alike(together[0][0], plain[0][0])
+    [[without], _] = draw(["a cat", "two dogs"], batch_size=2, negative_prompt="", **settings)
+    assert alike(without, plain[0][0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"negative_prompt": ["red"]}, "`negative_prompt` one string for all"),
+        ({"inputs": "a cat<boi>", "thinking": True}, "must not hold any of <boi>"),
+        ({"inputs": "a <image> of a cat"}, "must not hold any of <image>"),
+        ({"prompt_style": "haiku"}, 'A prompt style is "bare" or "chat"'),
+        ({"num_images_per_prompt": 1.5}, "`num_images_per_prompt` must be at least 1, but got 1.5"),
+        ({"generator": [torch.Generator()] * 2}, "Got 2 generators for 1 images"),
+        ({"thinking": True, "num_frames": 2}, "`thinking` comes before one image"),
+    ],
+)
+def test_more_bad_arguments(draw, settings, message):
+    with pytest.raises(ValueError, match=message):
+        draw(**{"inputs": "a cat", **settings})
+
+
+def test_a_generator_is_no_number(draw):
+    for generator in (0, [0]):
+        with pytest.raises(TypeError, match="`generator` must be a `torch.Generator`"):
+            draw("a cat", generator=generator)
