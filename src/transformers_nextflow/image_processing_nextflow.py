@@ -1,11 +1,10 @@
 """Image processor of NextFlow on torchvision."""
 
-import numpy as np
 import torch
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import ImageInput
 
-from .image_processing_pil_nextflow import WHITE, NextFlowBaseImageProcessor, to_rgb
+from .image_processing_pil_nextflow import NextFlowBaseImageProcessor
 
 
 class NextFlowImageProcessor(NextFlowBaseImageProcessor, TorchvisionBackend):  # type: ignore[misc]  # other steps
@@ -53,17 +52,8 @@ class NextFlowImageProcessor(NextFlowBaseImageProcessor, TorchvisionBackend):  #
     ```
     """
 
-    def process_image(
-        self,
-        image: ImageInput,
-        do_convert_rgb=None,
-        input_data_format=None,
-        device=None,
-        background_color=WHITE,
-        **kwargs,
-    ) -> torch.Tensor:
-        rgb = torch.from_numpy(np.array(to_rgb(image, background_color, input_data_format)))
-        return rgb.permute(2, 0, 1).contiguous().to(device)
+    def process_image(self, image: ImageInput, do_convert_rgb=None, device=None, **kwargs) -> torch.Tensor:
+        return torch.from_numpy(self._read(image, **kwargs)).permute(2, 0, 1).contiguous().to(device)
 
     def pad_around(self, image: torch.Tensor, frame: tuple[int, int], color) -> torch.Tensor:
         height, width = image.shape[-2:]
