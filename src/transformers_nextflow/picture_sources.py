@@ -1,4 +1,4 @@
-"""Where pictures and videos come from: paths, URLs and base64 strings, opened within limits, checked before decoding."""
+"""Where pictures and videos come from: paths, URLs and base64 strings, within limits, checked before decoding."""
 
 import base64
 import os

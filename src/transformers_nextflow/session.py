@@ -110,7 +110,7 @@ class NextFlowSession:
         if codes is None:
             self.undo()
             raise ValueError("The `stopping_criteria` ended the turn before the picture began, so it is forgotten.")
-        return self.processor._decode_codes([codes.ids], [codes.schedule.grid_shw])[0]
+        return self.processor.decode_codes([codes.ids], [codes.schedule.grid_shw])[0]
 
     def chat(self, text: str, images: Sequence[Any] | Any = None, **settings) -> Segments:
         """Text and pictures as the model likes: a list of `str` and `PIL.Image.Image` in order."""
