@@ -7,7 +7,6 @@ leaves the marks out.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 # A noncharacter, which Unicode keeps for use inside programs: no text holds it.
@@ -114,34 +113,3 @@ def read_messages(messages: Any, special_tokens: Sequence[str], marks: Sequence[
 def _text(part: Any) -> Any:
     """Of a text part; None for any other."""
     return part if isinstance(part, str) else part.get("text") if part["type"] == "text" else None
-
-
-def tokenize(tokenizer: Any, texts: Sequence[str], **options) -> dict[str, list[Any]]:
-    """The tokenizer's fields of texts; what is broken up by [`BREAK`] is text.
-
-    Raises:
-        `ValueError`: for a text that is not valid Unicode.
-    """
-    for number, text in enumerate(texts):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"Text {number} holds a lone surrogate ({text[error.start]!r} at {error.start}), which is no character. "
-                "Decode it rightly, or replace what is broken."
-            ) from None
-    pieces = [text.split(BREAK) for text in texts]
-    encoded = tokenizer(list(chain(*pieces)), **options)
-    if len(pieces) == sum(map(len, pieces)):
-        return dict(encoded)
-    fields: dict[str, list[Any]] = {name: [] for name in encoded}
-    for name, values in fields.items():
-        remaining = iter(encoded[name])
-        for row in pieces:
-            starts = [sum(len(piece) + len(BREAK) for piece in row[:index]) for index in range(len(row))]
-            joined = ((start, item) for start in starts for item in next(remaining))
-            if name == "offset_mapping":
-                values.append([(start + first, start + last) for start, (first, last) in joined])
-            else:
-                values.append([item for _, item in joined])
-    return fields

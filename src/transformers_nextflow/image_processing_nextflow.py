@@ -32,6 +32,9 @@ class NextFlowImageProcessor(NextFlowBaseImageProcessor, TorchvisionBackend):  #
             The steps. Without `do_resize` an image must already have a schedule's size.
         rescale_factor, image_mean, image_std:
             What brings 0 ... 255 to [-1, 1] by default.
+        max_pixels, max_aspect_ratio, allow_urls, allow_paths, max_download_bytes, max_download_seconds:
+            What is opened, and how large it may be; see [`SourceLimits`].
+    max_pixels, max_aspect_ratio, ...: What is opened, and how large it may be; see [`SourceLimits`].
 
     Calling it returns a [`BatchFeature`] with:
         - **pixel_values** -- float `(num_images, 3, H, W)` if all come out in one size, else a list of `(3, H, W)`.
@@ -52,7 +55,9 @@ class NextFlowImageProcessor(NextFlowBaseImageProcessor, TorchvisionBackend):  #
     ```
     """
 
-    def process_image(self, image: ImageInput, do_convert_rgb=None, device=None, **kwargs) -> torch.Tensor:
+    def process_image(  # type: ignore[override]
+        self, image: ImageInput, do_convert_rgb=None, device=None, **kwargs
+    ) -> torch.Tensor:
         return torch.from_numpy(self._read(image, **kwargs)).permute(2, 0, 1).contiguous().to(device)
 
     def pad_around(self, image: torch.Tensor, frame: tuple[int, int], color) -> torch.Tensor:

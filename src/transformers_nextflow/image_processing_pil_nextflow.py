@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from PIL import ExifTags, Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
@@ -261,7 +262,13 @@ class NextFlowBaseImageProcessor(BaseImageProcessor):
         pictures = [open_picture(source, SourceLimits.of(vars(self))) for source in flatten_pictures(image_url_or_urls)]
         return pictures if isinstance(image_url_or_urls, list | tuple) else pictures[0]
 
-    def _prepare_image_like_inputs(self, images, *args, **kwargs) -> Iterator[Any]:
+    def preprocess(self, images, *args, **kwargs) -> BatchFeature:
+        try:
+            return super().preprocess(images, *args, **kwargs)
+        except StrictDataclassError as error:  # an option of a wrong type
+            raise ValueError(str(error)) from error
+
+    def _prepare_image_like_inputs(self, images, *args, **kwargs) -> Iterator[Any]:  # type: ignore[override]
         # One by one: of a call's pictures one at a time is held at the size that it came in.
         return (self.process_image(source, **kwargs) for source in flatten_pictures(images))
 
@@ -371,7 +378,7 @@ class NextFlowImageProcessorPil(NextFlowBaseImageProcessor, PilBackend):  # type
     NextFlow's image processor on PIL and NumPy. See [`NextFlowImageProcessor`] for arguments and results.
     """
 
-    def process_image(self, image: ImageInput, do_convert_rgb=None, **kwargs) -> np.ndarray:
+    def process_image(self, image: ImageInput, do_convert_rgb=None, **kwargs) -> np.ndarray:  # type: ignore[override]
         return np.moveaxis(self._read(image, **kwargs), -1, 0)
 
     def pad_around(self, image: np.ndarray, frame: tuple[int, int], color) -> np.ndarray:

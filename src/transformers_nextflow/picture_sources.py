@@ -2,18 +2,21 @@
 
 import base64
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from io import BytesIO
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 from urllib.request import Request, urlopen
 
 from PIL import Image
 from transformers.image_utils import is_valid_image
 from transformers.video_utils import load_video
+
+VIDEO_MARK = "<video>"
 
 # What decoders hold at once, in units of four bytes a pixel (measured on Pillow 13); 1 where it is not told.
 COPIES = {"WEBP": 4, "JPEG2000": 5, "AVIF": 3}
@@ -215,11 +218,11 @@ def sample_frames(video: Any, number: int, limits: SourceLimits = SourceLimits()
     try:
         if source is None:
             return [video[place] for place in places(len(video))]
-        opened = _open(source, "video", limits)
+        opened: Any = _open(source, "video", limits)
         if isinstance(opened, str):
             return list(load_video(opened, sample_indices_fn=choose)[0])
         with TemporaryDirectory() as folder:
-            path = os.path.join(folder, "video")
+            path: Any = os.path.join(folder, "video")
             with open(path, "wb") as file:
                 file.write(opened.getbuffer())
             return list(load_video(path, sample_indices_fn=choose)[0])
@@ -228,3 +231,54 @@ def sample_frames(video: Any, number: int, limits: SourceLimits = SourceLimits()
     except Exception as error:
         name = "given" if source is None else shorten(source)
         raise ValueError(f'Could not read the video "{name}": {shorten(str(error), 400)}.') from error
+
+
+def place_frames(
+    texts: list[str], images: Any, videos: Any, num_frames: int, image_token: str, limits: SourceLimits
+) -> tuple[list[str], Any]:
+    """Texts with an `<image>` for each frame of a `<video>`, and the pictures with the frames among them."""
+    num_marks = sum(text.count(VIDEO_MARK) for text in texts)
+    if videos is None and not num_marks:
+        return texts, images
+    if not isinstance(num_frames, int) or num_frames < 1:
+        raise ValueError(f"`num_frames` must be at least 1, a whole number, but got {num_frames}.")
+    given = [] if videos is None else list(flatten_videos(videos))
+    if len(given) != num_marks:
+        raise ValueError(
+            f"`text` has {num_marks} `{VIDEO_MARK}` marks, but `videos` has {len(given)} videos. Put one mark into "
+            "the text where each video stands."
+        )
+    pictures = iter(match_pictures(images, [text.count(image_token) for text in texts], image_token))
+    clips, merged, spread = iter(given), [], []
+    for text in texts:
+        parts = re.split(f"({re.escape(VIDEO_MARK)}|{re.escape(image_token)})", text)
+        for i, part in enumerate(parts):
+            if part == image_token:
+                merged.append(next(pictures))
+            elif part == VIDEO_MARK:
+                frames = sample_frames(next(clips), num_frames, limits)
+                merged += frames
+                parts[i] = image_token * len(frames)
+        spread.append("".join(parts))
+    return spread, merged
+
+
+def match_pictures(images: Any, num_marks: list[int], image_token: str) -> list[Any]:
+    """All pictures in reading order; checks that they are as many as the marks."""
+    marks = f"`{image_token}` marks"
+    if isinstance(images, list | tuple) and images and all(isinstance(group, list | tuple) for group in images):
+        counts = [len(group) for group in images]
+        if counts != num_marks:
+            raise ValueError(
+                f"The texts have {num_marks} {marks}, but the lists of `images` have {counts} pictures. "
+                "Pass one list a text, with one picture a mark."
+            )
+    pictures = flatten_pictures(images)
+    if not pictures and any(num_marks):
+        raise ValueError(f"`text` has {sum(num_marks)} {marks}, but there are no `images`. Pass one a mark.")
+    if len(pictures) != sum(num_marks):
+        raise ValueError(
+            f"`text` has {sum(num_marks)} {marks}, but `images` has {len(pictures)} pictures. "
+            "Put one mark into the text where each picture stands."
+        )
+    return pictures

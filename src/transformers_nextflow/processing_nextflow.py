@@ -4,10 +4,11 @@ Token view: an image stands in a sequence as `<boi>` and its codes, each as the 
 """
 
 import copy
+import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,21 +19,23 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file, logging
 
-from .chat_template import CHAT_TEMPLATE, read_messages, tokenize
+from .chat_template import CHAT_TEMPLATE, read_messages
 from .image_processing_pil_nextflow import to_pil
 from .interleaved_decoding import GenerationEvent
 from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
-from .picture_sources import SourceLimits, flatten_pictures, flatten_videos, sample_frames
+from .picture_sources import VIDEO_MARK, SourceLimits, match_pictures, place_frames
 from .remote_code import write_shim
 from .scale_schedule import ScaleSchedule
 from .stream_decoding import StreamChunk, decode_stream
+from .token_fields import expand_marks, pad, tokenize, truncate
 
 logger = logging.get_logger(__name__)
 
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
-VIDEO_MARK = "<video>"
 PADDING_ARGUMENTS = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
 ENCODED_TOGETHER = 2**22  # pixels that the image tokenizer encodes at once
+CONFIG_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+CONFIG_FILES += (f"{IMAGE_TOKENIZER_FOLDER}/config.json",)
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
@@ -144,7 +147,7 @@ class NextFlowProcessor(ProcessorMixin):
         if audio is not None:
             raise ValueError("NextFlow reads text, images and videos; `audio` must be None.")
         if text is not None and not _is_text(text) and _is_text(images):
-            text, images = images, text
+            text, images = images, text  # type: ignore[assignment]
         texts: Any = [text] if isinstance(text, str) else text
         if not _is_text(texts):
             raise ValueError(
@@ -154,7 +157,7 @@ class NextFlowProcessor(ProcessorMixin):
         merged = self._read_options(kwargs)
         images_kwargs = merged["images_kwargs"]
         limits = SourceLimits.of({**vars(self.image_processor), **images_kwargs})
-        texts, images = self._frames_as_images(list(texts), images, videos, num_frames, limits)
+        texts, images = place_frames(list(texts), images, videos, num_frames, self.image_token, limits)
         text_kwargs = merged["text_kwargs"]
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # of no use with our ids
             text_kwargs.pop(name, None)
@@ -166,18 +169,19 @@ class NextFlowProcessor(ProcessorMixin):
 
         encoded = tokenize(self.tokenizer, texts, **text_kwargs)
         num_marks = [ids.count(self.image_token_id) for ids in encoded["input_ids"]]
-        pictures = self._flatten_images(images, num_marks)
+        pictures = match_pictures(images, num_marks, self.image_token)
         if not pictures and {"height", "width"} & images_kwargs.keys():
             logger.warning_once(
                 "`height` and `width` are for pictures that are given, and there are none. For the size of a picture "
                 'to be drawn pass them to `generate`; in a pipeline: `generate_kwargs={"height": ..., "width": ...}`.'
             )
         codes, target_codes, grids = self._encode_images(pictures, self_correction, generator, images_kwargs)
-        fields = self._expand_marks(encoded, codes)
+        marks = (self.image_token_id, self.boi_token_id)
+        fields = expand_marks(encoded, codes, *marks)
         if self_correction:
-            fields["labels"] = self._expand_marks(encoded, target_codes)["input_ids"]
-        self._truncate(fields, max_length, num_marks)
-        batch = self._pad(fields, **{"padding": False, **padding})
+            fields["labels"] = expand_marks(encoded, target_codes, *marks)["input_ids"]
+        truncate(fields, max_length, num_marks, self.tokenizer.truncation_side)
+        batch = pad(self.tokenizer, fields, **{"padding": False, **padding})
         if pictures:
             batch["image_grid_shw"] = grids
         return BatchFeature(batch, tensor_type=return_tensors)
@@ -193,55 +197,6 @@ class NextFlowProcessor(ProcessorMixin):
             return self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **options)
         except StrictDataclassError as error:
             raise ValueError(str(error)) from error
-
-    def _frames_as_images(
-        self, texts: list[str], images: Any, videos: Any, num_frames: int, limits: SourceLimits
-    ) -> tuple[list[str], Any]:
-        """Texts with an `<image>` for each frame of a `<video>`, and the pictures with the frames among them."""
-        num_marks = sum(text.count(VIDEO_MARK) for text in texts)
-        if videos is None and not num_marks:
-            return texts, images
-        if not isinstance(num_frames, int) or num_frames < 1:
-            raise ValueError(f"`num_frames` must be at least 1, a whole number, but got {num_frames}.")
-        given = [] if videos is None else list(flatten_videos(videos))
-        if len(given) != num_marks:
-            raise ValueError(
-                f"`text` has {num_marks} `{VIDEO_MARK}` marks, but `videos` has {len(given)} videos. Put one mark into "
-                "the text where each video stands."
-            )
-        pictures = iter(self._flatten_images(images, [text.count(self.image_token) for text in texts]))
-        clips, merged, spread = iter(given), [], []
-        for text in texts:
-            parts = re.split(f"({re.escape(VIDEO_MARK)}|{re.escape(self.image_token)})", text)
-            for i, part in enumerate(parts):
-                if part == self.image_token:
-                    merged.append(next(pictures))
-                elif part == VIDEO_MARK:
-                    frames = sample_frames(next(clips), num_frames, limits)
-                    merged += frames
-                    parts[i] = self.image_token * len(frames)
-            spread.append("".join(parts))
-        return spread, merged
-
-    def _flatten_images(self, images: Any, num_marks: list[int]) -> list[Any]:
-        """All pictures in reading order; checks that they are as many as the marks."""
-        marks = f"`{self.image_token}` marks"
-        if isinstance(images, list | tuple) and images and all(isinstance(group, list | tuple) for group in images):
-            counts = [len(group) for group in images]
-            if counts != num_marks:
-                raise ValueError(
-                    f"The texts have {num_marks} {marks}, but the lists of `images` have {counts} pictures. "
-                    "Pass one list a text, with one picture a mark."
-                )
-        pictures = flatten_pictures(images)
-        if not pictures and sum(num_marks):
-            raise ValueError(f"`text` has {sum(num_marks)} {marks}, but there are no `images`. Pass one a mark.")
-        if len(pictures) != sum(num_marks):
-            raise ValueError(
-                f"`text` has {sum(num_marks)} {marks}, but `images` has {len(pictures)} pictures. "
-                "Put one mark into the text where each picture stands."
-            )
-        return pictures
 
     def _encode_images(
         self, pictures: list[Any], self_correction: bool, generator: torch.Generator | None, images_kwargs: dict
@@ -281,48 +236,6 @@ class NextFlowProcessor(ProcessorMixin):
                 "model's `config.text_vocab_size`; pass it to the processor."
             )
         return self.image_tokenizer, self.visual_token_offset
-
-    def _expand_marks(self, encoded, codes: Iterable[list[int]]) -> dict[str, list[list[Any]]]:
-        """The tokenizer's fields with every mark replaced by `<boi>` and the ids of an image."""
-        remaining = iter(codes)
-        fields: dict[str, list[list[Any]]] = {name: [] for name in encoded}
-        for row, ids in enumerate(encoded["input_ids"]):
-            spans = [
-                [self.boi_token_id, *next(remaining)] if token == self.image_token_id else [token] for token in ids
-            ]
-            for name in fields:
-                values = encoded[name][row]
-                spread = ([value] * len(span) for value, span in zip(values, spans, strict=True))
-                fields[name].append([item for span in (spans if name == "input_ids" else spread) for item in span])
-        return fields
-
-    def _truncate(self, fields: dict[str, list[list[Any]]], max_length: int | None, num_marks: list[int]) -> None:
-        if max_length is None:
-            return
-        for row, ids in enumerate(fields["input_ids"]):
-            if len(ids) <= max_length:
-                continue
-            if num_marks[row]:
-                raise ValueError(
-                    f"Text {row} takes {len(ids)} tokens with its pictures, more than `max_length` ({max_length}), and "
-                    "a picture can't be cut. Raise `max_length`, turn `truncation` off or use fewer `num_scales`."
-                )
-            kept = slice(max_length) if self.tokenizer.truncation_side == "right" else slice(-max_length, None)
-            for rows in fields.values():
-                rows[row] = rows[row][kept]
-
-    def _pad(self, fields: dict[str, list[list[Any]]], **padding) -> dict[str, Any]:
-        """Pads as the tokenizer does; it knows its own fields, the others follow."""
-        own = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask")
-        batch = dict(self.tokenizer.pad({name: fields[name] for name in own if name in fields}, **padding))
-        left = padding.get("padding_side", self.tokenizer.padding_side) == "left"
-        for name in fields.keys() - batch.keys():
-            filler = -100 if name == "labels" else (0, 0)
-            batch[name] = []
-            for values, padded in zip(fields[name], batch["input_ids"], strict=True):
-                fill = [filler] * (len(padded) - len(values))
-                batch[name].append(fill + values if left else values + fill)
-        return batch
 
     def apply_chat_template(self, conversation, *args, allow_special_tokens: bool = False, **kwargs):  # type: ignore[override]
         """The prompt of a chat, or its model inputs with `tokenize=True`.
@@ -577,6 +490,17 @@ class NextFlowProcessor(ProcessorMixin):
         return files
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:  # they don't name a damaged file
+            for name in CONFIG_FILES:
+                file = _find_file(pretrained_model_name_or_path, name, kwargs.get("subfolder", ""), kwargs)
+                if file is not None and not _is_whole(file):
+                    raise ValueError(f"{file} is damaged. Copy or download it anew.") from error
+            raise
+
+    @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         processor_dict, unused_kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "image_tokenizer" not in kwargs:
@@ -598,19 +522,12 @@ class NextFlowProcessor(ProcessorMixin):
 
     @classmethod
     def _load_image_tokenizer(cls, pretrained_model_name_or_path, kwargs: dict) -> NextFlowImageTokenizer | None:
-        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         subfolder = os.path.join(kwargs.get("subfolder", ""), IMAGE_TOKENIZER_FOLDER)
-        config_file = cached_file(
-            pretrained_model_name_or_path,
-            "config.json",
-            subfolder=subfolder,
-            _raise_exceptions_for_missing_entries=False,
-            **hub_arguments,
-        )
+        config_file = _find_file(pretrained_model_name_or_path, "config.json", subfolder, kwargs)
         if config_file is None:
             return None
         return NextFlowImageTokenizer.from_pretrained(
-            pretrained_model_name_or_path, subfolder=subfolder, **hub_arguments
+            pretrained_model_name_or_path, subfolder=subfolder, **_hub_arguments(kwargs)
         )
 
 
@@ -618,6 +535,29 @@ def _is_text(text: Any) -> bool:
     return isinstance(text, str) or (
         isinstance(text, list | tuple) and len(text) > 0 and all(isinstance(sample, str) for sample in text)
     )
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+
+
+def _find_file(checkpoint: Any, name: str, subfolder: str, kwargs: dict[str, Any]) -> str | None:
+    return cached_file(
+        checkpoint,
+        name,
+        subfolder=subfolder,
+        _raise_exceptions_for_missing_entries=False,
+        **_hub_arguments(kwargs),
+    )
+
+
+def _is_whole(file: str) -> bool:
+    try:
+        content = json.loads(Path(file).read_text("utf-8"))
+        parts = content.get("image_processor", {}) if isinstance(content, dict) else None
+        return isinstance(parts, dict) and not (file.endswith("tokenizer.json") and "added_tokens" not in content)
+    except ValueError:
+        return False
 
 
 def _check_schedules(image_tokenizer) -> None:
