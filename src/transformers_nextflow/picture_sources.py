@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from io import BytesIO
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 from urllib.request import Request, urlopen
 
 from PIL import Image
@@ -220,7 +220,7 @@ def sample_frames(video: Any, number: int, limits: SourceLimits = SourceLimits()
             return [video[place] for place in places(len(video))]
         opened: Any = _open(source, "video", limits)
         if isinstance(opened, str):
-            return list(load_video(opened, sample_indices_fn=choose)[0])
+            return list(load_video(opened, sample_indices_fn=choose)[0])  # type: ignore[arg-type]
         with TemporaryDirectory() as folder:
             path: Any = os.path.join(folder, "video")
             with open(path, "wb") as file:

@@ -34,8 +34,10 @@ logger = logging.get_logger(__name__)
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 PADDING_ARGUMENTS = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
 ENCODED_TOGETHER = 2**22  # pixels that the image tokenizer encodes at once
-CONFIG_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
-CONFIG_FILES += (f"{IMAGE_TOKENIZER_FOLDER}/config.json",)
+CONFIG_FILES = (
+    *("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    f"{IMAGE_TOKENIZER_FOLDER}/config.json",
+)
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
