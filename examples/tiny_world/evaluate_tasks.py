@@ -158,7 +158,7 @@ class TaskEvaluation:
             codes = output.image_codes
             codes = codes if codes.ndim == 3 else codes[:, None]
             grid = output.image_grid_shw[-1:].tolist()
-            flat = self.processor._decode_codes(list(codes.flatten(0, 1)), grid * len(codes.flatten(0, 1)))
+            flat = self.processor.decode_codes(list(codes.flatten(0, 1)), grid * len(codes.flatten(0, 1)))
             made += _regroup([np.asarray(picture.convert("RGB")) for picture in flat], codes.shape[1])
         return made
 

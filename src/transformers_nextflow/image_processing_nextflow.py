@@ -1,11 +1,10 @@
 """Image processor of NextFlow on torchvision."""
 
-import numpy as np
 import torch
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import ImageInput
 
-from .image_processing_pil_nextflow import WHITE, NextFlowBaseImageProcessor, to_rgb
+from .image_processing_pil_nextflow import NextFlowBaseImageProcessor
 
 
 class NextFlowImageProcessor(NextFlowBaseImageProcessor, TorchvisionBackend):  # type: ignore[misc]  # other steps
@@ -33,6 +32,9 @@ class NextFlowImageProcessor(NextFlowBaseImageProcessor, TorchvisionBackend):  #
             The steps. Without `do_resize` an image must already have a schedule's size.
         rescale_factor, image_mean, image_std:
             What brings 0 ... 255 to [-1, 1] by default.
+        max_pixels, max_aspect_ratio, allow_urls, allow_paths, max_download_bytes, max_download_seconds:
+            What is opened, and how large it may be; see [`SourceLimits`].
+    max_pixels, max_aspect_ratio, ...: What is opened, and how large it may be; see [`SourceLimits`].
 
     Calling it returns a [`BatchFeature`] with:
         - **pixel_values** -- float `(num_images, 3, H, W)` if all come out in one size, else a list of `(3, H, W)`.
@@ -53,17 +55,10 @@ class NextFlowImageProcessor(NextFlowBaseImageProcessor, TorchvisionBackend):  #
     ```
     """
 
-    def process_image(
-        self,
-        image: ImageInput,
-        do_convert_rgb=None,
-        input_data_format=None,
-        device=None,
-        background_color=WHITE,
-        **kwargs,
+    def process_image(  # type: ignore[override]
+        self, image: ImageInput, do_convert_rgb=None, device=None, **kwargs
     ) -> torch.Tensor:
-        rgb = torch.from_numpy(np.array(to_rgb(image, background_color, input_data_format)))
-        return rgb.permute(2, 0, 1).contiguous().to(device)
+        return torch.from_numpy(self._read(image, **kwargs)).permute(2, 0, 1).contiguous().to(device)
 
     def pad_around(self, image: torch.Tensor, frame: tuple[int, int], color) -> torch.Tensor:
         height, width = image.shape[-2:]

@@ -1,14 +1,13 @@
 """Image processor of NextFlow on PIL and NumPy, and what it shares with the torchvision one: geometry and colours."""
 
-import base64
-import os
-from collections.abc import Callable, Sequence
-from io import BytesIO
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from typing import Any
-from urllib.request import Request, urlopen
 
 import numpy as np
-from PIL import Image, ImageOps
+from huggingface_hub.errors import StrictDataclassError
+from PIL import ExifTags, Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import (
@@ -17,14 +16,24 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
     infer_channel_dimension_format,
-    is_valid_image,
 )
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, is_torch_tensor
 
+from .picture_sources import SourceLimits, flatten_pictures, open_picture
 from .scale_schedule import ScaleSchedule, nearest_bucket
 
 WHITE = (255, 255, 255)
+LARGE = 2**22  # pixels above which a picture is averaged over cells first
+STRIP = 2**20  # pixels that are converted together
+SAME_AXES = (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM)
+TURNS = dict(  # by the EXIF tag
+    zip(
+        range(2, 9),
+        (*SAME_AXES, *(Image.Transpose[name] for name in ("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))),
+        strict=True,
+    )
+)
 
 
 class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
@@ -41,6 +50,8 @@ class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
         Whether to fit the whole image in and pad it, instead of filling the frame and cropping the centre.
     background_color (`list[int]`, *optional*, defaults to `self.background_color`):
         Red, green and blue, 0 to 255: what shows behind transparent pixels and in the padding.
+    max_pixels, max_aspect_ratio, allow_urls, allow_paths, max_download_bytes, max_download_seconds (*optional*):
+        What is opened; see [`SourceLimits`].
     """
 
     num_scales: int
@@ -48,6 +59,12 @@ class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
     width: int | None
     stride: int
     background_color: tuple[int, ...] | list[int]
+    max_pixels: int
+    max_aspect_ratio: float | int
+    allow_urls: bool
+    allow_paths: bool
+    max_download_bytes: int
+    max_download_seconds: float | int
 
 
 def choose_schedule(
@@ -78,10 +95,26 @@ def resized_size(image_size: tuple[int, int], frame: tuple[int, int], cover: boo
     return h, w
 
 
+def shrinking(image_size: tuple[int, int], frame: tuple[int, int], cover: bool) -> tuple[int, int, int]:
+    """What a picture can lose before it is resized to a `frame`, so that memory follows the frame.
+
+    Returns:
+        Rows to cut at the top and at the bottom, columns to cut at the left and at the right, and the side of the cells
+        that are averaged; `(0, 0, 1)` for usual pictures. It leaves twice as much as the frame shows on each axis.
+    """
+    (height, width), (rows, columns) = image_size, frame
+    cut_rows = max(0, height - 2 * width * rows // columns - 4) // 2 if cover else 0
+    cut_columns = max(0, width - 2 * height * columns // rows - 4) // 2 if cover else 0
+    if height * width <= LARGE:
+        return cut_rows, cut_columns, 1
+    return cut_rows, cut_columns, max(1, (min if cover else max)(height // rows, width // columns) // 2)
+
+
 def to_rgb(
     image: ImageInput,
     background_color: tuple[int, ...] | list[int] = WHITE,
     input_data_format: str | ChannelDimension | None = None,
+    shrink: Callable[[tuple[int, int]], tuple[int, int, int]] | None = None,
 ) -> np.ndarray:
     """Any image as `uint8` RGB `(H, W, 3)`: upright (EXIF), transparency composited, 16 bits brought down to 8.
 
@@ -93,18 +126,56 @@ def to_rgb(
             What shows behind transparent pixels.
         input_data_format (`str`, *optional*):
             `"channels_first"` or `"channels_last"`, where an array's shape leaves it open.
+        shrink (function, *optional*):
+            Takes height and width of the upright picture and gives what [`shrinking`] does.
 
     Raises:
         `ValueError`: for an empty image, values out of range or a shape that is not an image's.
     """
-    if not isinstance(image, Image.Image):
-        return _array_to_rgb(_to_numpy(image), background_color, input_data_format)
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # more than 8 bits: PIL would clip them
-        return _array_to_rgb(np.asarray(image), background_color)
-    if "A" in image.getbands() or "transparency" in image.info:
-        return _array_to_rgb(np.asarray(image.convert("RGBA")), background_color, ChannelDimension.LAST)
-    return np.asarray(image.convert("RGB"))
+    turn = _turn(image) if isinstance(image, Image.Image) else None
+    if isinstance(image, Image.Image):
+        height, width = image.height, image.width
+        deep = image.mode[0] in "IF"  # more than 8 bits: PIL would clip them
+        high = image.getextrema()[1] if deep else 255
+    else:
+        image = _with_channels(_to_numpy(image), input_data_format)
+        (height, width), high = image.shape[:2], image.max()
+
+    def read(left: int, top: int, right: int, bottom: int) -> np.ndarray:
+        if not isinstance(image, Image.Image):
+            return _array_to_rgb(image[top:bottom, left:right], high, background_color)
+        part = image.crop((left, top, right, bottom))
+        if deep:
+            return _array_to_rgb(np.asarray(part)[..., None], high, background_color)
+        if "A" in part.getbands() or "transparency" in part.info:
+            return _array_to_rgb(np.asarray(part.convert("RGBA")), high, background_color)
+        return np.asarray(part.convert("RGB"))
+
+    flat = turn in (None, *SAME_AXES)
+    cuts, factor = (0, 0), 1
+    if shrink is not None:
+        *cuts, factor = shrink((height, width) if flat else (width, height))  # type: ignore[assignment]
+    top, left = cuts if flat else cuts[::-1]
+    rows, columns = (height - 2 * top) // factor, (width - 2 * left) // factor
+    rgb = np.empty((rows, columns, 3), np.uint8)
+    step = max(1, STRIP // (columns * factor**2))
+    for row in range(0, rows, step):  # in strips, so that what lies between takes little
+        number = min(step, rows - row)
+        start = top + row * factor
+        strip = read(left, start, left + columns * factor, start + number * factor)
+        if factor > 1:
+            cells = strip.reshape(number, factor, columns, factor, 3)
+            strip = np.rint(cells.mean((1, 3), dtype=np.float32))  # type: ignore[assignment]
+        rgb[row : row + number] = strip
+    return rgb if turn is None else np.array(Image.fromarray(rgb).transpose(turn))
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes a picture upright."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))  # type: ignore[arg-type]
+    except Exception:  # a picture with damaged EXIF data is a picture still
+        return None
 
 
 def _to_numpy(array: Any) -> np.ndarray:
@@ -114,11 +185,7 @@ def _to_numpy(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
-def _array_to_rgb(
-    array: np.ndarray,
-    background_color: tuple[int, ...] | list[int],
-    input_data_format: str | ChannelDimension | None = None,
-) -> np.ndarray:
+def _with_channels(array: np.ndarray, input_data_format: str | ChannelDimension | None) -> np.ndarray:
     if array.ndim == 2:
         array = array[..., None]
     elif input_data_format is None:
@@ -127,7 +194,11 @@ def _array_to_rgb(
         array = np.moveaxis(array, 0, -1)
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or array.size == 0:
         raise ValueError(f"An image must have height, width and 1, 3 or 4 channels, but has the shape {array.shape}.")
-    array = _to_uint8(array)
+    return array
+
+
+def _array_to_rgb(array: np.ndarray, high: Any, background_color: tuple[int, ...] | list[int]) -> np.ndarray:
+    array = _to_uint8(array, high)
     if array.shape[-1] == 4:
         alpha = array[..., 3:] / np.float32(255)
         array = np.rint(array[..., :3] * alpha + np.asarray(background_color, np.float32) * (1 - alpha)).astype(
@@ -136,61 +207,23 @@ def _array_to_rgb(
     return np.broadcast_to(array, (*array.shape[:2], 3))
 
 
-def _to_uint8(array: np.ndarray) -> np.ndarray:
+def _to_uint8(array: np.ndarray, high: Any) -> np.ndarray:
+    """8 bits of a part of a picture whose largest value is `high`."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
         return array * np.uint8(255)
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         return np.rint(array / np.float32(257)).astype(np.uint8)
-    low, high = array.min(), array.max()
-    if np.issubdtype(array.dtype, np.floating) and 0 <= low <= high <= 1:
+    low, top = array.min(), array.max()
+    if np.issubdtype(array.dtype, np.floating) and 0 <= low <= top <= high <= 1:
         return np.rint(array * 255).astype(np.uint8)
     if np.issubdtype(array.dtype, np.integer) and 0 <= low <= high <= 65535:
-        return array.astype(np.uint8) if high <= 255 else _to_uint8(array.astype(np.uint16))
+        return array.astype(np.uint8) if high <= 255 else _to_uint8(array.astype(np.uint16), high)
     raise ValueError(
         f"An image must hold integers from 0 to 255, integers from 0 to 65535 (16 bits), or floats from 0 to 1, "
-        f"but this one is {array.dtype} from {low} to {high}."
+        f"but this one is {array.dtype} from {low} to {max(top, high)}."
     )
-
-
-def open_images(images):
-    """Opens paths, URLs and base64 strings, in any nesting, and leaves images as they are.
-
-    Unlike `transformers.image_utils.load_image` it keeps transparency, so that the background shows through.
-    """
-    if isinstance(images, list | tuple):
-        return [open_images(image) for image in images]
-    if isinstance(images, str | os.PathLike):
-        return _open_image(os.fspath(images))
-    if is_valid_image(images):
-        return images[None] if getattr(images, "ndim", None) == 2 else images  # transformers wants a channel axis
-    raise TypeError(
-        f"An image must be a PIL image, an array, a tensor, a path, a URL or a base64 string, but got {type(images)}."
-    )
-
-
-def _open_image(source: str) -> Image.Image:
-    try:
-        image = Image.open(_open_source(source))
-        image.load()  # now, while errors still have the source's name
-        return image
-    except (OSError, ValueError, IndexError) as error:
-        shown = source if len(source) <= 80 else source[:77] + "..."
-        raise ValueError(
-            f'Could not open the image "{shown}". '
-            "It must be the path of an image file, an http(s) URL or a base64 string."
-        ) from error
-
-
-def _open_source(source: str) -> str | BytesIO:
-    if source.startswith(("http://", "https://")):
-        with urlopen(Request(source, headers={"User-Agent": "transformers-nextflow"}), timeout=60) as response:
-            return BytesIO(response.read())
-    if os.path.isfile(source):
-        return source
-    encoded = source.split(",", 1)[1] if source.startswith("data:image/") else source
-    return BytesIO(base64.b64decode(encoded, validate=True))
 
 
 def to_pil(pixel_values) -> list[Image.Image]:
@@ -216,6 +249,9 @@ class NextFlowBaseImageProcessor(BaseImageProcessor):
     num_scales = 18
     stride = 16
     background_color = WHITE
+    max_pixels, max_aspect_ratio, allow_urls, allow_paths, max_download_bytes, max_download_seconds = (
+        field.default for field in fields(SourceLimits)
+    )
     model_input_names = ["pixel_values", "image_grid_shw"]
 
     # The back-end's.
@@ -223,7 +259,31 @@ class NextFlowBaseImageProcessor(BaseImageProcessor):
     pad_around: Callable[..., Any]
 
     def fetch_images(self, image_url_or_urls):
-        return open_images(image_url_or_urls)
+        pictures = [open_picture(source, SourceLimits.of(vars(self))) for source in flatten_pictures(image_url_or_urls)]
+        return pictures if isinstance(image_url_or_urls, list | tuple) else pictures[0]
+
+    def preprocess(self, images, *args, **kwargs) -> BatchFeature:
+        try:
+            return super().preprocess(images, *args, **kwargs)
+        except StrictDataclassError as error:  # an option of a wrong type
+            raise ValueError(str(error)) from error
+
+    def _prepare_image_like_inputs(self, images, *args, **kwargs) -> Iterator[Any]:  # type: ignore[override]
+        # One by one: of a call's pictures one at a time is held at the size that it came in.
+        return (self.process_image(source, **kwargs) for source in flatten_pictures(images))
+
+    def _read(self, source, background_color=WHITE, input_data_format=None, **kwargs) -> np.ndarray:
+        """A picture of any source as `uint8` RGB `(H, W, 3)`, not much larger than what it is resized to."""
+        picture = open_picture(source, SourceLimits.of(kwargs))
+
+        def shrink(size: tuple[int, int]) -> tuple[int, int, int]:
+            SourceLimits.of(kwargs).check_size(*size[::-1], copies=0)
+            if not kwargs["do_resize"]:
+                return 0, 0, 1
+            schedule = choose_schedule(size, *(kwargs[name] for name in ("num_scales", "height", "width", "stride")))
+            return shrinking(size, (schedule.height, schedule.width), cover=not kwargs["do_pad"])
+
+        return to_rgb(picture, background_color, input_data_format, shrink)
 
     def postprocess(self, pixel_values) -> list[Image.Image]:
         """PIL images of decoded pixels `(B, 3, H, W)` in [-1, 1], or of a list of `(3, H, W)`."""
@@ -240,6 +300,17 @@ class NextFlowBaseImageProcessor(BaseImageProcessor):
         color = kwargs["background_color"]
         if len(color) != 3 or not all(0 <= value <= 255 for value in color):
             raise ValueError(f"`background_color` must be red, green and blue, each from 0 to 255, but got {color}.")
+        numbers = [kwargs["rescale_factor"], *np.ravel(kwargs["image_mean"]), *np.ravel(kwargs["image_std"])]
+        if not all(map(math.isfinite, numbers)) or not np.all(kwargs["image_std"]):
+            raise ValueError(
+                "`rescale_factor`, `image_mean` and `image_std` must be finite, and `image_std` not 0, but got "
+                f"{kwargs['rescale_factor']}, {kwargs['image_mean']} and {kwargs['image_std']}."
+            )
+        if kwargs["do_normalize"] and not kwargs["do_rescale"]:
+            raise ValueError(
+                "`do_rescale=False` with `do_normalize=True` would normalize values from 0 to 255. Leave `do_rescale` "
+                "on: floats from 0 to 1 are recognised; or turn `do_normalize` off as well for values as they are."
+            )
         # The base class would ask for a `size` to resize to.
         super()._validate_preprocess_kwargs(**{**kwargs, "do_resize": None})
 
@@ -253,7 +324,7 @@ class NextFlowBaseImageProcessor(BaseImageProcessor):
 
     def _preprocess(
         self,
-        images: list[Any],
+        images: Iterator[Any],
         num_scales: int,
         height: int | None,
         width: int | None,
@@ -270,8 +341,6 @@ class NextFlowBaseImageProcessor(BaseImageProcessor):
         return_tensors: str | TensorType | None,
         **kwargs,
     ) -> BatchFeature:
-        if not images:
-            raise ValueError("`images` is empty; give at least one image.")
         pixel_values, rows = [], []
         for image in images:
             if do_resize:
@@ -285,6 +354,8 @@ class NextFlowBaseImageProcessor(BaseImageProcessor):
                 image = self.normalize(image, image_mean, image_std)
             pixel_values.append(image)
             rows.append(schedule.grid_shw)
+        if not rows:
+            raise ValueError("`images` is empty; give at least one image.")
         return _to_batch(pixel_values, rows, return_tensors)
 
 
@@ -307,10 +378,8 @@ class NextFlowImageProcessorPil(NextFlowBaseImageProcessor, PilBackend):  # type
     NextFlow's image processor on PIL and NumPy. See [`NextFlowImageProcessor`] for arguments and results.
     """
 
-    def process_image(
-        self, image: ImageInput, do_convert_rgb=None, input_data_format=None, background_color=WHITE, **kwargs
-    ) -> np.ndarray:
-        return np.moveaxis(to_rgb(image, background_color, input_data_format), -1, 0)
+    def process_image(self, image: ImageInput, do_convert_rgb=None, **kwargs) -> np.ndarray:  # type: ignore[override]
+        return np.moveaxis(self._read(image, **kwargs), -1, 0)
 
     def pad_around(self, image: np.ndarray, frame: tuple[int, int], color) -> np.ndarray:
         height, width = image.shape[-2:]

@@ -21,6 +21,7 @@ from .semantic_branch import (
     build_semantic_encoder,
     mlp,
     semantic_tokens,
+    without_capturing_hooks,
 )
 from .strict_loading import StrictPreTrainedModel
 from .strip_decoding import decode_in_strips
@@ -324,6 +325,9 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
         semantic = self.semantic_proj(self.encode_semantic(pixel_values).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return torch.cat([semantic, self.encode_pixels(pixel_values)], dim=1)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return without_capturing_hooks(self).__dict__  # for spawned workers and for `datasets.map`
+
     @torch.no_grad()
     def encode(
         self,
@@ -354,7 +358,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
         if not isinstance(pixel_values, torch.Tensor):
             return self._encode_list(list(pixel_values), image_grid_shw, self_correction, generator)
         schedule = self._check_images(pixel_values, image_grid_shw)
-        if not pixel_values.is_floating_point() or pixel_values.abs().max() > 2:  # resizing may overshoot a little
+        if not pixel_values.is_floating_point() or not pixel_values.abs().max() <= 2:  # resizing overshoots
             raise ValueError("`pixel_values` must be floats in [-1, 1]; NextFlow's image processor makes them.")
         features = self.encode_features(pixel_values.to(self.device))
         return self.quantize(features, schedule, self_correction, generator)

@@ -4,93 +4,45 @@ Token view: an image stands in a sequence as `<boi>` and its codes, each as the 
 """
 
 import copy
+import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import logging
-from transformers.video_utils import load_video
+from transformers.utils import cached_file, logging
 
+from .chat_template import CHAT_TEMPLATE, read_messages
 from .codebook import check_same_codebook, check_schedules
 from .configuration_nextflow import NextFlowConfig
 from .decoding import GenerationEvent
 from .image_processing_pil_nextflow import to_pil
 from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
+from .picture_sources import VIDEO_MARK, SourceLimits, match_pictures, place_frames
 from .remote_code import write_shim
 from .scale_schedule import ScaleSchedule
+from .stream_decoding import StreamChunk, decode_stream
 from .strict_loading import HUB_ARGUMENTS, read_json
-from .token_layout import count_images
+from .token_fields import expand_marks, pad, tokenize, truncate
 from .whole_folder import whole_folder
 
 logger = logging.get_logger(__name__)
 
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json")
-VIDEO_MARK = "<video>"
 PADDING_ARGUMENTS = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
-
-# ChatML as Qwen writes it, without a system prompt of its own. An image part of a message becomes `<image>`. The
-# `generation` marks let trainers find what the assistant said (`return_assistant_tokens_mask=True`).
-CHAT_TEMPLATE = """\
-{%- macro render(content, role) -%}
-    {%- if content is string -%}
-        {{- content -}}
-    {%- else -%}
-        {%- for part in content -%}
-            {%- if part is string -%}
-                {{- part -}}
-            {%- elif role == 'system' and part.type != 'text' -%}
-                {{- raise_exception('A system message is text; put a picture into a message of the user.') -}}
-            {%- elif part.type == 'image' or part.type == 'image_url' -%}
-                {{- '<image>' -}}
-            {%- elif part.type == 'video' -%}
-                {{- '<video>' -}}
-            {%- elif part.type == 'text' -%}
-                {{- part.text -}}
-            {%- else -%}
-                {{- raise_exception('A message has parts "text", "image" and "video", not "' ~ part.type ~ '".') -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-    {{- '<|im_start|>' + message.role + '\\n' -}}
-    {%- if message.role == 'assistant' -%}
-        {%- generation -%}
-            {{- render(message.content, message.role) + '<|im_end|>' -}}
-        {%- endgeneration -%}
-    {%- else -%}
-        {{- render(message.content, message.role) + '<|im_end|>' -}}
-    {%- endif -%}
-    {{- '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
-
-
-class StreamChunk(NamedTuple):
-    """A piece of a stream.
-
-    Args:
-        kind (`str`): `"text"`, `"preview"` or `"image"`.
-        value (`str` or `PIL.Image.Image`): The piece.
-        row (`int`): Which row of the batch.
-        step (`int`, *optional*): Of a preview: the scale, from 0.
-    """
-
-    kind: str
-    value: str | Image.Image
-    row: int = 0
-    step: int | None = None
+ENCODED_TOGETHER = 2**22  # pixels that the image tokenizer encodes at once
+CONFIG_FILES = (
+    *("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    f"{IMAGE_TOKENIZER_FOLDER}/config.json",
+)
 
 
 class NextFlowProcessor(ProcessorMixin):
@@ -167,10 +119,12 @@ class NextFlowProcessor(ProcessorMixin):
 
         Args:
             text (`str` or `list[str]`):
-                One text or a batch. Each `<image>` in it stands for one picture.
+                One text or a batch. Each `<image>` in it stands for one picture. By position text and images may come
+                in either order.
             images (a picture or a list of pictures, *optional*):
                 As many as there are marks, in reading order over the batch; or a list of them for each text. A picture
-                is a PIL image, an array, a tensor, a path, a URL or a base64 string.
+                is a PIL image, an array, a tensor, a path, a URL or a base64 string; [`SourceLimits`] says what is
+                opened, and its fields are options of the image processor.
             videos (a video or a list of videos, *optional*):
                 As many as there are `<video>` marks in the texts, in reading order. A video is a list of frames, an
                 array `(T, H, W, 3)`, a path or a URL; `num_frames` of it are read, evenly spaced, as pictures.
@@ -193,19 +147,23 @@ class NextFlowProcessor(ProcessorMixin):
                   the drawn ones; -100 where there is padding.
 
         Raises:
-            `ValueError`: if pictures and marks differ in number, if there is no image tokenizer for the pictures, or if
-                `truncation` would cut a picture.
+            `ValueError`: if pictures and marks differ in number, if there is no image tokenizer for the pictures, if
+                one cannot be opened, if `truncation` would cut a picture, or for an option that nothing takes.
         """
         if audio is not None:
             raise ValueError("NextFlow reads text, images and videos; `audio` must be None.")
-        texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(sample, str) for sample in texts):
+        if text is not None and not _is_text(text) and _is_text(images):
+            text, images = images, text  # type: ignore[assignment]
+        texts: Any = [text] if isinstance(text, str) else text
+        if not _is_text(texts):
             raise ValueError(
                 "`text` must be a string or a list of strings. For a picture alone pass its mark: "
                 f'text="{self.image_token}".'
             )
-        texts, images = self._frames_as_images(list(texts), images, videos, num_frames)
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = self._read_options(kwargs)
+        images_kwargs = merged["images_kwargs"]
+        limits = SourceLimits.of({**vars(self.image_processor), **images_kwargs})
+        texts, images = place_frames(list(texts), images, videos, num_frames, self.image_token, limits)
         text_kwargs = merged["text_kwargs"]
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # of no use with our ids
             text_kwargs.pop(name, None)
@@ -215,93 +173,62 @@ class NextFlowProcessor(ProcessorMixin):
         if text_kwargs.pop("truncation", False) not in (None, False, "do_not_truncate"):
             max_length = padding.get("max_length") or self.tokenizer.model_max_length
 
-        encoded = self.tokenizer(list(texts), **text_kwargs)
+        encoded = tokenize(self.tokenizer, texts, **text_kwargs)
         num_marks = [ids.count(self.image_token_id) for ids in encoded["input_ids"]]
-        pictures = self._flatten_images(images, num_marks)
-        if not pictures and {"height", "width"} & merged["images_kwargs"].keys():
+        pictures = match_pictures(images, num_marks, self.image_token)
+        if not pictures and {"height", "width"} & images_kwargs.keys():
             logger.warning_once(
                 "`height` and `width` are for pictures that are given, and there are none. For the size of a picture "
                 'to be drawn pass them to `generate`; in a pipeline: `generate_kwargs={"height": ..., "width": ...}`.'
             )
-        codes, target_codes, grids = self._encode_images(pictures, self_correction, generator, merged["images_kwargs"])
-        fields = self._expand_marks(encoded, codes)
+        codes, target_codes, grids = self._encode_images(pictures, self_correction, generator, images_kwargs)
+        marks = (self.image_token_id, self.boi_token_id)
+        fields = expand_marks(encoded, codes, *marks)
         if self_correction:
-            fields["labels"] = self._expand_marks(encoded, target_codes)["input_ids"]
-        self._truncate(fields, max_length, num_marks)
-        batch = self._pad(fields, **{"padding": False, **padding})
+            fields["labels"] = expand_marks(encoded, target_codes, *marks)["input_ids"]
+        truncate(fields, max_length, num_marks, self.tokenizer.truncation_side)
+        batch = pad(self.tokenizer, fields, **{"padding": False, **padding})
         if pictures:
             batch["image_grid_shw"] = grids
         return BatchFeature(batch, tensor_type=return_tensors)
 
-    def _frames_as_images(self, texts: list[str], images: Any, videos: Any, num_frames: int) -> tuple[list[str], Any]:
-        """Texts with an `<image>` for each frame of a `<video>`, and the pictures with the frames among them."""
-        num_marks = sum(text.count(VIDEO_MARK) for text in texts)
-        if videos is None and not num_marks:
-            return texts, images
-        if num_frames < 1:
-            raise ValueError(f"`num_frames` must be at least 1, but got {num_frames}.")
-        given = [] if videos is None else _flatten_videos(videos)
-        if len(given) != num_marks:
-            raise ValueError(
-                f"`text` has {num_marks} `{VIDEO_MARK}` marks, but `videos` has {len(given)} videos. Put one mark into "
-                "the text where each video stands."
-            )
-        pictures = iter(self._flatten_images(images, [text.count(self.image_token) for text in texts]))
-        clips, merged, spread = iter(given), [], []
-        for text in texts:
-            parts = re.split(f"({re.escape(VIDEO_MARK)}|{re.escape(self.image_token)})", text)
-            for i, part in enumerate(parts):
-                if part == self.image_token:
-                    merged.append(next(pictures))
-                elif part == VIDEO_MARK:
-                    frames = _sample_frames(next(clips), num_frames)
-                    merged += frames
-                    parts[i] = self.image_token * len(frames)
-            spread.append("".join(parts))
-        return spread, merged
-
-    def _flatten_images(self, images: Any, num_marks: list[int]) -> list[Any]:
-        """All pictures in reading order; checks that they are as many as the marks."""
-        marks = f"`{self.image_token}` marks"
-        if images is None or (isinstance(images, list | tuple) and not images):
-            if sum(num_marks):
-                raise ValueError(f"`text` has {sum(num_marks)} {marks}, but there are no `images`. Pass one a mark.")
-            return []
-        if isinstance(images, list | tuple) and all(isinstance(group, list | tuple) for group in images):
-            counts = [len(group) for group in images]
-            if counts != num_marks:
-                raise ValueError(
-                    f"The texts have {num_marks} {marks}, but the lists of `images` have {counts} pictures. "
-                    "Pass one list a text, with one picture a mark."
-                )
-            images = [image for group in images for image in group]
-            if not images:
-                return []
-        pictures: list[Any] = list(make_flat_list_of_images(self.image_processor.fetch_images(images)))  # type: ignore[arg-type]
-        if len(pictures) != sum(num_marks):
-            raise ValueError(
-                f"`text` has {sum(num_marks)} {marks}, but `images` has {len(pictures)} pictures. "
-                "Put one mark into the text where each picture stands."
-            )
-        return pictures
+    def _read_options(self, options: dict[str, Any]) -> dict[str, dict]:
+        """Options of the tokenizer and of the image processor, apart."""
+        groups = self.valid_processor_kwargs.__annotations__
+        known = {*groups, *self.image_processor.valid_kwargs.__annotations__, "do_sample_frames"}
+        known.update(*(getattr(group, "__annotations__", ()) for group in groups.values()))
+        if unknown := options.keys() - known:
+            raise ValueError(f"Neither the tokenizer nor the image processor takes {', '.join(sorted(unknown))}.")
+        try:
+            return self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **options)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
 
     def _encode_images(
         self, pictures: list[Any], self_correction: bool, generator: torch.Generator | None, images_kwargs: dict
     ) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
         """Visual ids, target ids and grids, one entry a picture."""
+        codes: list[list[int]] = []
+        targets: list[list[int]] = []
+        rows: list[list[int]] = []
         if not pictures:
-            return [], [], []
+            return codes, targets, rows
         image_tokenizer, offset = self._image_parts()
-        inputs = self.image_processor(pictures, **{**images_kwargs, "return_tensors": "pt"})
-        pixel_values, grids = inputs["pixel_values"], inputs["image_grid_shw"]
-        if len(grids.unique(dim=0)) > 1:
-            pixel_values = list(pixel_values)  # no batch even if the sizes agree: several buckets share coarse grids
-        encoded = image_tokenizer.encode(pixel_values, grids, self_correction=self_correction, generator=generator)
-        codes, targets = (
-            [(image_codes + offset).tolist() for image_codes in images]
-            for images in (encoded["codes"], encoded["target_codes"])
-        )
-        return codes, targets, grids.tolist()
+        options = {**vars(self.image_processor), **images_kwargs}
+        schedule = ScaleSchedule((16, 16), options["num_scales"], options["stride"])  # no bucket has a larger area
+        area = (options.get("height") or schedule.height) * (options.get("width") or schedule.width)
+        number = max(1, ENCODED_TOGETHER // area)
+        for first in range(0, len(pictures), number):
+            chosen = pictures[first : first + number]
+            inputs = self.image_processor(chosen, **{**images_kwargs, "return_tensors": "pt"})
+            pixel_values, grids = inputs["pixel_values"], inputs["image_grid_shw"]
+            if len(grids.unique(dim=0)) > 1:
+                pixel_values = list(pixel_values)  # even if the sizes agree: several buckets share coarse grids
+            encoded = image_tokenizer.encode(pixel_values, grids, self_correction=self_correction, generator=generator)
+            codes += [(image_codes + offset).tolist() for image_codes in encoded["codes"]]
+            targets += [(image_codes + offset).tolist() for image_codes in encoded["target_codes"]]
+            rows += grids.tolist()
+        return codes, targets, rows
 
     def _image_parts(self) -> tuple[NextFlowImageTokenizer, int]:
         if self.image_tokenizer is None:
@@ -316,47 +243,34 @@ class NextFlowProcessor(ProcessorMixin):
             )
         return self.image_tokenizer, self.visual_token_offset
 
-    def _expand_marks(self, encoded, codes: Iterable[list[int]]) -> dict[str, list[list[Any]]]:
-        """The tokenizer's fields with every mark replaced by `<boi>` and the ids of an image."""
-        remaining = iter(codes)
-        fields: dict[str, list[list[Any]]] = {name: [] for name in encoded}
-        for row, ids in enumerate(encoded["input_ids"]):
-            spans = [
-                [self.boi_token_id, *next(remaining)] if token == self.image_token_id else [token] for token in ids
-            ]
-            for name in fields:
-                values = encoded[name][row]
-                spread = ([value] * len(span) for value, span in zip(values, spans, strict=True))
-                fields[name].append([item for span in (spans if name == "input_ids" else spread) for item in span])
-        return fields
+    def apply_chat_template(self, conversation, *args, allow_special_tokens: bool = False, **kwargs):  # type: ignore[override]
+        """The prompt of a chat, or its model inputs with `tokenize=True`.
 
-    def _truncate(self, fields: dict[str, list[list[Any]]], max_length: int | None, num_marks: list[int]) -> None:
-        if max_length is None:
-            return
-        for row, ids in enumerate(fields["input_ids"]):
-            if len(ids) <= max_length:
-                continue
-            if num_marks[row]:
-                raise ValueError(
-                    f"Text {row} takes {len(ids)} tokens with its pictures, more than `max_length` ({max_length}), and "
-                    "a picture can't be cut. Raise `max_length`, turn `truncation` off or use fewer `num_scales`."
-                )
-            kept = slice(max_length) if self.tokenizer.truncation_side == "right" else slice(-max_length, None)
-            for rows in fields.values():
-                rows[row] = rows[row][kept]
+        What speakers write is text, special tokens included: `<|im_end|>` in a message ends no turn. Such a token is
+        broken up by an invisible character in the prompt, which `processor(text=prompt)` leaves out. `<image>` and
+        `<video>` are marks where the chat has no picture and video parts, and text where it has.
 
-    def _pad(self, fields: dict[str, list[list[Any]]], **padding) -> dict[str, Any]:
-        """Pads as the tokenizer does; it knows its own fields, the others follow."""
-        own = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask")
-        batch = dict(self.tokenizer.pad({name: fields[name] for name in own if name in fields}, **padding))
-        left = padding.get("padding_side", self.tokenizer.padding_side) == "left"
-        for name in fields.keys() - batch.keys():
-            filler = -100 if name == "labels" else (0, 0)
-            batch[name] = []
-            for values, padded in zip(fields[name], batch["input_ids"], strict=True):
-                fill = [filler] * (len(padded) - len(values))
-                batch[name].append(fill + values if left else values + fill)
-        return batch
+        Args:
+            conversation (list of `dict`, or a list of such lists):
+                Messages: `role` and `content`, a text or a list of parts "text", "image" and "video".
+            allow_special_tokens (`bool`, *optional*, defaults to `False`):
+                Read the special tokens in messages as such. Only for texts of your own.
+            args, kwargs: As for [`~ProcessorMixin.apply_chat_template`].
+
+        Raises:
+            `ValueError`: for what is not a message or not a part of one.
+        """
+        if not isinstance(conversation, list | tuple) or not conversation:
+            raise ValueError(f"A chat is a list of messages, or a list of such lists, but got {conversation!r:.80}.")
+        added = self.tokenizer.added_tokens_decoder.values()
+        marks = (self.image_token, VIDEO_MARK)
+        special = [] if allow_special_tokens else [VIDEO_MARK, *(token.content for token in added if token.special)]
+        try:
+            chats, is_batch = self._normalize_conversations(conversation)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"A chat is a list of messages: {error}") from error
+        chats = [read_messages(chat, special, marks) for chat in chats]
+        return super().apply_chat_template(chats if is_batch else chats[0], *args, **kwargs)
 
     # Prompts
 
@@ -402,6 +316,8 @@ class NextFlowProcessor(ProcessorMixin):
                 Options of the tokenizer's `decode`.
         """
         rows, is_batch = _to_rows(token_ids)
+        if any(token < 0 for ids in rows for token in ids):
+            raise ValueError("Ids must not be negative. (Labels have -100 where nothing is learned: leave those out.)")
         texts = [
             self.tokenizer.decode(self._collapse_images(ids), skip_special_tokens=skip_special_tokens, **kwargs)
             for ids in rows
@@ -412,13 +328,19 @@ class NextFlowProcessor(ProcessorMixin):
         """A list of texts, one a sequence; see [`~NextFlowProcessor.decode`]."""
         return [self.decode(ids, skip_special_tokens, **kwargs) for ids in token_ids]  # type: ignore[misc]
 
-    def _is_visual(self, token: int) -> bool:
-        return self.visual_token_offset is not None and token >= self.visual_token_offset
+    def _runs(self, ids: Sequence[int]) -> Iterator[tuple[bool, list[int]]]:
+        """Runs of text ids and of visual ids in turn; True for visual ones."""
+        offset = self.visual_token_offset
+        for visual, run in groupby(ids, key=lambda token: offset is not None and token >= offset):
+            yield visual, list(run)
+
+    def _count_images(self, ids: Sequence[int]) -> int:
+        return sum(visual for visual, _ in self._runs(ids))
 
     def _collapse_images(self, ids: list[int]) -> list[int]:
         """Ids with one `<image>` for every run of visual ids and the `<boi>` before it."""
         collapsed: list[int] = []
-        for visual, run in groupby(ids, key=self._is_visual):
+        for visual, run in self._runs(ids):
             if not visual:
                 collapsed.extend(run)
                 continue
@@ -445,18 +367,40 @@ class NextFlowProcessor(ProcessorMixin):
         """
         offset = self._image_parts()[1]
         codes_of_rows = [
-            [[token - offset for token in run] for visual, run in groupby(ids, key=self._is_visual) if visual]
+            [[token - offset for token in run] for visual, run in self._runs(ids) if visual]
             for ids in _to_rows(token_ids)[0]
         ]
         pictures = iter(self.decode_codes([codes for row in codes_of_rows for codes in row], image_grid_shw))
         return [[next(pictures) for _ in row] for row in codes_of_rows]
 
     def decode_codes(self, codes: Sequence[Any], image_grid_shw) -> list[Image.Image]:
+        """The pictures of codes.
+
+        Args:
+            codes (`torch.Tensor` of shape `(num_images, n)`, or a list of codes `(n,)`):
+                Codes of the image tokenizer, from 0 (not ids). An image may stop after any whole scale; then it is a
+                preview at full size.
+            image_grid_shw (`torch.Tensor` of shape `(num_images, 3)`): Their grids.
+
+        Returns:
+            `list[PIL.Image.Image]`, one an image.
+
+        Raises:
+            `ValueError`: if images and grids differ in number, if an image stops inside a scale, or if its codes are
+                not in the image tokenizer's codebook.
+        """
         image_tokenizer, _ = self._image_parts()
-        grids = torch.as_tensor(image_grid_shw).reshape(-1, 3)
+        grids = torch.as_tensor(image_grid_shw)
+        if grids.numel() % 3 or (grids.is_floating_point() and grids.numel()):
+            raise ValueError(
+                "`image_grid_shw` must have whole numbers in the shape (num_images, 3), but has "
+                f"{grids.dtype} in the shape {tuple(grids.shape)}."
+            )
+        grids = grids.reshape(-1, 3)
         if len(codes) != len(grids):
             raise ValueError(
-                f"The ids hold {len(codes)} images, but `image_grid_shw` has {len(grids)} rows; it needs one an image."
+                f"There are codes of {len(codes)} images, but `image_grid_shw` has {len(grids)} rows; it needs one an "
+                "image."
             )
         if not len(codes):
             return []
@@ -485,16 +429,16 @@ class NextFlowProcessor(ProcessorMixin):
             `ValueError`: as for [`~NextFlowProcessor.decode_images`].
         """
         rows = _to_rows(token_ids)[0]
-        has_images = len(image_grid_shw) or any(self._is_visual(token) for ids in rows for token in ids)
+        has_images = len(image_grid_shw) or any(self._count_images(ids) for ids in rows)
         pictures = self.decode_images(rows, image_grid_shw) if has_images else [[] for _ in rows]
         segments: list[list[str | Image.Image]] = []
         for ids, of_row in zip(rows, pictures, strict=True):
             remaining = iter(of_row)
             segments.append([])
-            for visual, run in groupby(ids, key=self._is_visual):
+            for visual, run in self._runs(ids):
                 if visual:
                     segments[-1].append(next(remaining))
-                elif text := self.tokenizer.decode(list(run), skip_special_tokens=True).strip():
+                elif text := self.tokenizer.decode(run, skip_special_tokens=True).strip():
                     segments[-1].append(text)
         return segments
 
@@ -511,69 +455,26 @@ class NextFlowProcessor(ProcessorMixin):
         Raises:
             `ValueError`: for what another mode generated, or without `return_dict_in_generate=True`.
         """
-        _, offset = self._image_parts()
         mask = getattr(generated_outputs, "attention_mask", None)
         if mask is None or generated_outputs.image_codes is not None:
             raise ValueError(
                 'This takes what `generate(generation_mode="interleaved", return_dict_in_generate=True)` returns. For '
                 "the pictures of image mode use `decode_images(sequences, image_grid_shw)`."
             )
-        sequences = generated_outputs.sequences
-        old, new = (
-            count_images(ids.masked_fill(real == 0, 0), offset)
-            for ids, real in zip(
-                (sequences[:, :prompt_length], sequences[:, prompt_length:]),
-                (mask[:, :prompt_length], mask[:, prompt_length:]),
-                strict=True,
-            )
-        )
         grids = iter(generated_outputs.image_grid_shw.tolist())
-        kept = []
-        for before, after in zip(old, new, strict=True):
-            row = [next(grids) for _ in range(before + after)]
-            kept += row[before:]
-        rows = [
-            ids[real.bool()].tolist()
-            for ids, real in zip(sequences[:, prompt_length:], mask[:, prompt_length:], strict=True)
-        ]
+        rows, kept = [], []
+        for ids, real in zip(generated_outputs.sequences, mask.bool(), strict=True):
+            before, new = (
+                ids[part][real[part]].tolist() for part in (slice(prompt_length), slice(prompt_length, None))
+            )
+            own = [next(grids) for _ in range(self._count_images(before) + self._count_images(new))]
+            kept += own[self._count_images(before) :]
+            rows.append(new)
         return self.decode_segments(rows, torch.tensor(kept, dtype=torch.long).view(-1, 3))
 
     def decode_stream(self, events: Iterable[GenerationEvent], previews: bool = True) -> Iterator[StreamChunk]:
-        """Text and pictures of a stream as they come: text, then a preview a scale, then the picture.
-
-        Args:
-            events (iterable of [`GenerationEvent`]): From [`~NextFlowGenerationMixin.stream`].
-            previews (`bool`, *optional*, defaults to `True`): Decode every scale, not the last alone.
-
-        Yields:
-            [`StreamChunk`]: `kind` is `"text"` (a piece of text), `"preview"` or `"image"` (a PIL image).
-        """
-        written: dict[int, list[int]] = {}
-        shown: dict[int, str] = {}
-
-        def new_text(row: int, whole: bool) -> Iterator[StreamChunk]:
-            text = self.tokenizer.decode(written.get(row, []), skip_special_tokens=True)
-            known = shown.get(row, "")
-            # A character may take several tokens.
-            if len(text) > len(known) and (whole or not text.endswith("\ufffd")):
-                shown[row] = text
-                yield StreamChunk("text", text[len(known) :], row)
-
-        for event in events:
-            row = event.row
-            if event.kind == "token":
-                written.setdefault(row, []).append(int(event.ids))
-                yield from new_text(row, whole=False)
-                continue
-            yield from new_text(row, whole=True)
-            written.pop(row, None)
-            shown.pop(row, None)
-            last = event.kind == "scale" and event.step == event.schedule.num_scales - 1
-            if event.kind == "image" or (previews and not last):
-                picture = self.decode_codes([event.ids], [event.schedule.grid_shw])[0]
-                yield StreamChunk("image" if event.kind == "image" else "preview", picture, row, event.step)
-        for row in list(written):
-            yield from new_text(row, whole=True)
+        """Text and pictures of a stream as they come; see [`decode_stream`]."""
+        return decode_stream(self, events, previews)
 
     def post_process_multimodal_output(
         self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs
@@ -626,6 +527,17 @@ class NextFlowProcessor(ProcessorMixin):
         return [os.path.join(save_directory, os.path.relpath(file, partial)) for file in files]
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:  # they don't name a damaged file
+            for name in CONFIG_FILES:
+                file = _find_file(pretrained_model_name_or_path, name, kwargs.get("subfolder", ""), kwargs)
+                if file is not None and not _is_whole(file):
+                    raise ValueError(f"{file} is damaged. Copy or download it anew.") from error
+            raise
+
+    @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         path = pretrained_model_name_or_path
         if None in [read_json(path, name, **kwargs) for name in PROCESSOR_FILES]:
@@ -674,35 +586,33 @@ class NextFlowProcessor(ProcessorMixin):
         return image_tokenizer
 
 
-def _flatten_videos(videos: Any) -> list[Any]:
-    """Videos one by one, however they are nested (each chat has a list); a video is a path, or frames."""
-    if isinstance(videos, str | os.PathLike) or getattr(videos, "ndim", 0) == 4:
-        return [videos]
-    if isinstance(videos, list | tuple) and videos and _is_frame(videos[0]):
-        return [videos]
-    if not isinstance(videos, list | tuple) and getattr(videos, "ndim", 0) != 5:
-        raise ValueError(
-            "A video is a list of pictures, an array of shape (frames, height, width, 3), a path or a URL, but "
-            f"`videos` holds an object of type {type(videos).__name__}."
-        )
-    return [video for entry in videos for video in _flatten_videos(entry)]
-
-
-def _is_frame(item: Any) -> bool:
-    return isinstance(item, Image.Image) or getattr(item, "ndim", 0) == 3
-
-
-def _sample_frames(video: Any, number: int) -> list[Any]:
-    """`number` frames of a video, evenly spaced, first and last among them; all frames of a shorter one."""
-    if isinstance(video, str | os.PathLike):
-        video = load_video(cast(Any, str(video)))[0]
-    if not len(video):
-        raise ValueError("A video has no frames.")
-    last = len(video) - 1
-    places = (
-        range(len(video)) if len(video) <= number else [round(i * last / max(number - 1, 1)) for i in range(number)]
+def _is_text(text: Any) -> bool:
+    return isinstance(text, str) or (
+        isinstance(text, list | tuple) and len(text) > 0 and all(isinstance(sample, str) for sample in text)
     )
-    return [video[place] for place in places]
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+
+
+def _find_file(checkpoint: Any, name: str, subfolder: str, kwargs: dict[str, Any]) -> str | None:
+    return cached_file(
+        checkpoint,
+        name,
+        subfolder=subfolder,
+        _raise_exceptions_for_missing_entries=False,
+        **_hub_arguments(kwargs),
+    )
+
+
+def _is_whole(file: str) -> bool:
+    try:
+        content = json.loads(Path(file).read_text("utf-8"))
+        parts = content.get("image_processor", {}) if isinstance(content, dict) else None
+        return isinstance(parts, dict) and not (file.endswith("tokenizer.json") and "added_tokens" not in content)
+    except ValueError:
+        return False
 
 
 def _id_of(tokenizer, token: str) -> int:

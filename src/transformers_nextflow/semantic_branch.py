@@ -127,6 +127,23 @@ def semantic_tokens(
     return tokens
 
 
+def without_capturing_hooks(module: nn.Module) -> nn.Module:
+    """The module, its parameters shared, without the hooks that transformers leaves on encoders that ran once.
+
+    They are local functions, which cannot be pickled, and are put on again at the next call.
+    """
+    clone = module.__class__.__new__(module.__class__)
+    clone.__dict__.update(module.__dict__)
+    clone.__dict__.pop("_output_capturing_hooks_installed", None)
+    clone._modules = {name: child and without_capturing_hooks(child) for name, child in module._modules.items()}
+    clone._forward_hooks = type(module._forward_hooks)(
+        (number, hook)
+        for number, hook in module._forward_hooks.items()
+        if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
+    )
+    return clone
+
+
 def mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequential:
     """Linear, Tanh, Linear: between a vision transformer's features and codes, both ways."""
     return nn.Sequential(nn.Linear(in_features, hidden_features), nn.Tanh(), nn.Linear(hidden_features, out_features))

@@ -350,9 +350,9 @@ def test_more_scales_than_the_image_tokenizer_has(processor):
 
 def test_grids_and_codes_that_do_not_fit(processor):
     batch = processor("<image>", images=picture(), return_tensors="pt")
-    with pytest.raises(ValueError, match="The ids hold 1 images, but `image_grid_shw` has 2 rows"):
+    with pytest.raises(ValueError, match="There are codes of 1 images, but `image_grid_shw` has 2 rows"):
         processor.decode_images(batch.input_ids, batch.image_grid_shw.repeat(2, 1))
-    with pytest.raises(ValueError, match="The ids hold 0 images, but `image_grid_shw` has 1 rows"):
+    with pytest.raises(ValueError, match="There are codes of 0 images, but `image_grid_shw` has 1 rows"):
         processor.decode_images(batch.input_ids[:, :1], batch.image_grid_shw)
     foreign = batch.input_ids.clone()
     foreign[0, 5] += 64
@@ -426,7 +426,7 @@ def test_a_tokenizer_without_the_marks():
 
 def test_segments_and_videos_that_do_not_fit_are_explained(processor):
     ids = processor("<image>x", images=[picture(9)], return_tensors="pt")["input_ids"]
-    with pytest.raises(ValueError, match="The ids hold 1 images, but `image_grid_shw` has 0 rows"):
+    with pytest.raises(ValueError, match="There are codes of 1 images, but `image_grid_shw` has 0 rows"):
         processor.decode_segments(ids, torch.empty(0, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="`videos` holds an object of type Image"):
         processor("<video>", videos=picture(9))

@@ -1,0 +1,87 @@
+"""A tokenizer's fields (ids, mask, offsets) of texts: made, with pictures put in, cut and padded.
+
+A field holds a list for each text, with an item for each token.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from .chat_template import BREAK
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], **options) -> dict[str, list[Any]]:
+    """The tokenizer's fields of texts; what is broken up by [`BREAK`] is text.
+
+    Raises:
+        `ValueError`: for a text that is not valid Unicode.
+    """
+    for number, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"Text {number} holds a lone surrogate ({text[error.start]!r} at {error.start}), which is no "
+                "character. Decode it rightly, or replace what is broken."
+            ) from None
+    pieces = [text.split(BREAK) for text in texts]
+    encoded = tokenizer(list(chain(*pieces)), **options)
+    if len(pieces) == sum(map(len, pieces)):
+        return dict(encoded)
+    fields: dict[str, list[Any]] = {name: [] for name in encoded}
+    for name, values in fields.items():
+        remaining = iter(encoded[name])
+        for row in pieces:
+            starts = [sum(len(piece) + len(BREAK) for piece in row[:index]) for index in range(len(row))]
+            joined = ((start, item) for start in starts for item in next(remaining))
+            if name == "offset_mapping":
+                values.append([(start + first, start + last) for start, (first, last) in joined])
+            else:
+                values.append([item for _, item in joined])
+    return fields
+
+
+def expand_marks(
+    encoded: Mapping[str, Any], codes: Iterable[list[int]], image_token_id: int, boi_token_id: int
+) -> dict[str, list[list[Any]]]:
+    """The tokenizer's fields with every mark replaced by `<boi>` and the ids of an image."""
+    remaining = iter(codes)
+    fields: dict[str, list[list[Any]]] = {name: [] for name in encoded}
+    for row, ids in enumerate(encoded["input_ids"]):
+        spans = [[boi_token_id, *next(remaining)] if token == image_token_id else [token] for token in ids]
+        for name in fields:
+            values = encoded[name][row]
+            spread = ([value] * len(span) for value, span in zip(values, spans, strict=True))
+            fields[name].append([item for span in (spans if name == "input_ids" else spread) for item in span])
+    return fields
+
+
+def truncate(fields: dict[str, list[list[Any]]], max_length: int | None, num_marks: list[int], side: str) -> None:
+    """Cuts texts to a length on a side; a picture is never cut."""
+    if max_length is None:
+        return
+    for row, ids in enumerate(fields["input_ids"]):
+        if len(ids) <= max_length:
+            continue
+        if num_marks[row]:
+            raise ValueError(
+                f"Text {row} takes {len(ids)} tokens with its pictures, more than `max_length` ({max_length}), and "
+                "a picture can't be cut. Raise `max_length`, turn `truncation` off or use fewer `num_scales`."
+            )
+        kept = slice(max_length) if side == "right" else slice(-max_length, None)
+        for rows in fields.values():
+            rows[row] = rows[row][kept]
+
+
+def pad(tokenizer: Any, fields: dict[str, list[list[Any]]], **padding) -> dict[str, Any]:
+    """Pads as the tokenizer does; it knows its own fields, the others follow."""
+    own = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask")
+    batch = dict(tokenizer.pad({name: fields[name] for name in own if name in fields}, **padding))
+    left = padding.get("padding_side", tokenizer.padding_side) == "left"
+    for name in fields.keys() - batch.keys():
+        filler = -100 if name == "labels" else (0, 0)
+        batch[name] = []
+        for values, padded in zip(fields[name], batch["input_ids"], strict=True):
+            fill = [filler] * (len(padded) - len(values))
+            batch[name].append(fill + values if left else values + fill)
+    return batch
