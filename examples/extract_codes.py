@@ -51,6 +51,7 @@ from transformers_nextflow.trainer import (
 from transformers_nextflow.trainer.coded_dataset import open_shard
 
 MANIFEST, BAD = "extraction.json", "bad.jsonl"
+START_METHOD = "spawn"  # of worker processes: a fork would take CUDA and threads along
 MAX_DEATHS = 3  # of workers, with no shard finished in between
 
 
@@ -274,7 +275,7 @@ def extract_in_processes(jobs: list[tuple[Extraction, str, int, str]], processes
     Raises:
         `ValueError`: if workers keep dying.
     """
-    context, deaths = multiprocessing.get_context("spawn"), 0
+    context, deaths = multiprocessing.get_context(START_METHOD), 0
     with tqdm(total=len(jobs), desc="shards") as progress:
         while jobs:
             with ProcessPoolExecutor(processes, context, _start_worker) as pool:

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -394,7 +395,7 @@ def damage(data: bytes, rng: random.Random) -> bytes:
     names = [name for name in header if name != "__metadata__"]
     first, second = (header[name] for name in rng.sample(names, 2))
     if kind == 4:
-        while first["shape"] == second["shape"]:
+        while prod(first["shape"]) == prod(second["shape"]):  # such a swap makes a file that is whole
             second = header[rng.choice(names)]
         field = rng.choice(["data_offsets", "shape"])
         first[field], second[field] = second[field], first[field]
@@ -413,9 +414,8 @@ def test_a_damaged_source_is_refused_or_read_right(tmp_path):
     source = save_source(tmp_path / "source", "untied")
     file = source / "model.safetensors"
     whole, images = file.read_bytes(), NextFlowImageTokenizerConfig(codebook_size=16)
-    config = nextflow_config(
-        Qwen2Config.from_pretrained(source), images, boi_token_id=1, eoi_token_id=2, image_token_id=3
-    )
+    ids = {f"{name}_token_id": 1 for name in ("boi", "eoi", "image", "eos", "pad", "bos")}
+    config = nextflow_config(Qwen2Config.from_pretrained(source), images, **ids)
     new = new_weights(config, torch.zeros(images.codebook_size, images.code_dim))
 
     def weights() -> dict[str, torch.Tensor]:
@@ -434,7 +434,7 @@ def test_a_damaged_source_is_refused_or_read_right(tmp_path):
             refused += 1
         else:
             assert found.keys() == right.keys() and all(torch.equal(found[name], right[name]) for name in right), case
-    assert 250 < refused < 300
+    assert refused > 250
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", streaming.INDEX])
