@@ -65,7 +65,9 @@ def measure(way: str, rows: int, hidden_size: int, vocab_size: int, dtype: torch
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--rows", type=int, default=4096, help="predictions in the batch")
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--vocab-size", type=int, default=184_832)

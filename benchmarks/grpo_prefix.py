@@ -290,7 +290,9 @@ def table(results: dict[str, dict[int, dict]]) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/grpo_prefix"), help="folder of the results")
     parser.add_argument("--checkpoint", default=str(tiny_checkpoint()), help="folder (default: nextflow-tiny)")
     parser.add_argument("--updates", type=int, default=30)

@@ -145,7 +145,9 @@ def draw_typical(
 
 
 def main(arguments: Sequence[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--samples", type=int, default=4000, help="samples of the prediction")
     parser.add_argument("--timed", type=int, default=128, help="samples that are trained on")
     parser.add_argument("--draws", type=int, default=50, help="that the most typical samples are chosen from")

@@ -1,6 +1,8 @@
 """What the converters' commands have in common: options, and uploading the result."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,7 +11,9 @@ from huggingface_hub import HfApi
 
 def make_parser(description: str | None, source: str) -> argparse.ArgumentParser:
     """The options of every converter; `source` says what it converts."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--source", type=Path, required=True, help=source)
     parser.add_argument("--output", type=Path, required=True, help="new folder")
     parser.add_argument("--dtype", type=_dtype, help="bfloat16, float16 or float32; default: the source's")
@@ -22,6 +26,15 @@ def _dtype(name: str) -> torch.dtype:
     if name not in ("bfloat16", "float16", "float32"):
         raise argparse.ArgumentTypeError(f'"{name}" is not bfloat16, float16 or float32')
     return getattr(torch, name)
+
+
+@contextmanager
+def one_line_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Ends the command with the message alone where the user can mend what is wrong."""
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        parser.exit(1, f"{error}\n")
 
 
 def report(options: argparse.Namespace) -> None:

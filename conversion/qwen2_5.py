@@ -12,7 +12,6 @@ the text rows: a visual id then starts as likely as an average text id, so the t
 random rows of a larger norm would win against it. The connector and the embedding of scales start as in a fresh model.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -20,32 +19,33 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import convert_file_size_to_int
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2Config
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2Config
 
 from transformers_nextflow import (
     NextFlowConfig,
     NextFlowForCausalLM,
     NextFlowImageProcessor,
     NextFlowImageTokenizer,
+    NextFlowImageTokenizerConfig,
     NextFlowProcessor,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conversion.command import make_parser, report
+from conversion.command import make_parser, one_line_errors, report
 from conversion.qwen_tokenizer import load_text_tokenizer
 from conversion.streaming import (
     KeyTable,
     PlannedTensor,
     StoredTensor,
-    check_model_type,
     check_shape,
+    load_config,
     map_keys,
-    partial_folder,
+    new_checkpoint,
     plan_tensor,
     plan_tensors,
     read_checkpoint,
+    read_json,
     refuse_to_overwrite,
-    write_checkpoint,
 )
 
 QWEN_KEYS: KeyTable = {
@@ -170,7 +170,7 @@ def plan_nextflow(
     Raises:
         `ValueError`: if a key is missing, unknown or of another shape.
     """
-    kept = {ours: source[theirs] for theirs, ours in map_keys(list(source), QWEN_KEYS, where).items()}
+    kept = {ours: source[theirs] for theirs, ours in map_keys(source, QWEN_KEYS, where).items()}
     expected = expected_shapes(config)
     if EMBEDDING in kept:
         kept.setdefault(HEAD, kept[EMBEDDING])  # tied: the small models have no head of their own
@@ -189,7 +189,7 @@ def plan_qwen(
 ) -> list[PlannedTensor]:
     """Every tensor of the Qwen2-style text model in a NextFlow checkpoint: what is visual is dropped."""
     expected = expected_shapes(config)
-    kept = {ours: source[theirs] for theirs, ours in map_keys(list(source), NEXTFLOW_KEYS, where).items()}
+    kept = {ours: source[theirs] for theirs, ours in map_keys(source, NEXTFLOW_KEYS, where).items()}
     made = {}
     if head := kept.pop(HEAD, None):
         check_shape(head, expected[HEAD])
@@ -251,9 +251,11 @@ def convert_to_nextflow(
     """
     source, output = Path(source), Path(output)
     refuse_to_overwrite(output)
-    check_model_type(source, SOURCE_TYPES)
-    text_config, weights = AutoConfig.from_pretrained(source).get_text_config(), read_checkpoint(source)
+    text_config, weights = load_config(source, SOURCE_TYPES).get_text_config(), read_checkpoint(source)
     tokenizer = load_text_tokenizer(text_tokenizer or source)
+    load_config(Path(image_tokenizer), (NextFlowImageTokenizerConfig.model_type,))
+    files = {tensor.file for tensor in [*weights.values(), *read_checkpoint(Path(image_tokenizer)).values()]}
+    files |= {source / "config.json", Path(image_tokenizer) / "config.json"}
     images = NextFlowImageTokenizer.from_pretrained(image_tokenizer)
     token_ids = special_token_ids(tokenizer, text_config.vocab_size)
     config = nextflow_config(text_config, images.config, **token_ids)
@@ -268,16 +270,13 @@ def convert_to_nextflow(
         image_tokenizer=images,
         visual_token_offset=config.text_vocab_size,
     )
-    partial = partial_folder(output)
-    files = {tensor.file for tensor in weights.values()} | {source / "config.json"}
-    files |= set(Path(image_tokenizer).glob("*.safetensors"))
-    write_checkpoint(partial, plan, files, convert_file_size_to_int(max_shard_size))
-    config.save_pretrained(partial)
-    _generation_config(source, tokenizer).save_pretrained(partial)
-    processor.save_pretrained(partial)
+    generation_config = _generation_config(source, tokenizer)
     card = MODEL_CARD.format(name=output.name, source=source.name, image_tokenizer=Path(image_tokenizer).name)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    partial.rename(output)
+    with new_checkpoint(output, plan, files, convert_file_size_to_int(max_shard_size)) as partial:
+        config.save_pretrained(partial)
+        generation_config.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
     return output
 
 
@@ -290,8 +289,7 @@ def convert_to_qwen(
     """
     source, output = Path(source), Path(output)
     refuse_to_overwrite(output)
-    check_model_type(source, (NextFlowConfig.model_type,))
-    config, weights = AutoConfig.from_pretrained(source), read_checkpoint(source)
+    config, weights = load_config(source, (NextFlowConfig.model_type,)), read_checkpoint(source)
     plan = plan_qwen(weights, config, dtype, str(source))
     rope = {name: value for name, value in config.rope_parameters.items() if name != "mrope_section"}
     text_config = Qwen2Config(
@@ -305,14 +303,13 @@ def convert_to_qwen(
         architectures=["Qwen2ForCausalLM"],
     )
     text_config.dtype = plan[0].dtype
-    partial = partial_folder(output)
-    files = {tensor.file for tensor in weights.values()} | {source / "config.json"}
-    write_checkpoint(partial, plan, files, convert_file_size_to_int(max_shard_size))
-    text_config.save_pretrained(partial)
     tokenizer = load_text_tokenizer(source)
-    _generation_config(source, tokenizer).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(output)
+    generation_config = _generation_config(source, tokenizer)
+    files = {tensor.file for tensor in weights.values()} | {source / "config.json"}
+    with new_checkpoint(output, plan, files, convert_file_size_to_int(max_shard_size)) as partial:
+        text_config.save_pretrained(partial)
+        generation_config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     return output
 
 
@@ -320,7 +317,7 @@ def _generation_config(source: Path, tokenizer: PreTrainedTokenizerBase) -> Gene
     """The source's text settings where there are any; the ids that end and pad, always."""
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     path = source / "generation_config.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    stored = read_json(path) if path.is_file() else {}
     kept = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "eos_token_id")
     return GenerationConfig(**{**ids, **{name: stored[name] for name in kept if name in stored}})
 
@@ -331,23 +328,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--text-tokenizer", type=Path, help="folder, tokenizer.json or .tiktoken file (source's own)")
     parser.add_argument("--back", action="store_true", help="NextFlow to a Qwen2 text model")
     options = parser.parse_args(arguments)
-    try:
+    common = {"dtype": options.dtype, "max_shard_size": options.max_shard_size}
+    if not options.back and options.image_tokenizer is None:
+        parser.error("--image-tokenizer is needed: its codebook becomes the table of visual codes")
+    with one_line_errors(parser):
         if options.back:
-            convert_to_qwen(options.source, options.output, options.dtype, options.max_shard_size)
-        elif options.image_tokenizer is None:
-            parser.error("--image-tokenizer is needed: its codebook becomes the table of visual codes")
+            convert_to_qwen(options.source, options.output, **common)
         else:
-            convert_to_nextflow(
-                options.source,
-                options.output,
-                options.image_tokenizer,
-                options.text_tokenizer,
-                options.dtype,
-                options.max_shard_size,
-            )
-    except ValueError as error:
-        parser.exit(1, f"{error}\n")
-    report(options)
+            tokenizers = {"image_tokenizer": options.image_tokenizer, "text_tokenizer": options.text_tokenizer}
+            convert_to_nextflow(options.source, options.output, **tokenizers, **common)
+        report(options)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,20 @@ every text that needs no later rank.
 
 import argparse
 import base64
-import json
+import sys
+from collections.abc import Mapping, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 from transformers import AddedToken, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from transformers_nextflow.processing_nextflow import CHAT_TEMPLATE
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conversion.command import one_line_errors
+from conversion.streaming import read_json
 
 # Qwen2.5's own added tokens, in order of their ids, which start right after the ranks. True: a control token, left out
 # by `decode(skip_special_tokens=True)`; False: an ordinary word that is only never split.
@@ -126,24 +132,36 @@ def build_qwen_tokenizer(ranks_path: str | Path, num_ranks: int | None = None) -
     )
 
 
-def make_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Qwen2Tokenizer:
-    """The fast tokenizer of a byte-level vocabulary (without added tokens) and its merges, in order."""
+def make_tokenizer(
+    vocab: dict[str, int], merges: list[tuple[str, str]], added: Mapping[int, AddedToken] | None = None
+) -> Qwen2Tokenizer:
+    """The fast tokenizer of a byte-level vocabulary and its merges, in order.
+
+    Args:
+        vocab (`dict[str, int]`): Token -> id.
+        merges (list of pairs of `str`): In order.
+        added (`Mapping[int, AddedToken]`, *optional*):
+            Id -> added token, Qwen2.5's after the vocabulary by default. `<boi>`, `<eoi>` and `<image>` take the ids
+            that follow, unless they are among them.
+
+    Raises:
+        `ValueError`: if an added token can't have its id, or if those that the chat format needs are not among them.
+    """
+    if not added:
+        tokens = (AddedToken(text, special=special, normalized=False) for text, special in QWEN_ADDED_TOKENS.items())
+        added = dict(enumerate(tokens, start=len(vocab)))
     tokenizer = Qwen2Tokenizer(
-        vocab=vocab,
-        merges=merges,
-        padding_side="left",
-        unk_token=None,
-        # With these, `<|endoftext|>` is the only token that the constructor adds; the others follow in Qwen's order.
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
+        vocab=vocab, merges=merges, padding_side="left", unk_token=None, eos_token=None, pad_token=None
     )
-    tokenizer.add_tokens(
-        [AddedToken(text, special=special, normalized=False) for text, special in QWEN_ADDED_TOKENS.items()]
-    )
-    tokenizer.add_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in NEXTFLOW_TOKENS.values()], special_tokens=True
-    )
-    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.add_tokens([added[token_id] for token_id in sorted(added)])
+    ids = tokenizer.get_vocab()
+    if moved := [f"{token.content} ({token_id})" for token_id, token in added.items() if ids[str(token)] != token_id]:
+        raise ValueError(f"The added tokens {', '.join(moved)} can't keep their ids: there is a gap before them.")
+    if missing := [text for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>") if text not in ids]:
+        raise ValueError(f"The tokenizer lacks {', '.join(missing)}, which Qwen's chat format is made of.")
+    new = [text for text in NEXTFLOW_TOKENS.values() if text not in ids]
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in new], special_tokens=True)
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer._set_model_specific_special_tokens(NEXTFLOW_TOKENS)  # as arguments they would get ids before Qwen's
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -151,49 +169,76 @@ def make_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Qwen
 
 def load_text_tokenizer(path: str | Path) -> Qwen2Tokenizer:
     """
-    NextFlow's text tokenizer from any of the files that Qwen's comes in.
+    NextFlow's text tokenizer from any of the files that Qwen's comes in; added tokens (`<think>`, ...) keep their ids.
 
     Args:
         path (`str` or `Path`):
             A `.tiktoken` file, a `tokenizer.json`, or a folder with `tokenizer.json` or with `vocab.json` and
-            `merges.txt`.
+            `merges.txt`. Their added tokens stand in `tokenizer.json`, `tokenizer_config.json` or `added_tokens.json`;
+            where none of them is, they are Qwen2.5's.
 
     Raises:
-        `ValueError`: if there is no such file, or if its vocabulary is not byte-level BPE.
+        `ValueError`: if there is no such file, if it is damaged, or if its vocabulary is not byte-level BPE.
     """
     path = Path(path)
-    if path.suffix == ".tiktoken":
+    if path.suffix == ".tiktoken" and path.is_file():
         return build_qwen_tokenizer(path)
-    if path.is_dir() and (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
-        lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
-        return make_tokenizer(vocab, [_pair(line) for line in lines if line and not line.startswith("#version")])
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if file.name != "tokenizer.json" or not file.is_file():
+    folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
+    ranks = folder / "vocab.json", folder / "merges.txt"
+    if path.is_dir() and not file.is_file() and all(part.is_file() for part in ranks):
+        file = ranks[0]
+    elif file.name != "tokenizer.json" or not file.is_file():
         raise ValueError(
             f'There is no tokenizer at "{path}". Expected a .tiktoken file, a tokenizer.json, or a folder with '
             "tokenizer.json or with vocab.json and merges.txt."
         )
-    model = json.loads(file.read_text(encoding="utf-8")).get("model", {})
-    if model.get("type", "BPE") != "BPE" or "merges" not in model:
-        raise ValueError(f'"{file}" holds a tokenizer of type {model.get("type")!r}; Qwen\'s is "BPE".')
-    return make_tokenizer(model["vocab"], [_pair(merge) for merge in model["merges"]])
+    content = read_json(file)
+    try:
+        if file.name == "vocab.json":
+            lines = ranks[1].read_text(encoding="utf-8").splitlines()
+            merges = [line for line in lines if line and not line.startswith("#version")]
+            return make_tokenizer(content, [_pair(merge) for merge in merges], _added_tokens(folder))
+        model = content.get("model", {})
+        if model.get("type", "BPE") != "BPE" or "merges" not in model:
+            raise ValueError(f'it holds a tokenizer of type {model.get("type")!r}; Qwen\'s is "BPE"')
+        added = {entry["id"]: _added_token(entry) for entry in content.get("added_tokens") or []}
+        return make_tokenizer(model["vocab"], [_pair(merge) for merge in model["merges"]], added)
+    except Exception as error:  # the Rust library raises plain ones
+        raise ValueError(f'"{file}" can\'t be converted: {error}') from error
 
 
-def _pair(merge: str | list[str]) -> tuple[str, str]:
+def _added_tokens(folder: Path) -> dict[int, AddedToken]:
+    """Id -> added token, of a folder without tokenizer.json."""
+    config, plain = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    if config.is_file() and (decoder := read_json(config).get("added_tokens_decoder")):
+        return {int(token_id): _added_token(entry) for token_id, entry in decoder.items()}
+    entries = read_json(plain).items() if plain.is_file() else ()
+    return {
+        token_id: AddedToken(text, special=QWEN_ADDED_TOKENS.get(text, False), normalized=False)
+        for text, token_id in entries
+    }
+
+
+def _added_token(entry: Mapping[str, Any]) -> AddedToken:
+    names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return AddedToken(**{name: entry[name] for name in names if name in entry})
+
+
+def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--ranks", required=True, help="the .tiktoken file")
     parser.add_argument("--num-ranks", type=int, help="keep only the first so many ranks (default: all)")
     parser.add_argument("--output", required=True, help="folder for the tokenizer's files")
-    arguments = parser.parse_args()
-    tokenizer = build_qwen_tokenizer(arguments.ranks, arguments.num_ranks)
-    tokenizer.save_pretrained(arguments.output)
-    print(f"{len(tokenizer)} tokens written to {arguments.output}")
+    options = parser.parse_args(arguments)
+    with one_line_errors(parser):
+        tokenizer = build_qwen_tokenizer(options.ranks, options.num_ranks)
+        tokenizer.save_pretrained(options.output)
+        print(f"{len(tokenizer)} tokens written to {options.output}")
 
 
 if __name__ == "__main__":

@@ -14,24 +14,22 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import convert_file_size_to_int
-from transformers import AutoConfig
 
 from transformers_nextflow import NextFlowImageTokenizer, NextFlowImageTokenizerConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conversion.command import make_parser, report
+from conversion.command import make_parser, one_line_errors, report
 from conversion.streaming import (
     KeyTable,
     PlannedTensor,
     StoredTensor,
-    check_model_type,
+    load_config,
     map_keys,
-    partial_folder,
+    new_checkpoint,
     plan_tensor,
     plan_tensors,
     read_checkpoint,
     refuse_to_overwrite,
-    write_checkpoint,
 )
 
 SIGLIP2_KEYS: KeyTable = {
@@ -70,7 +68,7 @@ def plan_image_tokenizer(
     Raises:
         `ValueError`: if a key is missing, unknown or of another shape.
     """
-    kept = {ours: source[theirs] for theirs, ours in map_keys(list(source), SIGLIP2_KEYS, where).items()}
+    kept = {ours: source[theirs] for theirs, ours in map_keys(source, SIGLIP2_KEYS, where).items()}
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in NextFlowImageTokenizer(config).state_dict().items()}
     made = {
@@ -105,28 +103,23 @@ def convert_to_image_tokenizer(
     """
     source, output = Path(source), Path(output)
     refuse_to_overwrite(output)
-    check_model_type(source, SOURCE_TYPES)
-    whole, weights = AutoConfig.from_pretrained(source), read_checkpoint(source)
+    whole, weights = load_config(source, SOURCE_TYPES), read_checkpoint(source)
     vision = getattr(whole, "vision_config", whole)
     config = NextFlowImageTokenizerConfig(semantic_config=vision.to_dict(), **settings)
     config.architectures = [NextFlowImageTokenizer.__name__]
     plan = plan_image_tokenizer(weights, config, new_weights(config), dtype, str(source))
-    partial = partial_folder(output)
     files = {tensor.file for tensor in weights.values()} | {source / "config.json"}
-    write_checkpoint(partial, plan, files, convert_file_size_to_int(max_shard_size))
-    config.save_pretrained(partial)
-    partial.rename(output)
+    with new_checkpoint(output, plan, files, convert_file_size_to_int(max_shard_size)) as partial:
+        config.save_pretrained(partial)
     return output
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, "folder of a SigLIP2 NaFlex checkpoint")
     options = parser.parse_args(arguments)
-    try:
+    with one_line_errors(parser):
         convert_to_image_tokenizer(options.source, options.output, options.dtype, options.max_shard_size)
-    except ValueError as error:
-        parser.exit(1, f"{error}\n")
-    report(options)
+        report(options)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,22 @@ import os
 import pickle
 import re
 import shutil
-import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoConfig, PreTrainedConfig
 
 BLOCK_BYTES = 2**24
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-INDEX = "model.safetensors.index.json"
+INDEX, PLAN = "model.safetensors.index.json", "conversion.plan"
+MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
 # Source key -> our key, None for what is dropped; the first that matches counts. A field stands for what FIELDS says.
 KeyTable = dict[str, str | None]
 CNN_BLOCK = r"conv_blocks\.\d+\.(?:(?:res|attn)\.\d+|(?:down|up)sample)|mid\.\d+"
@@ -50,7 +53,8 @@ class StoredTensor:
             file.seek(self.start)
             while left:
                 block = bytearray(min(left, size))
-                file.readinto(block)
+                if file.readinto(block) != len(block):
+                    raise ValueError(f'"{self.file}" ends inside "{self.name}": it was cut while it was being read.')
                 left -= len(block)
                 yield torch.frombuffer(block, dtype=self.dtype)
 
@@ -79,39 +83,84 @@ class PlannedTensor:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file.
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
 
     Raises:
-        `ValueError`: if it is not a safetensors file, is truncated, or holds a dtype that is no floating-point one.
+        `ValueError`: if it is not there, or holds anything else.
+    """
+    if not path.is_file():
+        raise ValueError(f'"{path.parent}" has no {path.name}; pass the folder of a downloaded checkpoint.')
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'"{path}" is damaged: it is not JSON ({error}). Download it again.') from error
+    if not isinstance(content, dict):
+        raise ValueError(f'"{path}" is damaged: it holds a {type(content).__name__}, not an object. Download it again.')
+    return content
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file. All that the header says is held against itself and against the file.
+
+    Raises:
+        `ValueError`: if it is not a whole safetensors file, if places, shapes and dtypes contradict each other, if
+            they leave a gap or overlap, or if a dtype is no floating-point one.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
-        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if header_size > size - 8:
+        start = 8 + int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or start > min(size, 8 + MAX_HEADER):
             raise ValueError(f'"{path}" is not a whole safetensors file ({size} bytes). Download it again.')
         try:
-            header = json.loads(file.read(header_size))
-        except ValueError as error:
-            raise ValueError(f'"{path}" is not a safetensors file: its header is not JSON.') from error
-    header.pop("__metadata__", None)
-    tensors, end = {}, 0
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
+            header = json.loads(file.read(start - 8))
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f'"{name}" in "{path}" has the dtype {entry["dtype"]}; expected one of {", ".join(DTYPES)}. '
-                "Quantised checkpoints can't be converted."
-            )
-        start, stop = entry["data_offsets"]
-        end = max(end, stop)
-        tensors[name] = StoredTensor(path, name, tuple(entry["shape"]), DTYPES[entry["dtype"]], 8 + header_size + start)
-    if size != 8 + header_size + end:
+                f'"{path}" is not a safetensors file: its header is not JSON. Download it again.'
+            ) from error
+    if not isinstance(header, dict):
+        raise ValueError(f'"{path}" is not a safetensors file: its header is not an object. Download it again.')
+    header.pop("__metadata__", None)
+    places = [(*_check_entry(path, name, entry), name) for name, entry in header.items()]
+    end = 0
+    for begin, stop, name in sorted(places):
+        if begin != end:
+            fault = "overlaps the tensor before it" if begin < end else "leaves a gap before it"
+            raise ValueError(f'"{name}" in "{path}" {fault}: the header is damaged. Download the file again.')
+        end = stop
+    if size != start + end:
         raise ValueError(
-            f'"{path}" is truncated or damaged: its header promises {8 + header_size + end} bytes, but it has {size}. '
+            f'"{path}" is truncated or damaged: its header promises {start + end} bytes, but it has {size}. '
             "Download it again."
         )
-    return tensors
+    if {"F16", "BF16"} <= {entry["dtype"] for entry in header.values()}:  # as wide as each other: no size tells
+        raise ValueError(f'"{path}" holds both F16 and BF16 tensors: its header is damaged. Download it again.')
+    return {
+        name: StoredTensor(path, name, tuple(entry["shape"]), DTYPES[entry["dtype"]], start + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+
+
+def _check_entry(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """Where a tensor begins and ends after the header, if its entry is one and agrees with itself."""
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (entry.get(field) for field in ("dtype", "shape", "data_offsets"))
+    whole = [isinstance(part, list) and all(type(n) is int and n >= 0 for n in part) for part in (shape, offsets)]
+    if not all(whole) or len(offsets) != 2 or not isinstance(dtype, str):
+        raise ValueError(f'"{name}" in "{path}" has no whole entry in the header. Download the file again.')
+    if dtype not in DTYPES:
+        raise ValueError(
+            f'"{name}" in "{path}" has the dtype {dtype}; expected one of {", ".join(DTYPES)}. '
+            "Quantised checkpoints can't be converted."
+        )
+    num_bytes = prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != num_bytes:
+        raise ValueError(
+            f'"{name}" in "{path}" takes the bytes {offsets[0]} to {offsets[1]}, but {num_bytes} bytes by its shape '
+            f"{tuple(shape)} and dtype {dtype}: the header is damaged. Download the file again."
+        )
+    return offsets[0], offsets[1]
 
 
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
@@ -121,8 +170,13 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
         `ValueError`: if there are none, only pickled ones, a shard is missing, or the index and the shards disagree.
     """
     if (index := folder / INDEX).is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+        weight_map = read_json(index).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(
+            isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name) for name in names
+        ):
+            raise ValueError(f'"{index}" is damaged: its "weight_map" must name *.safetensors files of its own folder.')
+        files = [folder / name for name in sorted(set(names))]
         if missing := [file.name for file in files if not file.is_file()]:
             raise ValueError(f'"{folder}" lacks {", ".join(missing)}, which "{INDEX}" names. Download them.')
     else:
@@ -137,8 +191,8 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
             if name in tensors:
                 raise ValueError(f'"{name}" is in "{tensors[name].file}" and in "{file}"; expected it once.')
             tensors[name] = tensor
-    if absent := sorted(set(weight_map) - set(tensors)):
-        raise ValueError(f'"{folder / INDEX}" names {", ".join(absent)}, but no shard holds them.')
+    if absent := sorted(k for k, file in weight_map.items() if k not in tensors or tensors[k].file.name != file):
+        raise ValueError(f'"{folder / INDEX}" names {", ".join(absent)}, but the shards don\'t hold them there.')
     return tensors
 
 
@@ -162,13 +216,16 @@ def read_pickle(path: Path, entries: Sequence[str] = ()) -> dict[str, StoredTens
         # Training scripts like to store their options; a `Namespace` is a bag of values and can't run anything.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="meta", weights_only=True)
-        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(path).infolist())
+        with zipfile.ZipFile(path) as archive:
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+            if archive.testzip():
+                raise ValueError("a checksum is wrong")
     except pickle.UnpicklingError as error:
         raise ValueError(
             f'"{path}" is not read: it holds objects other than tensors and plain values, and unpickling them could '
             "run code. Load it where you trust it and write its weights with `safetensors.torch.save_file`."
         ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged pickle fails in any way
         raise ValueError(damaged) from error
     if packed or not isinstance(content, dict):
         found = "compressed tensors" if packed else f"a {type(content).__name__}"
@@ -189,12 +246,15 @@ def read_pickle(path: Path, entries: Sequence[str] = ()) -> dict[str, StoredTens
 
 
 def map_keys(
-    names: Sequence[str], table: KeyTable, where: str, fields: Mapping[str, Mapping[str, str]] | None = None
+    names: Mapping[str, StoredTensor] | Sequence[str],
+    table: KeyTable,
+    where: str,
+    fields: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, str]:
     """Source key -> our key, without the dropped ones.
 
     Args:
-        names (`Sequence[str]`): The source's keys.
+        names (`Mapping[str, StoredTensor]` or `Sequence[str]`): The source's keys.
         table (`KeyTable`): What becomes of them.
         where (`str`): Names the source in errors.
         fields (`Mapping[str, Mapping[str, str]]`, *optional*):
@@ -212,7 +272,8 @@ def map_keys(
                     mapped[name] = ours.format(**_translate(match.groupdict(), fields or {}, name, where))
                 break
         else:
-            raise ValueError(f'"{where}" holds the key "{name}", which no rule expects. Expected: {", ".join(table)}.')
+            file = names[name].file if isinstance(names, Mapping) else where
+            raise ValueError(f'"{file}" holds the key "{name}", which no rule expects. Expected: {", ".join(table)}.')
     targets = list(mapped.values())
     if twice := sorted({target for target in targets if targets.count(target) > 1}):
         raise ValueError(f'"{where}" holds {", ".join(twice)} under two names.')
@@ -249,14 +310,20 @@ def check_shape(stored: StoredTensor, expected: tuple[int, ...]) -> None:
         )
 
 
-def check_model_type(folder: Path, expected: Sequence[str]) -> None:
-    """Makes sure that a folder is a checkpoint of an expected model type, by its config.json."""
+def load_config(folder: Path, expected: Sequence[str]) -> PreTrainedConfig:
+    """The configuration of a checkpoint of an expected model type.
+
+    Raises:
+        `ValueError`: if there is no config.json, or if it is damaged or another model's.
+    """
     path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f'"{folder}" has no config.json; pass the folder of a downloaded checkpoint.')
-    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    model_type = read_json(path).get("model_type")
     if model_type not in expected:
         raise ValueError(f'"{path}" states the model type "{model_type}"; expected {" or ".join(expected)}.')
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # each field has its own way to fail
+        raise ValueError(f'"{path}" is damaged: {error}. Download it again.') from error
 
 
 def plan_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> PlannedTensor:
@@ -297,21 +364,27 @@ def plan_tensors(
     return plan
 
 
-def write_file(path: Path, tensors: Sequence[PlannedTensor]) -> None:
-    """Writes a safetensors file block by block, and under its name only when it is whole."""
+def _write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Writes a file that has its name only when it is whole."""
     temporary = path.with_name(path.name + ".part")
     with open(temporary, "wb") as file:
-        file.write(_header(tensors))
-        for tensor in tensors:
-            written = 0
-            for block in tensor.blocks():
-                block = block.detach().to(tensor.dtype).contiguous().flatten()
-                file.write(memoryview(block.view(torch.uint8).numpy()))
-                written += block.numel()
-            assert written == prod(tensor.shape), tensor.name  # a plan that does not keep to its shape is a bug
+        for piece in pieces:
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _file_content(tensors: Sequence[PlannedTensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, block by block."""
+    yield _header(tensors)
+    for tensor in tensors:
+        written = 0
+        for block in tensor.blocks():
+            block = block.detach().to(tensor.dtype).contiguous().flatten()
+            yield memoryview(block.view(torch.uint8).numpy())
+            written += block.numel()
+        assert written == prod(tensor.shape), tensor.name  # a plan that does not keep to its shape is a bug
 
 
 def _header(tensors: Sequence[PlannedTensor]) -> bytes:
@@ -327,7 +400,7 @@ def _header(tensors: Sequence[PlannedTensor]) -> bytes:
         start = stop
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)  # the data starts at a multiple of 8, as safetensors wants it
-    return struct.pack("<Q", len(header)) + header
+    return len(header).to_bytes(8, "little") + header
 
 
 def split_into_shards(tensors: Sequence[PlannedTensor], max_shard_size: int) -> dict[str, list[PlannedTensor]]:
@@ -345,13 +418,17 @@ def split_into_shards(tensors: Sequence[PlannedTensor], max_shard_size: int) -> 
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
 
 
-def write_checkpoint(
-    folder: Path, tensors: Sequence[PlannedTensor], sources: Iterable[Path], max_shard_size: int
-) -> None:
-    """Writes all shards and their index into a folder; shards that an earlier, killed run has finished are kept.
+@contextmanager
+def new_checkpoint(
+    output: Path, tensors: Sequence[PlannedTensor], sources: Iterable[Path], max_shard_size: int
+) -> Iterator[Path]:
+    """Writes all shards and their index into `<output>.partial`; what else there is to write is the caller's.
+
+    The folder gets its name when the `with` block is done. Shards that an earlier, killed run has finished are kept,
+    everything else that it left is removed. The note on what they are made of goes last, so that no moment is without.
 
     Args:
-        folder (`Path`): Made if it is not there.
+        output (`Path`): The new folder.
         tensors (sequence of `PlannedTensor`): In the order in which they are to be stored.
         sources (iterable of `Path`): The files that the tensors are made of; a run may only go on with the same ones.
         max_shard_size (`int`): In bytes.
@@ -359,40 +436,47 @@ def write_checkpoint(
     Raises:
         `ValueError`: if the folder was begun with other sources or settings, or if the disk is too small.
     """
+    partial = output.with_name(output.name + ".partial")
+    if (output / PLAN).exists():  # killed between the last two lines of this function
+        output.rename(partial)
     shards = split_into_shards(tensors, max_shard_size)
-    stamps = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sources)
+    stamps = sorted((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sources)
     plan = hashlib.sha256(repr(stamps).encode() + b"".join(_header(shard) for shard in shards.values())).hexdigest()
-    note = folder / "conversion.plan"
-    if note.exists() and note.read_text() != plan:
+    left = list(partial.iterdir()) if partial.exists() else []
+    begun = (partial / PLAN).read_text(errors="replace") if partial / PLAN in left else ""
+    if begun != plan and any(not path.name.startswith(PLAN) for path in left):
+        fault = "was begun by a conversion with another source or other settings"
+        if len(begun) != len(plan):
+            fault = f"has no whole {PLAN}, so nothing tells what its files were made of"
+        raise ValueError(f'"{partial}" {fault}. Remove it to start anew.')
+    output.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(t.num_bytes for name, shard in shards.items() if not (partial / name).exists() for t in shard)
+    if needed > (free := shutil.disk_usage(output.parent).free):
         raise ValueError(
-            f'"{folder}" was begun by a conversion with another source or other settings. Remove it to start anew.'
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(t.num_bytes for name, shard in shards.items() if not (folder / name).exists() for t in shard)
-    if needed > (free := shutil.disk_usage(folder.parent).free):
-        raise ValueError(
-            f'{needed / 1e9:.1f} GB are still to be written, but the disk of "{folder.parent}" has only '
+            f'{needed / 1e9:.1f} GB are still to be written, but the disk of "{output.parent}" has only '
             f"{free / 1e9:.1f} GB free. Make room or choose another output."
         )
-    folder.mkdir(exist_ok=True)
-    note.write_text(plan)
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != PLAN and path.name not in shards:
+            path.unlink()
+    partial.mkdir(exist_ok=True)
+    _write_whole(partial / PLAN, [plan.encode()])
     for name, shard in shards.items():
-        if not (folder / name).exists():
-            write_file(folder / name, shard)
+        if not (partial / name).exists():
+            _write_whole(partial / name, _file_content(shard))
     if len(shards) > 1:
         total = sum(tensor.num_bytes for tensor in tensors)
         weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    note.unlink()
+        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    yield partial
+    partial.rename(output)
+    (output / PLAN).unlink()
 
 
 def refuse_to_overwrite(output: Path) -> None:
-    """Makes sure that the new folder is not there yet."""
-    if output.exists():
+    """Makes sure that the new folder is not there yet, or that only its note is left to be removed."""
+    if output.exists() and not (output / PLAN).exists():
         raise ValueError(f'"{output}" is there already and is not overwritten. Choose another output, or remove it.')
-
-
-def partial_folder(output: Path) -> Path:
-    """Where the work on `output` is kept until all of it is done."""
-    return output.with_name(output.name + ".partial")

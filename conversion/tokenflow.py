@@ -22,19 +22,18 @@ from accelerate.utils import convert_file_size_to_int
 from transformers_nextflow import NextFlowImageTokenizer, NextFlowImageTokenizerConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conversion.command import make_parser, report
+from conversion.command import make_parser, one_line_errors, report
 from conversion.streaming import (
     KeyTable,
     PlannedTensor,
     StoredTensor,
     map_keys,
-    partial_folder,
+    new_checkpoint,
     plan_tensors,
     read_checkpoint,
     read_header,
     read_pickle,
     refuse_to_overwrite,
-    write_checkpoint,
 )
 
 BEIT, CLIP = "semantic_decoder.transformer", "semantic_encoder.encoder.layers.{n}"
@@ -229,7 +228,7 @@ def _level(level: int, num_res_blocks: int, has_attention: bool) -> list[str]:
 
 def split_fused(source: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The source with every fused projection as three tensors, `name[q]`, `name[k]` and `name[v]`."""
-    fused = map_keys(list(source), {**{name: name for name in FUSED}, "{part}": None}, "")
+    fused = map_keys(source, {**{name: name for name in FUSED}, "{part}": None}, "")
     split: dict[str, StoredTensor] = {}
     for name, tensor in source.items():
         if name in fused:
@@ -251,7 +250,7 @@ def plan_image_tokenizer(
         `ValueError`: if a key is missing, unknown or of another shape.
     """
     tensors = split_fused(source)
-    names = map_keys(list(tensors), TOKENFLOW_KEYS, where, block_places(config))
+    names = map_keys(tensors, TOKENFLOW_KEYS, where, block_places(config))
     kept = {ours: tensors[theirs] for theirs, ours in names.items()}
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in NextFlowImageTokenizer(config).state_dict().items()}
@@ -291,14 +290,11 @@ def convert_tokenflow(
     config.architectures = [NextFlowImageTokenizer.__name__]
     plan = plan_image_tokenizer(tensors, config, dtype, str(source))
     config.dtype = plan[0].dtype
-    partial = partial_folder(output)
-    write_checkpoint(
-        partial, plan, {tensor.file for tensor in tensors.values()}, convert_file_size_to_int(max_shard_size)
-    )
-    config.save_pretrained(partial)
     card = MODEL_CARD.format(name=output.name, layout=layout, source=source.name)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    partial.rename(output)
+    files = {tensor.file for tensor in tensors.values()}
+    with new_checkpoint(output, plan, files, convert_file_size_to_int(max_shard_size)) as partial:
+        config.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
     return output
 
 
@@ -309,11 +305,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     settings = PAPER_SCHEDULES if options.paper_schedules else {}
-    try:
+    with one_line_errors(parser):
         convert_tokenflow(options.source, options.output, options.dtype, options.max_shard_size, **settings)
-    except (ValueError, ImportError) as error:
-        parser.exit(1, f"{error}\n")
-    report(options)
+        report(options)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,9 @@ def format_table(results: Sequence[dict]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/ablations"), help="where codes and results are kept")
     parser.add_argument("--runs", nargs="+", choices=[run.name for run in RUNS], help="some only, for processes")
     parser.add_argument("--steps", type=int, default=2500)

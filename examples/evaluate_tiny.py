@@ -295,7 +295,9 @@ def first_samples(samples: Sequence[Sample], number: int = 16) -> list[int]:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; `settings` holds the sampling settings that were given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("checkpoint", nargs="?", type=Path, help="folder (default: the shipped nextflow-tiny)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few prompts of each kind")

@@ -22,7 +22,9 @@ from transformers_nextflow.trainer import detector_reward
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=8, help="prompts an update")
     parser.add_argument("--group", type=int, default=8, help="pictures a prompt")

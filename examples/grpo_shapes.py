@@ -43,7 +43,9 @@ def make_dataset(task: Task, seed: int, split: str = "train", num_prompts: int |
 
 
 def main(arguments: list[str] | None = None) -> NextFlowGRPOTrainer:
-    task, settings, model_config = TrlParser((Task, NextFlowGRPOConfig, ModelConfig)).parse_args_and_config(arguments)
+    task, settings, model_config = TrlParser(
+        (Task, NextFlowGRPOConfig, ModelConfig), allow_abbrev=False
+    ).parse_args_and_config(arguments)
     if unknown := set(task.kinds) - KINDS.keys():
         raise ValueError(f"`kinds` must be some of {', '.join(KINDS)}, but got {', '.join(sorted(unknown))}.")
     path = model_config.model_name_or_path or str(tiny_checkpoint())

@@ -39,7 +39,9 @@ def make_dataset(num_prompts: int, seed: int, split: str = "train") -> Dataset:
 
 
 def main(arguments: list[str] | None = None) -> NextFlowGRPOTrainer:
-    task, settings, model_config = TrlParser((Task, NextFlowGRPOConfig, ModelConfig)).parse_args_and_config(arguments)
+    task, settings, model_config = TrlParser(
+        (Task, NextFlowGRPOConfig, ModelConfig), allow_abbrev=False
+    ).parse_args_and_config(arguments)
     path = model_config.model_name_or_path or str(tiny_checkpoint())
     trainer = NextFlowGRPOTrainer(
         NextFlowForCausalLM.from_pretrained(path, dtype=torch.float32),

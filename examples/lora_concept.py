@@ -70,7 +70,9 @@ def drawing(prompt: str, picture: np.ndarray, processor: NextFlowProcessor, seed
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--checkpoint", type=Path, help="nextflow-tiny by default")
     parser.add_argument("--output", type=Path, default=Path("runs/arrow"), help="where the adapter goes")
     parser.add_argument("--steps", type=int, default=200)

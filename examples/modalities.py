@@ -143,8 +143,10 @@ def conversation(session: NextFlowSession, seed: int) -> Image.Image:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Path]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", type=Path, default=tiny_checkpoint(), help="default: nextflow-tiny")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", nargs="?", default=str(tiny_checkpoint()), help="default: nextflow-tiny")
     parser.add_argument("--output", type=Path, default=Path("runs/modalities"), help="folder for the pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int, default=8, help="samples of each task, even (default 8)")

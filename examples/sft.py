@@ -68,7 +68,9 @@ def load_samples(data: Data, processor: NextFlowProcessor) -> Dataset:
 
 
 def main(arguments: list[str] | None = None) -> NextFlowSFTTrainer:
-    data, settings, model_config = TrlParser((Data, NextFlowSFTConfig, ModelConfig)).parse_args_and_config(arguments)
+    data, settings, model_config = TrlParser(
+        (Data, NextFlowSFTConfig, ModelConfig), allow_abbrev=False
+    ).parse_args_and_config(arguments)
     path = model_config.model_name_or_path or str(tiny_checkpoint())
     processor = NextFlowProcessor.from_pretrained(path)
     model = NextFlowForCausalLM.from_pretrained(

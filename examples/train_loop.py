@@ -34,7 +34,9 @@ from transformers_nextflow.trainer import (
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--codes", type=Path, required=True, help="coded samples, from examples/extract_codes.py")
     parser.add_argument("--checkpoint", default=str(tiny_checkpoint()), help="where to start from")
     parser.add_argument("--output", type=Path, required=True)

@@ -25,7 +25,9 @@ PICTURE_MIXTURE = {"shapes": 0.4, "emoji": 0.4, "words": 0.2}
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--checkpoint", type=Path, default=tiny_checkpoint(), help="where to start (default: shipped)")
     parser.add_argument("--hours", type=float, default=1.5, help="wall-clock budget of the training (default 1.5)")
     parser.add_argument("--work", type=Path, default=Path("runs/tasks"), help="where states and codes are kept")

@@ -32,7 +32,9 @@ LANGUAGE_MIXTURE = {"shapes": 0.58, "emoji": 0.30, "words": 0.12}
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--hours", type=float, default=2.0, help="wall-clock budget of both trainings (default 2)")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="where states and codes are kept")
     parser.add_argument("--output", type=Path, default=Path("runs/tiny/nextflow-tiny"), help="the finished checkpoint")

@@ -66,7 +66,7 @@ def fetch(package: NpmPackage, cache: str | Path | None = None) -> Path:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--cache", type=Path, help="folder for the archives (default: the user's cache)")
     cache = parser.parse_args().cache
     for package in (FLUENT_EMOJI, EMOJI_NAMES):

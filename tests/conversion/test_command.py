@@ -45,7 +45,7 @@ def hub(monkeypatch) -> FakeApi:
 )
 def test_every_converter_uploads_what_it_wrote(module, convert, more, hub, monkeypatch, capsys):
     given = []
-    monkeypatch.setattr(module, convert, lambda *arguments, **settings: given.extend(arguments))
+    monkeypatch.setattr(module, convert, lambda *arguments, **settings: given.extend([*arguments, *settings.values()]))
     module.main([*REQUIRED, *more, "--dtype", "bfloat16", "--max-shard-size", "2GB"])
     assert hub.calls == [] and {torch.bfloat16, "2GB"} < set(given)
     module.main([*REQUIRED, *more, "--push-to-hub", "nextflow-7b"])

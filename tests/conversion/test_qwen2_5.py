@@ -1,9 +1,11 @@
 """Qwen2.5(-VL) to NextFlow and back: every key, every bit, the same text; within memory, and after a kill."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -32,9 +34,13 @@ from conversion.qwen2_5 import (
     plan_nextflow,
     plan_qwen,
 )
+from conversion.qwen_tokenizer import load_text_tokenizer
 from conversion.streaming import StoredTensor, map_keys, read_checkpoint, read_header
 
 from conversion import streaming
+
+sys.path.insert(0, str(Path(__file__).parent))
+from killing import num_kills, run_and_kill
 
 ROOT = Path(__file__).parents[2]
 RANKS = ROOT / "tests" / "fixtures" / "qwen" / "first_1024_ranks.tiktoken"
@@ -81,10 +87,10 @@ def vl_config(text: dict, **vision) -> Qwen2_5_VLConfig:
     )
 
 
-def save_source(folder: Path, kind: str, max_shard_size: str = "5GB") -> Path:
+def save_source(folder: Path, kind: str, max_shard_size: str = "5GB", seed: int = 0) -> Path:
     """A random checkpoint of Qwen's shape, with a text tokenizer's file beside it."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         if kind == "vl":
             vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
             model = Qwen2_5_VLForConditionalGeneration(vl_config(SMALL, **vision))
@@ -279,55 +285,175 @@ def test_memory_stays_below_the_largest_shard(tmp_path, image_tokenizer):
     assert converting < 1.3 * largest < loading
 
 
-DIE = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-from conversion import streaming
-from conversion.qwen2_5 import convert_to_nextflow
-blocks, left = streaming.StoredTensor.blocks, [9]
-def dying(self):
-    left[0] -= 1
-    if left[0] < 0:
-        os._exit(9)
-    yield from blocks(self)
-streaming.StoredTensor.blocks = dying
-convert_to_nextflow(*sys.argv[2:6], max_shard_size=6000)
-"""
-
-
 class TestKilled:
     @pytest.fixture
-    def killed(self, tmp_path, image_tokenizer) -> list[Path]:
-        """The arguments of a conversion that died in the middle of its work."""
+    def arguments(self, tmp_path, image_tokenizer) -> dict:
         source = save_source(tmp_path / "source", "untied")
-        arguments = [source, tmp_path / "out", image_tokenizer, RANKS]
-        done = subprocess.run([sys.executable, "-c", DIE, str(ROOT), *map(str, arguments)], capture_output=True)
-        assert done.returncode == 9, done.stderr
+        return dict(
+            source=source,
+            output=tmp_path / "out",
+            image_tokenizer=image_tokenizer,
+            text_tokenizer=RANKS,
+            max_shard_size=6000,
+        )
+
+    @pytest.fixture
+    def killed(self, arguments, tmp_path, monkeypatch) -> dict:
+        """The arguments of a conversion that died in the middle of its work."""
+        blocks, left = StoredTensor.blocks, iter(range(9))
+
+        def dying(self):
+            next(left)
+            yield from blocks(self)
+
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(StoredTensor, "blocks", dying)
+            convert_to_nextflow(**arguments)
         return arguments
 
-    def test_a_second_run_goes_on_and_ends_as_if_unbroken(self, killed, tmp_path):
-        source, output, *rest = killed
-        partial = tmp_path / "out.partial"
+    def test_a_second_run_goes_on_and_keeps_what_is_finished(self, killed, tmp_path):
+        partial, output = tmp_path / "out.partial", killed["output"]
         finished = {path: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
         assert finished and not output.exists()
-        convert_to_nextflow(*killed, max_shard_size=6000)
+        (partial / ".tmp1234").write_text("what a library left")
+        convert_to_nextflow(**killed)
         assert all((output / path.name).stat().st_mtime_ns == time for path, time in finished.items())
-        unbroken = convert_to_nextflow(source, tmp_path / "unbroken", *rest, max_shard_size=6000)
-        files = {path.relative_to(output) for path in output.rglob("*") if path.is_file()}
-        assert files == {path.relative_to(unbroken) for path in unbroken.rglob("*") if path.is_file()}
-        for name in files - {Path("README.md")}:
-            assert (output / name).read_bytes() == (unbroken / name).read_bytes(), name
+        assert not list(output.glob(".*")) and not (output / streaming.PLAN).exists()
+
+    def test_kills_at_any_moment(self, arguments, tmp_path):
+        """Started again with the same source it ends as if unbroken; another source or dtype takes nothing over."""
+        output, inside = arguments["output"], str(tmp_path / "out")
+        other = save_source(tmp_path / "other", "untied", seed=1)
+        variants = [arguments, {**arguments, "source": other}, {**arguments, "dtype": torch.float16}]
+        unbroken = []
+        for index, variant in enumerate(variants):
+            (tmp_path / str(index)).mkdir()
+            unbroken.append(contents(convert_to_nextflow(**{**variant, "output": tmp_path / str(index) / "out"})))
+        assert unbroken[0] != unbroken[1] != unbroken[2]
+        moments = run_and_kill(lambda: convert_to_nextflow(**arguments), inside)
+        shutil.rmtree(output)
+        rng = random.Random(0)
+        last = [moments, moments - 1, moments - 2]  # from the last file to the removal of the note
+        draws = [rng.randint(1, moments) for _ in range(num_kills(6))]
+        for number, moment in enumerate(last + draws):
+            assert run_and_kill(lambda: convert_to_nextflow(**arguments), inside, moment) == -1
+            for variant, expected in [
+                list(zip(variants, unbroken, strict=True))[1 + number % 2],
+                (arguments, unbroken[0]),
+            ]:
+                try:
+                    convert_to_nextflow(**variant)
+                except ValueError as error:
+                    assert "begun by a conversion with another source" in str(error), moment
+                    assert variant is not arguments, moment
+                else:
+                    assert contents(output) == expected, moment
+                    shutil.rmtree(output)
+            assert not output.exists() and not Path(f"{output}.partial").exists()
 
     def test_other_settings_are_refused(self, killed):
         with pytest.raises(ValueError, match="begun by a conversion with another source or other settings"):
-            convert_to_nextflow(*killed, max_shard_size=7000)
+            convert_to_nextflow(**{**killed, "max_shard_size": 7000})
 
     def test_another_image_tokenizer_is_refused(self, killed, tmp_path):
-        source, output, image_tokenizer, ranks = killed
-        other = shutil.copytree(image_tokenizer, tmp_path / "other")
-        (other / "model.safetensors").touch()
+        other = shutil.copytree(killed["image_tokenizer"], tmp_path / "other")
         with pytest.raises(ValueError, match="begun by a conversion with another source or other settings"):
-            convert_to_nextflow(source, output, other, ranks, max_shard_size=6000)
+            convert_to_nextflow(**{**killed, "image_tokenizer": other})
+
+    @pytest.mark.parametrize("content", [b"", b"\xff\x00", None])
+    def test_a_note_that_is_not_whole(self, killed, tmp_path, content):
+        note = tmp_path / "out.partial" / streaming.PLAN
+        note.unlink() if content is None else note.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"out\.partial\" has no whole conversion\.plan, .* Remove it to start anew"
+        ):
+            convert_to_nextflow(**killed)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.name != "README.md" and path.is_file()
+    }
+
+
+def damage(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file with something wrong before or after its payload, or cut."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    kind = rng.randrange(7)
+    if kind == 0:
+        return data[: rng.randrange(len(data))]
+    if kind == 1:
+        return data + rng.randbytes(rng.choice([1, 8, 64]))
+    if kind in (2, 3):
+        damaged = bytearray(data)
+        for _ in range(rng.choice([1, 1, 1, 2, 3])):
+            damaged[rng.randrange(end) if kind == 2 else rng.randrange(8)] ^= rng.randrange(1, 256)
+        return bytes(damaged)
+    header = json.loads(data[8:end])
+    names = [name for name in header if name != "__metadata__"]
+    first, second = (header[name] for name in rng.sample(names, 2))
+    if kind == 4:
+        while prod(first["shape"]) == prod(second["shape"]):  # such a swap makes a file that is whole
+            second = header[rng.choice(names)]
+        field = rng.choice(["data_offsets", "shape"])
+        first[field], second[field] = second[field], first[field]
+    elif kind == 5:
+        first["dtype"] = rng.choice(["F16", "F32", "F64", "I16", "U8", "F8_E4M3", "", None, 7])
+    else:
+        field = rng.choice(["data_offsets", "shape"])
+        place = rng.randrange(len(first[field]))
+        first[field][place] = rng.choice([0, -1, first[field][place] + rng.choice([-2, 2, 10**12]), 1.5, None, "8"])
+    changed = json.dumps(header).encode()
+    return len(changed).to_bytes(8, "little") + changed + data[end:]
+
+
+def test_a_damaged_source_is_refused_or_read_right(tmp_path):
+    """Hundreds of damages: a ValueError that names the file, or exactly the right weights."""
+    source = save_source(tmp_path / "source", "untied")
+    file = source / "model.safetensors"
+    whole, images = file.read_bytes(), NextFlowImageTokenizerConfig(codebook_size=16)
+    ids = {f"{name}_token_id": 1 for name in ("boi", "eoi", "image", "eos", "pad", "bos")}
+    config = nextflow_config(Qwen2Config.from_pretrained(source), images, **ids)
+    new = new_weights(config, torch.zeros(images.codebook_size, images.code_dim))
+
+    def weights() -> dict[str, torch.Tensor]:
+        plan = plan_nextflow(read_checkpoint(source), config, new, where=str(source))
+        return {
+            tensor.name: torch.cat([block.flatten().to(tensor.dtype) for block in tensor.blocks()]) for tensor in plan
+        }
+
+    right, rng, refused = weights(), random.Random(0), 0
+    for case in range(300):
+        file.write_bytes(damage(whole, rng))
+        try:
+            found = weights()
+        except ValueError as error:
+            assert str(source) in str(error), (case, error)
+            refused += 1
+        else:
+            assert found.keys() == right.keys() and all(torch.equal(found[name], right[name]) for name in right), case
+    assert refused > 250
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", streaming.INDEX])
+def test_a_damaged_json_file_is_named(name, tmp_path, image_tokenizer):
+    source = save_source(tmp_path / "source", "untied", "20kB")
+    load_text_tokenizer(RANKS).save_pretrained(source)
+    whole = (source / name).read_bytes()
+    for content in (b"", b"[1]", b"\xff\xfe{", whole[: len(whole) // 2], b"[" * 100_000):
+        (source / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}.* is damaged"):
+            convert_to_nextflow(source, tmp_path / "out", image_tokenizer)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("file", ["../other.safetensors", "/etc/x.safetensors", "model.bin", "a\\b.safetensors", 5])
+def test_an_index_names_safetensors_files_of_its_folder_only(file, tmp_path):
+    (tmp_path / streaming.INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(ValueError, match=r"must name \*\.safetensors files of its own folder"):
+        read_checkpoint(tmp_path)
 
 
 class TestBadInput:

@@ -114,6 +114,64 @@ def test_every_form_of_the_files_gives_the_same_tokenizer(tokenizer, files, tmp_
         assert loaded(text + "<boi>").input_ids == tokenizer(text + "<boi>").input_ids
 
 
+QWEN3_TOKENS = ("<tool_response>", "</tool_response>", "<think>", "</think>")
+
+
+def published(family: str, form: str, folder: Path) -> dict[str, int]:
+    """Files as Qwen publishes them, of 151,643 ranks (those after the first 1,024 are of no use), and the added ids."""
+    small = build_qwen_tokenizer(FIRST_RANKS)
+    model = json.loads(small.backend_tokenizer.to_str())["model"]
+    vocab = model["vocab"] | {f"unused {rank}": rank for rank in range(1024, 151643)}
+    texts = {**conversion["QWEN_ADDED_TOKENS"], **(dict.fromkeys(QWEN3_TOKENS, False) if family == "Qwen3" else {})}
+    fields = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    added = {
+        151643 + i: {"content": text, "special": special, **fields} for i, (text, special) in enumerate(texts.items())
+    }
+    if form == "tokenizer.json":
+        entries = [{"id": token_id, **entry} for token_id, entry in added.items()]
+        (folder / form).write_text(json.dumps({"model": {**model, "vocab": vocab}, "added_tokens": entries}))
+    else:
+        (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+        (folder / "merges.txt").write_text("\n".join(" ".join(merge) for merge in model["merges"]), encoding="utf-8")
+        ids = {entry["content"]: token_id for token_id, entry in added.items()}
+        content = {"added_tokens_decoder": added} if form == "tokenizer_config.json" else ids
+        (folder / form).write_text(json.dumps(content))
+    return {entry["content"]: token_id for token_id, entry in added.items()}
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+@pytest.mark.parametrize("family", ["Qwen2.5", "Qwen3"])
+def test_added_tokens_of_the_source_keep_their_ids(family, form, tmp_path):
+    ids = published(family, form, tmp_path)
+    tokenizer = load_text_tokenizer(tmp_path)
+    for text, token_id in ids.items():
+        assert tokenizer(f"a{text}b").input_ids == [64, token_id, 65], text
+    first = max(ids.values()) + 1
+    assert first == (151669 if family == "Qwen3" else 151665)
+    ours = [tokenizer.boi_token_id, tokenizer.eoi_token_id, tokenizer.image_token_id]
+    assert ours == [first, first + 1, first + 2] == tokenizer.convert_tokens_to_ids(["<boi>", "<eoi>", "<image>"])
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (151645, 151643)
+    words = "<tool_call>" + "<think></think>" * (family == "Qwen3")
+    assert tokenizer.decode(tokenizer(f"<boi>{words}<|im_end|>").input_ids, skip_special_tokens=True) == words
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").get_vocab() == tokenizer.get_vocab()
+
+
+def test_added_tokens_that_cannot_keep_their_ids(tmp_path):
+    model = json.loads(build_qwen_tokenizer(FIRST_RANKS).backend_tokenizer.to_str())["model"]
+    for entries, message in [
+        (
+            [{"id": 1024, "content": "<|endoftext|>"}, {"id": 1026, "content": "<think>"}],
+            r"<think> \(1026\) can't keep",
+        ),
+        ([{"id": 1024, "content": "<think>"}], r"lacks <\|endoftext\|>, <\|im_start\|>, <\|im_end\|>"),
+        ([{"content": "<think>"}], "can't be converted: 'id'"),
+    ]:
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": entries}))
+        with pytest.raises(ValueError, match=f"tokenizer.json.*{message}"):
+            load_text_tokenizer(tmp_path)
+
+
 def test_files_of_no_tokenizer_are_refused(tmp_path):
     for path in (tmp_path, tmp_path / "ranks.bin"):
         with pytest.raises(ValueError, match=r"There is no tokenizer at .* Expected a \.tiktoken file"):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+import random
 import sys
 import zipfile
 from math import prod
@@ -21,7 +22,7 @@ from transformers_nextflow.semantic_branch import semantic_tokens
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from conversion.qwen2_5 import convert_to_nextflow
-from conversion.streaming import StoredTensor, map_keys, read_checkpoint
+from conversion.streaming import StoredTensor, map_keys, read_checkpoint, read_pickle
 from conversion.tokenflow import (
     LAYOUTS,
     PAPER_SCHEDULES,
@@ -257,22 +258,41 @@ class TestFiles:
     def test_a_second_run_goes_on(self, converted, tmp_path, monkeypatch):
         arguments = dict(source=WEIGHTS["siglip_tiny"], output=tmp_path / "out", max_shard_size="500kB")
         arguments |= GOLDEN_SETTINGS["siglip_tiny"]
-        write, left = streaming.write_file, iter([True, True])
+        write, left = streaming._write_whole, iter([True] * 3)  # the note and two shards
 
         def dying(*args):
             write(*args) if next(left, False) else (_ for _ in ()).throw(KeyboardInterrupt)
 
-        monkeypatch.setattr(streaming, "write_file", dying)
+        monkeypatch.setattr(streaming, "_write_whole", dying)
         with pytest.raises(KeyboardInterrupt):
             convert_tokenflow(**arguments)
         finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("*.safetensors")}
         assert len(finished) == 2 and not (tmp_path / "out").exists()
-        monkeypatch.setattr(streaming, "write_file", write)
+        monkeypatch.setattr(streaming, "_write_whole", write)
         output = convert_tokenflow(**arguments)
         assert all((output / name).stat().st_mtime_ns == time for name, time in finished.items())
         found = NextFlowImageTokenizer.from_pretrained(output).state_dict()
         expected = NextFlowImageTokenizer.from_pretrained(converted["siglip_tiny"]).state_dict()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    def test_a_damaged_pickle_is_refused(self, tmp_path):
+        """Flips of one byte anywhere, payload included (zip keeps checksums), and cuts."""
+        file, rng = tmp_path / "tokenflow.pt", random.Random(0)
+        torch.save({"a": torch.randn(8, 8), "b": torch.randn(3)}, file)
+        whole, refused = file.read_bytes(), 0
+        right = {name: torch.cat(list(tensor.blocks())) for name, tensor in read_pickle(file).items()}
+        for case in range(150):
+            damaged = bytearray(whole[: rng.randrange(len(whole))] if case % 5 == 0 else whole)
+            damaged[rng.randrange(len(damaged))] ^= rng.randrange(1, 256)
+            file.write_bytes(damaged)
+            try:
+                found = {name: torch.cat(list(tensor.blocks())) for name, tensor in read_pickle(file).items()}
+            except ValueError as error:
+                assert str(file) in str(error), case
+                refused += 1
+            else:
+                assert found.keys() == right.keys() and all(torch.equal(found[n], right[n]) for n in right), case
+        assert refused > 50
 
 
 class TestTheTokenizer:

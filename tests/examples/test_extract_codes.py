@@ -1,19 +1,29 @@
 """Extraction of codes: every source, any number of processes, a kill, broken pictures."""
 
+import io
 import json
+import os
+import random
+import shutil
+import signal
 import sys
+import tarfile
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from transformers_nextflow import NextFlowConfig
+from transformers_nextflow import NextFlowConfig, NextFlowProcessor
 from transformers_nextflow.trainer import NextFlowDataCollator, load_coded_dataset
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import extract_codes
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "conversion"))
+from killing import num_kills, run_and_kill
 
 NUM = 5
 
@@ -84,7 +94,8 @@ def test_broken_pictures_are_left_out_and_listed(run, pictures, tmp_path, capsys
     dataset = run("--data", str(folder))
     assert dataset["id"] == ["0", "2", "4"]
     bad = [json.loads(line) for line in (tmp_path / "codes" / "bad.jsonl").read_text().splitlines()]
-    assert [entry["row"] for entry in bad] == [1, 3] and all(entry["error"] for entry in bad)
+    assert [entry["row"] for entry in bad] == [1, 3]
+    assert all(f"/{entry['row']}.png\" can't be read" in entry["error"] for entry in bad)
     assert "3 samples" in capsys.readouterr().out
 
 
@@ -112,17 +123,189 @@ def test_conversations_and_texts_of_parquet(run, pictures, tmp_path):
     assert len(run("--source", "json", "--data", str(tmp_path / "texts.jsonl"), output="texts")) == 2
 
 
-def test_webdataset(run, pictures, tmp_path):
-    import tarfile
+def write_tar(path: Path, pictures: Path, names: list[str]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for index, name in enumerate(names):
+            key = f"{path.stem}{index}"
+            content = io.BytesIO()
+            if name:
+                Image.open(pictures / f"{index % NUM}.png").save(content, {"jpg": "jpeg"}.get(name, name))
+            for ending, data in ((name, content.getvalue()), ("txt", f"picture {index}".encode())):
+                if ending:
+                    member = tarfile.TarInfo(f"{key}.{ending}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
 
-    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
-        for index in range(2):
-            (tmp_path / f"{index}.txt").write_text(f"picture {index}")
-            archive.add(pictures / f"{index}.png", f"{index}.png")
-            archive.add(tmp_path / f"{index}.txt", f"{index}.txt")
-    columns = ("--image-column", "png", "--text-column", "txt")
-    dataset = run("--source", "webdataset", "--data", str(tmp_path / "shard.tar"), *columns)
-    assert dataset["id"] == ["0", "1"] and all(len(codes) == 1 for codes in dataset["codes"])
+
+@pytest.mark.parametrize("column", [[], ["--image-column", "png"]])
+def test_webdataset(run, pictures, tmp_path, column):
+    write_tar(tmp_path / "a.tar", pictures, ["png"] * 2)
+    dataset = run("--source", "webdataset", "--data", str(tmp_path / "a.tar"), "--text-column", "txt", *column)
+    assert dataset["id"] == ["a0", "a1"] and all(len(codes) == 1 for codes in dataset["codes"])
+
+
+def test_tars_of_several_types_of_pictures(run, pictures, tmp_path):
+    """Beyond the five rows that datasets looks at, in another tar, or from the first row on: none is lost."""
+    write_tar(tmp_path / "a.tar", pictures, ["png"] * 6 + ["jpg"])
+    write_tar(tmp_path / "b.tar", pictures, ["jpg", "png", "webp"])
+    options = ("--source", "webdataset", "--data", str(tmp_path / "*.tar"), "--text-column", "txt")
+    dataset = run(*options)
+    assert len(dataset) == 10 and all(len(codes) == 1 for codes in dataset["codes"])
+    extract_codes.load_source.cache_clear()
+    some = run(*options, "--image-column", "png", "webp", output="some")
+    assert len(some) == 8 and all(len(codes) == 1 for codes in some["codes"])
+    bad = [json.loads(line) for line in (tmp_path / "some" / "bad.jsonl").read_text().splitlines()]
+    assert [entry["id"] for entry in bad] == ["a6", "b0"]
+    assert all("no picture in png, webp, but in jpg. Name that, too" in entry["error"] for entry in bad)
+
+
+def test_a_row_of_a_tar_without_picture_is_listed(run, pictures, tmp_path):
+    write_tar(tmp_path / "a.tar", pictures, ["png"] * 5 + [""])
+    assert len(run("--source", "webdataset", "--data", str(tmp_path / "a.tar"), "--text-column", "txt")) == 5
+    assert "The row has no picture in png" in (tmp_path / "codes" / "bad.jsonl").read_text()
+
+
+def test_two_columns_of_pictures(run, pictures, tmp_path):
+    file = {"bytes": (pictures / "0.png").read_bytes(), "path": None}
+    features = datasets.Features(
+        {"before": datasets.Image(), "after": datasets.Image(), "text": datasets.Value("string")}
+    )
+    rows = [{"before": file, "after": file, "text": "words"}, {"before": file, "after": None, "text": "words"}]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    options = ("--source", "parquet", "--data", str(tmp_path / "rows.parquet"))
+    assert run(*options)["id"] == ["1"]
+    assert "pictures in before, after. Name one column" in (tmp_path / "codes" / "bad.jsonl").read_text()
+    extract_codes.load_source.cache_clear()
+    assert run(*options, "--image-column", "after", output="after")["id"] == ["0"]
+    assert "no picture in after, but in before" in (tmp_path / "after" / "bad.jsonl").read_text()
+    extract_codes.load_source.cache_clear()
+    with pytest.raises(ValueError, match="columns before, after, text, but not picture"):
+        run(*options, "--image-column", "picture", output="none")
+
+
+def test_sixteen_bits_and_transparency_are_what_the_processor_makes_of_them(run, tmp_path, tiny_random_checkpoint):
+    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
+    folder.mkdir()
+    ramp = np.linspace(0, 65535, 80 * 80).reshape(80, 80).astype(np.uint16)
+    Image.fromarray(ramp).save(folder / "0.png")
+    pixels = rng.integers(0, 256, (80, 80, 4), dtype=np.uint8)
+    pixels[:40, :, 3] = 0
+    Image.fromarray(pixels, "RGBA").save(folder / "1.png")
+    lines = [json.dumps({"file_name": f"{index}.png", "text": "words"}) for index in range(2)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    dataset = run("--data", str(folder), "--no-self-correction")
+    processor = NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
+    for index in range(2):
+        expected = processor("<image>", images=[Image.open(folder / f"{index}.png")])["input_ids"][0][1:]
+        assert [code + processor.visual_token_offset for code in dataset[index]["codes"][0]] == expected
+
+
+def test_bare_prompts(run, pictures, tiny_random_checkpoint, tmp_path):
+    dataset = run("--data", str(pictures), "--prompt-style", "bare")
+    processor = NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
+    assert processor.decode(dataset[0]["token_ids"]) == "picture 0<image><|im_end|>"
+    assert dataset["prompt_style"] == ["bare"] * NUM
+    assert json.loads((tmp_path / "codes" / "extraction.json").read_text())["prompt_style"] == "bare"
+
+
+class TestAnotherExtraction:
+    """What shards are made of is written down; a run with anything else is refused, and says what has changed."""
+
+    @pytest.fixture
+    def again(self, run, pictures, tmp_path, tiny_random_checkpoint):
+        """Extracts from copies that a test may change."""
+        folder = _copy(pictures, tmp_path / "pictures", NUM)
+        checkpoint = shutil.copytree(tiny_random_checkpoint, tmp_path / "checkpoint")
+
+        def again() -> datasets.Dataset:
+            extract_codes.load_source.cache_clear()
+            extract_codes.load_processor.cache_clear()
+            return run("--data", str(folder), "--checkpoint", str(checkpoint))
+
+        again()
+        return again
+
+    def test_another_picture_under_the_same_name(self, again, tmp_path):
+        Image.new("RGB", (80, 80), "red").save(tmp_path / "pictures" / "3.png")
+        with pytest.raises(ValueError, match=r"other settings or data \(source_files was "):
+            again()
+
+    def test_another_image_tokenizer_with_the_same_codebooks(self, again, tmp_path):
+        file = tmp_path / "checkpoint" / "image_tokenizer" / "model.safetensors"
+        weights = load_file(file)
+        name = next(name for name in weights if name.startswith("pixel_encoder") and name.endswith("weight"))
+        save_file({**weights, name: weights[name] * 1.01}, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=r"other settings or data \(image_tokenizer was "):
+            again()
+
+    def test_another_text_tokenizer(self, again, tmp_path):
+        processor = NextFlowProcessor.from_pretrained(tmp_path / "checkpoint")
+        processor.tokenizer.add_tokens(["<think>"])
+        processor.tokenizer.save_pretrained(tmp_path / "checkpoint")
+        with pytest.raises(ValueError, match=r"other settings or data \(text_tokenizer was "):
+            again()
+
+    def test_a_shard_of_another_extraction(self, again, run, pictures, tmp_path):
+        extract_codes.load_source.cache_clear()
+        run("--data", str(pictures), "--seed", "7", output="other")
+        shutil.copy(tmp_path / "other" / "000001.arrow", tmp_path / "codes" / "000001.arrow")
+        with pytest.raises(ValueError, match=r"000001\.arrow belongs to another extraction"):
+            again()
+
+    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+    def test_a_damaged_plan(self, again, tmp_path, content):
+        (tmp_path / "codes" / "extraction.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"extraction\.json is damaged: .* choose another `--output`"):
+            again()
+
+    def test_a_damaged_shard_is_named_and_made_again(self, again, tmp_path):
+        shard = tmp_path / "codes" / "000001.arrow"
+        whole = shard.read_bytes()
+        for content in (b"", whole[: len(whole) // 2], b"no arrow"):
+            shard.write_bytes(content)
+            with pytest.raises(ValueError, match=r"000001\.arrow is damaged"):
+                load_coded_dataset(tmp_path / "codes")
+            assert len(again()) == NUM and shard.read_bytes() == whole
+
+
+class TestKilled:
+    def test_at_any_moment(self, run, pictures, tmp_path):
+        whole = run("--data", str(pictures), output="whole")[:]
+        moments = run_and_kill(lambda: run("--data", str(pictures)), str(tmp_path / "codes"))
+        rng = random.Random(0)
+        for moment in [1, 2, 3, moments, *(rng.randint(1, moments) for _ in range(num_kills(8)))]:
+            shutil.rmtree(tmp_path / "codes", ignore_errors=True)
+            assert run_and_kill(lambda: run("--data", str(pictures)), str(tmp_path / "codes"), moment) == -1
+            assert run("--data", str(pictures))[:] == whole, moment
+            assert not list((tmp_path / "codes").glob("*.part"))
+
+    def test_a_worker_that_is_killed_is_replaced(self, tmp_path, monkeypatch):
+        done = tmp_path / "done"
+        done.mkdir()
+        monkeypatch.setattr(extract_codes, "extract_shard", die_once)
+        monkeypatch.setattr(extract_codes, "is_finished", lambda output, number: (output / str(number)).exists())
+        monkeypatch.setattr(extract_codes, "START_METHOD", "fork")  # sees the two above
+        extract_codes.extract_in_processes([(None, str(done), number, "cpu") for number in range(6)], 2)
+        assert sorted(path.name for path in done.iterdir()) == [*"012345", "died"]
+
+    def test_workers_that_always_die_end_the_run(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(extract_codes, "extract_shard", die)
+        monkeypatch.setattr(extract_codes, "START_METHOD", "fork")
+        with pytest.raises(ValueError, match=r"A worker died 3 times and no shard got finished \(4 are left\)"):
+            extract_codes.extract_in_processes([(None, str(tmp_path), number, "cpu") for number in range(4)], 2)
+
+
+def die_once(extraction, output: str, number: int, device: str) -> None:
+    """Stands for a shard: the third one kills its process at the first try."""
+    died = Path(output) / "died"
+    if number == 2 and not died.exists():
+        died.touch()
+        die()
+    (Path(output) / str(number)).touch()
+
+
+def die(*job) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_the_picture_described(run, pictures, tiny_random_checkpoint):

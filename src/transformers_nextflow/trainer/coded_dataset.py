@@ -15,6 +15,7 @@ and, where there is a use for them,
 - `image_tokenizer_hash`: of the codebooks (see `hash_image_tokenizer`); codes of another tokenizer are refused by it;
 - `inverse_token_ids`, `inverse_completion_mask`: of a sample that draws from a text, the other way round: the picture
   is the prompt and the text the answer; empty for all other samples;
+- `prompt_style`: "chat" or "bare", how the model is prompted that learns from the sample (see `encode_messages`);
 - `id`: any name, told when something is wrong with the sample.
 
 Letters: L slots of the token view, N codes of an image.
@@ -22,7 +23,7 @@ Letters: L slots of the token view, N codes of an image.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -43,7 +44,10 @@ def coded_features():
     return Features(
         {name: List(Value("int32" if name.endswith("ids") else "int8")) for name in names}
         | {name: List(List(Value("int32"))) for name in ("codes", "target_codes", "image_grid_shw")}
-        | {"codebook_size": Value("int32"), "image_tokenizer_hash": Value("string"), "id": Value("string")}
+        | {
+            "codebook_size": Value("int32"),
+            **dict.fromkeys(("image_tokenizer_hash", "prompt_style", "id"), Value("string")),
+        }
     )
 
 
@@ -51,15 +55,25 @@ def load_coded_dataset(folder: str | Path):
     """All shards (`*.arrow`) of a folder as one `datasets.Dataset`, in order, mapped from disk and not copied.
 
     Raises:
-        `ValueError`: if there are none.
+        `ValueError`: if there are none, or if one is damaged; it is named.
     """
-    from datasets import Dataset, concatenate_datasets
+    from datasets import concatenate_datasets
 
     # What datasets keeps of `map` and `filter` stands beside the shards that they read.
     shards = sorted(path for path in Path(folder).glob("*.arrow") if not path.name.startswith("cache-"))
     if not shards:
         raise ValueError(f"{folder} has no shards (*.arrow) of coded samples; `examples/extract_codes.py` makes them.")
-    return concatenate_datasets([Dataset.from_file(str(shard)) for shard in shards])
+    return concatenate_datasets([open_shard(shard) for shard in shards])
+
+
+def open_shard(path: Path):
+    """One shard as a `datasets.Dataset`; a `ValueError` names it if it is not whole."""
+    from datasets import Dataset
+
+    try:
+        return Dataset.from_file(str(path))
+    except Exception as error:  # Arrow has many ways to fail
+        raise ValueError(f"{path} is damaged ({error}). Delete it and run the extraction again.") from error
 
 
 def encode_messages(
@@ -68,6 +82,7 @@ def encode_messages(
     self_correction: bool = False,
     generator: torch.Generator | None = None,
     caption_prompt: str = "",
+    prompt_style: Literal["chat", "bare"] = "chat",
     **images_kwargs,
 ) -> CodedSample:
     """Makes a coded sample of a conversation in transformers' chat format.
@@ -81,6 +96,8 @@ def encode_messages(
         generator (`torch.Generator`, *optional*): Source of those draws.
         caption_prompt (`str`, *optional*, defaults to `""`):
             What stands after the picture in the prompt of an inverted sample (see [`invert_task`]).
+        prompt_style (`str`, *optional*, defaults to `"chat"`):
+            `"chat"` writes turns by the chat template; `"bare"` only what is said, and the EOS after each answer.
         images_kwargs: Options of the image processor (`num_scales`, ...).
 
     Returns:
@@ -89,40 +106,49 @@ def encode_messages(
     Raises:
         `ValueError`: if an assistant says nothing, or an image part has no picture.
     """
-    pictures = []
-    for message in messages:
-        content = message["content"]
-        for part in content if isinstance(content, list | tuple) else ():
-            if part.get("type") == "image":
-                if part.get("image") is None:
-                    raise ValueError('A part {"type": "image"} needs its picture under "image".')
-                pictures.append(part["image"])
-    token_ids, completion_mask = _tokenize(messages, processor)
+    if prompt_style not in ("chat", "bare"):
+        raise ValueError(f'`prompt_style` must be "chat" or "bare", but got {prompt_style!r}.')
+    contents = [content for message in messages if not isinstance(content := message["content"], str)]
+    pictures = [part.get("image") for content in contents for part in content if part.get("type") == "image"]
+    if any(picture is None for picture in pictures):
+        raise ValueError('A part {"type": "image"} needs its picture under "image".')
+    token_ids, completion_mask = _tokenize(messages, processor, prompt_style)
     if not any(completion_mask):
         raise ValueError("The conversation has nothing to learn: no message of an assistant.")
     inverse = _inverted(messages, caption_prompt)
-    inverse_token_ids, inverse_completion_mask = _tokenize(inverse, processor) if inverse else ([], [])
+    inverse_token_ids, inverse_completion_mask = _tokenize(inverse, processor, prompt_style) if inverse else ([], [])
     codes, targets, grids = processor._encode_images(pictures, self_correction, generator, images_kwargs)
-    offset = processor.visual_token_offset or 0
+    offset, images = processor.visual_token_offset or 0, processor.image_tokenizer
     return {
         "token_ids": token_ids,
         "completion_mask": completion_mask,
         "codes": [[code - offset for code in image] for image in codes],
         "target_codes": [[code - offset for code in image] for image in targets],
         "image_grid_shw": grids,
-        "codebook_size": processor.image_tokenizer.config.codebook_size if processor.image_tokenizer else 0,
-        "image_tokenizer_hash": hash_image_tokenizer(processor.image_tokenizer) if processor.image_tokenizer else "",
+        "codebook_size": images.config.codebook_size if images else 0,
+        "image_tokenizer_hash": hash_image_tokenizer(images) if images else "",
         "inverse_token_ids": inverse_token_ids,
         "inverse_completion_mask": inverse_completion_mask,
+        "prompt_style": prompt_style,
     }
 
 
-def _tokenize(messages: Sequence[dict[str, Any]], processor: NextFlowProcessor) -> tuple[list[int], list[int]]:
+def _tokenize(messages: Sequence[dict[str, Any]], processor: NextFlowProcessor, style: str) -> tuple[list, list]:
     """Ids of a conversation with a mark a picture, and where an assistant speaks."""
-    encoded = processor.tokenizer.apply_chat_template(
-        list(messages), return_dict=True, return_assistant_tokens_mask=True, chat_template=processor.chat_template
-    )
-    return list(encoded["input_ids"]), list(encoded["assistant_masks"])
+    if style == "chat":
+        encoded = processor.tokenizer.apply_chat_template(
+            list(messages), return_dict=True, return_assistant_tokens_mask=True, chat_template=processor.chat_template
+        )
+        return list(encoded["input_ids"]), list(encoded["assistant_masks"])
+    ids, mask, mark = list[int](), list[int](), processor.image_token
+    for message in messages:
+        parts, answers = message["content"], message["role"] == "assistant"
+        texts = (
+            parts if isinstance(parts, str) else [part["text"] if part["type"] == "text" else mark for part in parts]
+        )
+        new = processor.tokenizer("".join(texts) + processor.tokenizer.eos_token * answers)["input_ids"]
+        ids, mask = ids + new, mask + [int(answers)] * len(new)
+    return ids, mask
 
 
 def _inverted(messages: Sequence[dict[str, Any]], caption_prompt: str) -> list[dict[str, Any]] | None:
@@ -164,12 +190,11 @@ def check_sample(sample: CodedSample, config: NextFlowConfig) -> list[tuple[list
     """
     if missing := [name for name in COLUMNS if name not in sample]:
         raise ValueError(f"A coded sample needs the columns {', '.join(COLUMNS)}; {', '.join(missing)} is missing.")
-    parts = [sample[name] for name in ("codes", "target_codes", "image_grid_shw")]
-    if len({len(part) for part in parts}) > 1:
+    tokens, mask, *parts = (sample[name] for name in COLUMNS[:5])
+    counts = [list(tokens).count(config.image_token_id), *map(len, parts)]
+    if len(set(counts)) > 1:
         raise ValueError(
-            "The sample has {} images in `codes`, {} in `target_codes` and {} in `image_grid_shw`.".format(
-                *map(len, parts)
-            )
+            "The sample has {} image marks, codes of {} images, targets of {}, grids of {}.".format(*counts)
         )
     images = list(zip(*parts, strict=True))
     if images and sample["codebook_size"] != config.visual_codebook_size:
@@ -183,17 +208,25 @@ def check_sample(sample: CodedSample, config: NextFlowConfig) -> list[tuple[list
             f"The codes come from the image tokenizer {theirs}, but the model was trained on codes of {ours}: the same "
             "number means another picture. Extract the codes with the model's own image tokenizer."
         )
-    num_tokens = len(sample["token_ids"])
-    if len(sample["completion_mask"]) != num_tokens:
-        raise ValueError(
-            f"The sample has {num_tokens} `token_ids`, but a `completion_mask` of {len(sample['completion_mask'])}."
-        )
-    num_marks = list(sample["token_ids"]).count(config.image_token_id)
-    if num_marks != len(images):
-        raise ValueError(f"The sample has {num_marks} image marks, but codes of {len(images)} images.")
-    if not num_tokens:
-        raise ValueError("The sample has no tokens.")
+    if not len(tokens) or len(mask) != len(tokens):
+        raise ValueError(f"The sample has {len(tokens)} `token_ids` and a `completion_mask` of {len(mask)}.")
+    _check_range("token_ids", tokens, config.text_vocab_size)
+    _check_range("completion_mask", mask, 2)
+    for codes, targets, grid in images:
+        num_codes = ScaleSchedule.from_grid_shw(grid).num_tokens
+        if not len(codes) == len(targets) == num_codes or grid[0] > config.num_scales:
+            raise ValueError(
+                f"An image of grid {tuple(grid)} has {num_codes} codes, but the sample has {len(codes)} and "
+                f"{len(targets)} targets, and the model {config.num_scales} scales."
+            )
+        _check_range("codes", codes, config.visual_codebook_size)
+        _check_range("target_codes", targets, config.visual_codebook_size)
     return images
+
+
+def _check_range(name: str, values: Sequence[int], stop: int) -> None:
+    if wrong := [value for value in (min(values), max(values)) if value not in range(stop)]:
+        raise ValueError(f"`{name}` must be whole numbers from 0 to {stop - 1}, but hold {wrong[0]}.")
 
 
 def expand_sample(
@@ -215,18 +248,11 @@ def expand_sample(
     """
     images = check_sample(sample, config)
     offset, remaining = config.text_vocab_size, iter(images)
-    input_ids: list[int] = []
-    labels: list[int] = []
+    input_ids, labels = list[int](), list[int]()
     for token, answer in zip(sample["token_ids"], sample["completion_mask"], strict=True):
         seen = wanted = [token]
         if token == config.image_token_id:
-            codes, targets, grid = next(remaining)
-            num_codes = ScaleSchedule.from_grid_shw(grid).num_tokens
-            if not len(codes) == len(targets) == num_codes:
-                raise ValueError(
-                    f"An image of grid {tuple(grid)} has {num_codes} codes, but the sample has {len(codes)} and "
-                    f"{len(targets)} targets."
-                )
+            codes, targets, _ = next(remaining)
             seen = [config.boi_token_id, *(code + offset for code in codes)]
             wanted = [config.boi_token_id, *(code + offset for code in targets)]
         input_ids += seen

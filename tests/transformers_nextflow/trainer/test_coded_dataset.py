@@ -89,6 +89,22 @@ def test_an_inverted_sample_describes_what_was_drawn(processor, config):
         assert invert_task(sample) == sample
 
 
+def test_bare_captions_are_what_the_pipelines_prompt(processor, config):
+    image = [{"type": "image", "image": picture(0)}]
+    drawing = [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": image}]
+    sample = encode_messages(drawing, processor, prompt_style="bare", caption_prompt="Describe it.")
+    assert sample["prompt_style"] == "bare" and encode_messages(drawing, processor)["prompt_style"] == "chat"
+    view = expand_sample(sample, config)
+    prompt = processor("a cat")["input_ids"][0]
+    assert view["input_ids"][: len(prompt) + 1] == [*prompt, config.boi_token_id]
+    assert view["input_ids"][-1] == config.eos_token_id and view["labels"][: len(prompt)] == [-100] * len(prompt)
+    assert drop_condition(sample, config.image_token_id)["token_ids"] == [config.image_token_id, config.eos_token_id]
+    inverted = expand_sample(invert_task(sample), config)
+    assert processor.decode(inverted["input_ids"]) == "<image>Describe it.a cat<|im_end|>"
+    with pytest.raises(ValueError, match='`prompt_style` must be "chat" or "bare", but got \'plain\''):
+        encode_messages(drawing, processor, prompt_style="plain")
+
+
 def test_the_hash_tells_image_tokenizers_apart(processor):
     ours = hash_image_tokenizer(processor.image_tokenizer)
     other = copy.deepcopy(processor.image_tokenizer)
@@ -128,7 +144,7 @@ class TestBadInput:
 
     def test_marks_without_codes(self, sample, config):
         one = {name: sample[name][:1] for name in ("codes", "target_codes", "image_grid_shw")}
-        with pytest.raises(ValueError, match="2 image marks, but codes of 1 images"):
+        with pytest.raises(ValueError, match="2 image marks, codes of 1 images"):
             expand_sample({**sample, **one}, config)
 
     def test_codes_that_do_not_fill_their_grid(self, sample, config):

@@ -57,10 +57,23 @@ def test_bad_input(samples, tiny_random_checkpoint):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"token_ids": [], "completion_mask": [], "codes": [], "target_codes": [], "image_grid_shw": []}, "no tokens"),
-        ({"completion_mask": [1]}, r"\d+ `token_ids`, but a `completion_mask` of 1"),
+        (
+            {"token_ids": [], "completion_mask": [], "codes": [], "target_codes": [], "image_grid_shw": []},
+            "0 `token_ids`",
+        ),
+        ({"completion_mask": [1]}, r"\d+ `token_ids` and a `completion_mask` of 1"),
         ({"codes": [[]], "target_codes": [[]]}, "has 55 codes, but the sample has 0 and 0 targets"),
-        ({"codes": []}, "0 images in `codes`, 1 in `target_codes` and 1 in `image_grid_shw`"),
+        ({"codes": []}, "1 image marks, codes of 0 images, targets of 1, grids of 1"),
+        ({"codes": [[64] * 55]}, "`codes` must be whole numbers from 0 to 63, but hold 64"),
+        ({"target_codes": [[-1] * 55]}, "`target_codes` must be whole numbers from 0 to 63, but hold -1"),
+        ({"codes": [[0.5] * 55]}, "`codes` must be whole numbers .* hold 0.5"),
+        ({"codes": [[]], "target_codes": [[]], "image_grid_shw": [[1, 16, 16]]}, "has 1 codes, but the sample has 0"),
+        (
+            {"image_grid_shw": [[6, 16, 16]]},
+            "has 91 codes, but the sample has 55 and 55 targets, and the model 5 scales",
+        ),
+        ({"image_grid_shw": [[5, 1, 99]]}, "99"),
+        ({"codebook_size": 4096}, "codebook of 4096 codes"),
         ({"image_grid_shw": [[]]}, r"is \(number of scales, height, width\), but got \(\)"),
     ],
 )
