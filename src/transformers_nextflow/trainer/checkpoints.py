@@ -263,6 +263,14 @@ def find_processor(model: Any, processing_class: Any) -> NextFlowProcessor | Non
     return processor
 
 
+def own_config(model: Any) -> None:
+    """Gives a model a config of its own, so that what training changes in it is not the caller's."""
+    old, new = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new
+
+
 def check_start(model: Any, tokenizer: Any, peft_config: Any = None) -> None:
     """Refuses adapters and vocabularies that can't be trained, and warns of weights too coarse for small steps."""
     configs = [peft_config, *getattr(model, "peft_config", {}).values()]
@@ -289,4 +297,4 @@ def check_start(model: Any, tokenizer: Any, peft_config: Any = None) -> None:
         )
 
 
-__all__ = ["EpochSampler", "NextFlowTrainerMixin", "check_start", "find_last_checkpoint", "find_processor"]
+__all__ = ["EpochSampler", "NextFlowTrainerMixin", "check_start", "find_last_checkpoint", "find_processor", "own_config"]

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from .sft_config import use_new_names
+
 # What TRL's trainer can do and images have no use for: (name, legal value, why).
 _FIXED = (
     ("use_vllm", False, "vLLM does not draw next-scale images"),
@@ -98,6 +100,7 @@ class NextFlowGRPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` must be positive, but got {value}.")
+        use_new_names(self)
         super().__post_init__()
         if taken := sorted(_OWN_ARGUMENTS & (self.generation_kwargs or {}).keys()):  # type: ignore[union-attr]
             raise ValueError(

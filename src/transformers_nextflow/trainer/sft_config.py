@@ -9,6 +9,13 @@ from .packing import PACKING_STRATEGIES
 STAGES = ("full", "alignment")
 
 
+def use_new_names(args) -> None:
+    """TRL sets `gradient_checkpointing`, which transformers calls `activation_checkpointing` now and warns of."""
+    for end in ("", "_kwargs"):
+        if getattr(args, f"activation_checkpointing{end}") is None:
+            setattr(args, f"activation_checkpointing{end}", getattr(args, f"gradient_checkpointing{end}"))
+
+
 @dataclass
 class NextFlowSFTConfig(SFTConfig):
     r"""
@@ -72,6 +79,7 @@ class NextFlowSFTConfig(SFTConfig):
             raise ValueError(f"`scale_reweight_alpha` must be at least 0, but got {self.scale_reweight_alpha}.")
         self.remove_unused_columns = False  # the collator reads them all
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        use_new_names(self)
         super().__post_init__()
 
 

@@ -19,7 +19,7 @@ from trl import SFTTrainer
 from ..modeling_nextflow import NextFlowForCausalLM
 from ..token_layout import find_image_groups, scale_of_tokens
 from ..varlen_attention import SDPA_VARLEN
-from .checkpoints import EpochSampler, NextFlowTrainerMixin, check_start, find_processor
+from .checkpoints import EpochSampler, NextFlowTrainerMixin, check_start, find_processor, own_config
 from .coded_dataset import COLUMNS, invert_task
 from .data_collator import NextFlowDataCollator
 from .packing import PackSampler, make_packs, sample_costs
@@ -88,6 +88,7 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
         self.processor = find_processor(network, processing_class)
         tokenizer = self.processor.tokenizer if self.processor else processing_class
         check_start(network, tokenizer, peft_config)
+        own_config(network)
         if args.scale_reweight_alpha is not None:
             network.config.scale_reweight_alpha = args.scale_reweight_alpha
         if args.packing and network.config._attn_implementation == "sdpa":

@@ -117,7 +117,7 @@ def test_finer_scales_take_no_part(make_trainer):
     inputs = score(trainer, rows_of("red"))
     log_probs, entropies = trainer._log_probs(trainer.model, inputs)
     assert log_probs.shape == entropies.shape == inputs["completion_ids"].shape == (4, SCHEDULE.offsets[3])
-    assert trainer._masks() is None and torch.equal(inputs["weights"][0], inputs["weights"][3])
+    assert torch.equal(inputs["weights"][0], inputs["weights"][3])
     everything = score(make_trainer(num_trained_scales=None), rows_of("red"))
     assert everything["completion_ids"].shape == (4, SCHEDULE.num_tokens)
     # The same pictures were drawn: what is trained does not change what is drawn.
