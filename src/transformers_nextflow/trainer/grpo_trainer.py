@@ -269,9 +269,9 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
             "image_temperature": self.temperature,
             "image_top_k": self.top_k,
             "image_top_p": self.top_p,
-            "height": self.args.height,
-            "width": self.args.width,
-            "num_scales": self.args.num_scales,
+            "height": self.schedule.height,  # of all, whatever sizes the sources of edits have
+            "width": self.schedule.width,
+            "num_scales": self.schedule.num_scales,
             "cache_implementation": self.args.cache_implementation,
             **(self.args.generation_kwargs or {}),
         }

@@ -305,12 +305,10 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
 
     def _note_how_it_was_prompted(self, model, dataset: datasets.Dataset) -> None:
         """Writes into the generation config, for every task of the data, whether its prompts are chat turns."""
-        words = self.processing_class
-        chat_id = words.convert_tokens_to_ids("<|im_start|>")
         every = max(1, len(dataset) // 10_000)
         samples = dataset.select_columns(["token_ids", "completion_mask"])
         samples = samples if every == 1 else samples.select(range(0, len(dataset), every))
-        kinds = Counter(prompt_style(sample, model.config.image_token_id, chat_id) for sample in samples)
+        kinds = Counter(prompt_style(sample, model.config.image_token_id, self.processing_class) for sample in samples)
         kinds.pop(None, None)
         styles = dict(getattr(model.generation_config, "prompt_styles", None) or {})
         for task in sorted({task for task, _ in kinds}):
@@ -329,7 +327,7 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
         )
 
 
-def prompt_style(sample: dict[str, Any], image_token_id: int, chat_id: int) -> tuple[str, str] | None:
+def prompt_style(sample: dict[str, Any], image_token_id: int, tokenizer: Any) -> tuple[str, str] | None:
     """Task of a coded sample that draws and how it is prompted, such as `("edit", "chat")`; None if it draws nothing."""
     ids, answers = sample["token_ids"], sample["completion_mask"]
     marks = [index for index, token in enumerate(ids) if token == image_token_id]
@@ -343,7 +341,7 @@ def prompt_style(sample: dict[str, Any], image_token_id: int, chat_id: int) -> t
         task = "thinking"
     elif len(drawn) > 1:
         task = "frames"
-    return task, "chat" if chat_id in ids[: drawn[0]] else "bare"
+    return task, "chat" if "<|im_start|>" in tokenizer.decode(ids[: drawn[0]]) else "bare"
 
 
 class _DrawnSamples(Dataset):
