@@ -171,7 +171,7 @@ def make_trainer(variant: str, seed: int, options: argparse.Namespace, folder: P
         report_to=[],
         use_cpu=True,
         bf16=True,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         disable_tqdm=True,
         **settings,
     )

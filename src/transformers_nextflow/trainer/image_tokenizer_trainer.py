@@ -158,7 +158,8 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
             + args.l2_weight * F.mse_loss(prediction, pixels)
         }
         if args.stage != "decoder":
-            parts["codebook"] = output.codebook_loss + output.commitment_loss
+            if model.training:
+                parts["codebook"] = output.codebook_loss + output.commitment_loss
             parts["residual"] = args.residual_weight * output.residual.square().mean()
         if self.teacher is not None and args.stage == "joint":
             parts["semantic"] = args.semantic_weight * self._distance_to_teacher(pixels, output.semantic_features)

@@ -20,7 +20,7 @@ from ..modeling_nextflow import NextFlowForCausalLM
 from ..token_layout import find_image_groups, scale_of_tokens
 from ..varlen_attention import SDPA_VARLEN
 from .checkpoints import EpochSampler, NextFlowTrainerMixin, check_start, find_processor, own_config
-from .coded_dataset import COLUMNS, invert_task
+from .coded_dataset import COLUMNS, hash_image_tokenizer, invert_task
 from .data_collator import NextFlowDataCollator
 from .packing import PackSampler, make_packs, sample_costs
 from .sft_config import NextFlowSFTConfig
@@ -89,6 +89,15 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
         tokenizer = self.processor.tokenizer if self.processor else processing_class
         check_start(network, tokenizer, peft_config)
         own_config(network)
+        if self.processor is not None and self.processor.image_tokenizer is not None:
+            theirs = hash_image_tokenizer(self.processor.image_tokenizer)
+            ours = getattr(network.config, "image_tokenizer_hash", None) or theirs
+            if ours != theirs:
+                raise ValueError(
+                    f"The model was trained on codes of the image tokenizer {ours}, but the processor has {theirs}: "
+                    "the same number means another picture. Pass the processor that belongs to the model."
+                )
+            network.config.image_tokenizer_hash = ours  # codes of others are refused
         if args.scale_reweight_alpha is not None:
             network.config.scale_reweight_alpha = args.scale_reweight_alpha
         if args.packing and network.config._attn_implementation == "sdpa":
