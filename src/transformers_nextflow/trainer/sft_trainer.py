@@ -220,6 +220,8 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
             **batches,
         )
         return self.accelerator.prepare(loader)
