@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         save_strategy="no",
         report_to=[],
         seed=options.seed,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         use_cpu=not torch.cuda.is_available(),
         bf16=torch.cuda.is_available(),
     )
@@ -130,12 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         model,
         settings,
         train_dataset=Dataset.from_list(rows),
-        processing_class=processor.tokenizer,
+        processing_class=processor,
         peft_config=LoraConfig(r=options.rank, target_modules=TARGET_MODULES, task_type="CAUSAL_LM"),
     )
     trainer.train()
     trainer.save_model()
-    model = trainer.model.merge_and_unload()
+    trainer.save_merged(str(options.output / "merged"))
+    model = trainer.model
     after = {name: score(samples, draw(samples)) for name, samples in tests.items()}
 
     print("| prompts | n | accuracy before | after | strict before | after | ceiling (reconstructions) |")

@@ -20,12 +20,11 @@ import torch
 from datasets import Dataset, load_dataset
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, check_same_codebook, tiny_checkpoint
+from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, tiny_checkpoint
 from transformers_nextflow.trainer import (
     NextFlowSFTConfig,
     NextFlowSFTTrainer,
     encode_messages,
-    hash_image_tokenizer,
     load_coded_dataset,
 )
 
@@ -80,28 +79,20 @@ def main(arguments: list[str] | None = None) -> NextFlowSFTTrainer:
         attn_implementation=model_config.attn_implementation,
         quantization_config=get_quantization_config(model_config),
     )
-    check_same_codebook(model.config, processor.image_tokenizer)
-    if processor.image_tokenizer is not None:  # codes of others are refused
-        model.config.image_tokenizer_hash = hash_image_tokenizer(processor.image_tokenizer)
-    # The command line and YAML give text; `true` is the last checkpoint of `--output_dir`.
-    checkpoint: Any = settings.resume_from_checkpoint
-    checkpoint = {"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint)
     with settings.main_process_first(desc="encoding"):  # the others find what it encoded
         samples = load_samples(data, processor)
     trainer = NextFlowSFTTrainer(
         model,
         settings,
         train_dataset=samples,
-        processing_class=processor.tokenizer,
+        processing_class=processor,
         peft_config=get_peft_config(model_config),
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)  # "true": the last of `--output_dir`
     if trainer.is_fsdp_enabled:
         # Checkpoints stay in shards, which `save_model` would not gather: it would save nothing.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
-    if not model_config.use_peft and trainer.is_world_process_zero():
-        processor.save_pretrained(settings.output_dir)
+    trainer.save_model()  # with processor and image tokenizer
     return trainer
 
 

@@ -534,6 +534,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
         image_grid_shw: torch.Tensor | None = None,
         kept_scales: Sequence[int] | None = None,
         semantic: bool = True,
+        decoder_only: bool = False,
     ) -> NextFlowImageTokenizerOutput:
         """Encodes, quantizes and decodes, with gradients.
 
@@ -546,10 +547,16 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
                 Indices of the scales to quantize on; the others are skipped (scale drop). By default all.
             semantic (`bool`, *optional*, defaults to `True`):
                 `False` leaves the semantic branch out (the first training stage): pixels alone choose the codes.
+            decoder_only (`bool`, *optional*, defaults to `False`):
+                Encode without gradients, and learn to decode only (the last training stage): no losses are returned.
 
         Returns:
             [`NextFlowImageTokenizerOutput`] with `pixel_values` (not clamped), `semantic_features` and the losses.
         """
+        if decoder_only:
+            encoded = self.encode(pixel_values, image_grid_shw)
+            encoded.pixel_values = self.decode_latents(encoded.quantized, clamp=False)
+            return encoded
         schedule = self._check_images(pixel_values, image_grid_shw)
         grids = schedule.grids if kept_scales is None else [schedule.grids[index] for index in kept_scales]
         if semantic:

@@ -4,7 +4,6 @@ import base64
 import io
 import os
 import socket
-
 import threading
 from pathlib import Path
 from types import SimpleNamespace

@@ -6,6 +6,7 @@ Every name is loaded when it is first used; nothing below imports this package.
 import importlib
 
 _MODULES: dict[str, tuple[str, ...]] = {
+    "checkpoints": ("find_last_checkpoint",),
     "coded_dataset": (
         "coded_features",
         "drop_condition",

@@ -21,7 +21,8 @@ class NextFlowDataCollator:
         completion_only (`bool`, *optional*, defaults to `True`): Learn answers only.
         condition_dropout (`float`, *optional*, defaults to 0.1):
             Probability that a sample whose answer has an image loses the text of its prompt, so that guidance has an
-            unconditional branch. Drawn from torch's global generator, which trainers seed and restore on resuming.
+            unconditional branch. Drawn by the sample's `draw_seed` if it has one, as `NextFlowSFTTrainer` gives it to
+            them (so a resumed run draws the same), or else from torch's global generator.
         max_length (`int`, *optional*): Longest sample; by default the model's context.
         packing (`bool`, *optional*, defaults to `False`):
             One row for all samples, one after the other, which don't see each other, instead of a padded row each.
@@ -52,9 +53,10 @@ class NextFlowDataCollator:
     def _expand(self, sample: CodedSample) -> dict[str, Any]:
         """The token view of a sample after the draws."""
         check_sample(sample, self.config)
-        if self.task_inversion and torch.rand(()) < self.task_inversion:
+        generator = torch.Generator().manual_seed(sample["draw_seed"]) if "draw_seed" in sample else None
+        if self.task_inversion and torch.rand((), generator=generator) < self.task_inversion:
             sample = invert_task(sample)
-        if self._draws(sample) and torch.rand(()) < self.condition_dropout:
+        if self._draws(sample) and torch.rand((), generator=generator) < self.condition_dropout:
             sample = drop_condition(sample, self.config.image_token_id)
         row = expand_sample(sample, self.config, self.completion_only)
         length, limit = len(row["input_ids"]), self.max_length or self.config.max_position_embeddings

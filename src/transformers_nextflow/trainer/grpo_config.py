@@ -4,8 +4,13 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from .sft_config import FIXED_IN_ALL, refuse
+
 # What TRL's trainer can do and images have no use for: (name, legal value, why).
-_FIXED = (
+FIXED = (
+    *FIXED_IN_ALL,
+    ("cast_lm_head_to_fp32", False, "log-probabilities are computed in fp32 already"),
+    ("chat_template_kwargs", None, "pass conversations that need no template arguments"),
     ("use_vllm", False, "vLLM does not draw next-scale images"),
     ("use_transformers_continuous_batching", False, "images are drawn in whole batches already"),
     ("loss_type", "grpo", "the loss is GRPO's with scale weights"),
@@ -83,9 +88,7 @@ class NextFlowGRPOConfig(GRPOConfig):
     use_bias_correction_kl: bool = field(default=False, metadata={"help": "Only False."})
 
     def __post_init__(self):
-        for name, legal, reason in _FIXED:
-            if getattr(self, name) != legal:
-                raise ValueError(f"`{name}` must be {legal!r}, but got {getattr(self, name)!r}: {reason}.")
+        refuse(self, FIXED)
         if self.scale_reweight_alpha < 0:
             raise ValueError(f"`scale_reweight_alpha` must be at least 0, but got {self.scale_reweight_alpha}.")
         if self.temperature <= 0:

@@ -1,7 +1,9 @@
 """GRPO with prefix-tuning on TRL."""
 
+import copy
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from peft import PromptLearningConfig
 from PIL import Image
 from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
-from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
-from trl.trainer.utils import use_adapter
+from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.utils import RepeatSampler, use_adapter
 
 from ..codebook import check_same_codebook
 from ..generation_nextflow import NextFlowGenerateOutput
@@ -22,6 +24,7 @@ from ..modeling_nextflow import NextFlowForCausalLM
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
 from ..token_layout import split_grids
+from .checkpoints import NextFlowTrainerMixin, check_start, own_config
 from .grpo_config import NextFlowGRPOConfig
 from .grpo_losses import (
     code_log_probs,
@@ -32,6 +35,8 @@ from .grpo_losses import (
     scale_weights,
 )
 from .reward_call import make_reward_call
+
+STATE_FILE = "grpo_state_{}.pt"  # one a process
 
 Row = dict[str, Any]
 _GRPOTrainer: Any = GRPOTrainer  # its attributes are declared as unions of what other trainers have, too
@@ -64,7 +69,7 @@ class Rollout(NamedTuple):
     codes: torch.Tensor
 
 
-class NextFlowGRPOTrainer(_GRPOTrainer):
+class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
     """
     TRL's [`~trl.GRPOTrainer`] for pictures: groups of pictures are drawn for a prompt, rewarded, and the codes of their
     first scales are made likelier or less likely (prefix-tuning, arXiv 2601.02204; VMR and mask propagation, arXiv
@@ -110,7 +115,7 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
         args = args or NextFlowGRPOConfig("nextflow-grpo")
         if not isinstance(args, NextFlowGRPOConfig):
             raise TypeError(f"`args` must be a `NextFlowGRPOConfig`, but got {type(args).__name__}.")
-        _refuse_prompt_learning(model, peft_config)
+        args = copy.copy(args)  # what is filled in below is not the caller's
         for name in ("tools", "rollout_func", "environment_factory"):
             if kwargs.get(name):
                 raise ValueError(f"`{name}` is for text; NextFlowGRPOTrainer draws pictures itself.")
@@ -128,6 +133,8 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
                 "tokenizer."
             )
         check_same_codebook(model.config, processing_class.image_tokenizer)
+        check_start(model, processing_class.tokenizer, peft_config)
+        own_config(model)
         functions = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         if not functions:
             raise ValueError("`reward_funcs` is empty: pass at least one reward function.")
@@ -143,7 +150,8 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        self.schedule = schedule
+        self.schedule, self.processor = schedule, processing_class
+        self._card_facts = (f"Rewards: {', '.join(self.reward_func_names)}",)
         processing_class.image_tokenizer.to(self.accelerator.device).eval()
         drawn = args.per_device_train_batch_size * (args.steps_per_generation or 1)
         if args.middle_return_scale and drawn % self.num_generations:
@@ -152,7 +160,8 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
                 "groups: `per_device_train_batch_size * steps_per_generation` must be a multiple of "
                 f"{self.num_generations} (`num_generations`), but is {drawn}."
             )
-        self._rollouts_at = (-1, 0)  # the update, and how many batches were drawn for it
+        # Of training and of evaluation: the update, and how many batches were drawn for it.
+        self._rollouts_at = {True: (-1, 0), False: (-1, 0)}
         self.add_callback(_StepTimes(self))
 
     @staticmethod
@@ -183,11 +192,37 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
             return Stage(range(middle, trained), middle, self.num_generations)
         return Stage(range(middle), middle, args.num_middle_rollouts, args.num_middle_rollouts)
 
+    # Order and checkpoints
+
+    def _get_train_sampler(self, dataset=None):
+        args = self.args
+        self._epoch_sampler = _EpochRepeatSampler(
+            self.train_dataset if dataset is None else dataset,
+            self.num_generations,
+            args.generation_batch_size // self.num_generations,
+            self.num_iterations * args.steps_per_generation,
+            self.shuffle_dataset,
+            args.seed,
+        )
+        return self._epoch_sampler
+
+    def _save_run_state(self, folder: Path) -> None:
+        """The pictures that later steps will learn from: they were drawn by weights that are no more."""
+        pending = self._step % (self.args.steps_per_generation * self.num_iterations)
+        state = {"step": self._step, "buffer": self._buffered_inputs if pending else None}
+        torch.save(state, folder / STATE_FILE.format(self.accelerator.process_index))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint, STATE_FILE.format(self.accelerator.process_index))
+        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        self._step, self._buffered_inputs = state["step"], state["buffer"]
+
     # Drawing
 
     def _read_prompts(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         """Token-view ids, left-padded, of one row a prompt."""
-        texts, pictures = zip(*(read_prompt(row, self.processing_class) for row in rows), strict=True)
+        texts, pictures = zip(*map(self._read_prompt, rows), strict=True)
         batch = self.processing_class(
             list(texts),
             list(pictures) if any(pictures) else None,
@@ -203,11 +238,17 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
             "attention_mask": torch.cat([batch["attention_mask"].long(), torch.ones_like(boi)], dim=1),
         }
 
+    def _read_prompt(self, row: Row) -> tuple[str, list[Any]]:
+        """Text and pictures of a row, prompted as the model was trained to be."""
+        styles = getattr(self.accelerator.unwrap_model(self.model).generation_config, "prompt_styles", None)
+        return read_prompt(row, self.processing_class, styles)
+
     def _seeds(self, num_images: int) -> list[int]:
         """One a picture, by update, batch of that update and place in the whole batch: for any number of processes."""
-        step, calls = self._rollouts_at
-        self._rollouts_at = (self.state.global_step, calls + 1 if step == self.state.global_step else 0)
-        key = [self.args.seed, int(self.model.training), *self._rollouts_at]
+        training, now = self.model.training, self.state.global_step
+        step, calls = self._rollouts_at[training]
+        self._rollouts_at[training] = (now, calls + 1 if step == now else 0)
+        key = [self.args.seed, int(training), *self._rollouts_at[training]]
         first = self.accelerator.process_index * num_images
         sources = (np.random.SeedSequence([*key, first + index]) for index in range(num_images))
         return [int(source.generate_state(1, np.uint64)[0] >> 1) for source in sources]
@@ -230,23 +271,19 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
             "image_temperature": self.temperature,
             "image_top_k": self.top_k,
             "image_top_p": self.top_p,
-            "height": self.args.height,
-            "width": self.args.width,
-            "num_scales": self.args.num_scales,
+            "height": self.schedule.height,  # of all, whatever sizes the sources of edits have
+            "width": self.schedule.width,
+            "num_scales": self.schedule.num_scales,
             "cache_implementation": self.args.cache_implementation,
             **(self.args.generation_kwargs or {}),
         }
         if stage.images_per_prefix > 1:
             settings |= {"prefix_scales": stage.prefix_scales, "images_per_prefix": stage.images_per_prefix}
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            self.accelerator.autocast(),
-        ):
+        whole: Any = nullcontext(self.accelerator.unwrap_model(self.model_wrapped))
+        if is_deepspeed_zero3_enabled():
+            gather = self.args.ds3_gather_for_generation
+            whole = unwrap_model_for_generation(self.model_wrapped, self.accelerator, gather_deepspeed3_params=gather)
+        with whole as model, self.accelerator.autocast():
             model.eval()  # dropout (of adapters) is for learning
             # `generate` wants as many pictures of every prompt: runs of one length go together (mostly all do).
             for length in sorted({len(run) for run in runs}):
@@ -283,13 +320,18 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
 
     # Scoring
 
-    def _reward(self, rows: list[Row], pictures: list[Image.Image], codes: torch.Tensor) -> torch.Tensor:
-        """Rewards `(pictures of all processes, functions)`, NaN for None."""
+    def _reward(
+        self, rows: list[Row], pictures: list[Image.Image], codes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rewards `(pictures of all processes, functions)`, NaN for None, and the pixels `(pictures, H, W)` that
+        decide them, the union over all functions that say (None: all pixels do).
+        """
+        masks_of: list[list[Any]] = []
         inputs = [
-            {**{name: value for name, value in row.items() if name != "image"}, "images": picture}
+            {**{name: value for name, value in row.items() if name != "image"}, "images": picture, "masks_of": masks_of}
             for row, picture in zip(rows, pictures, strict=True)
         ]
-        sources = [read_prompt(row, self.processing_class)[1] for row in rows]
+        sources = [self._read_prompt(row)[1] for row in rows]
         if any(sources):
             for row, source in zip(inputs, sources, strict=True):
                 row["source_images"] = source
@@ -299,18 +341,11 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
             completions = [
                 [{"role": "assistant", "content": [{"type": "image", "image": picture}]}] for picture in pictures
             ]
-        return self._calculate_rewards(inputs, prompts, completions, (codes + self._first_visual_id).tolist())
-
-    def _masks(self) -> torch.Tensor | None:
-        """Pixels `(pictures, H, W)` that decide the rewards, the union over all functions that say; None: all do."""
-        union: torch.Tensor | None = None
-        for call in self.reward_funcs:
-            if call.masks is None:
-                continue
-            size = self.schedule.height, self.schedule.width
-            masks = torch.stack([_mask_of_size(mask, size) for mask in call.masks])
-            union = masks if union is None else union | masks
-        return union
+        ids = (codes + self._first_visual_id).tolist()
+        rewards = self._calculate_rewards(inputs, prompts, completions, ids)
+        size = self.schedule.height, self.schedule.width
+        unions = [torch.stack([_mask_of_size(mask, size) for mask in masks]) for masks in masks_of]
+        return rewards, torch.stack(unions).any(0) if unions else None
 
     def _generate_and_score_completions(self, inputs: list[Row]) -> dict[str, Any]:
         mode, stage = "train" if self.model.training else "eval", self._stage()
@@ -320,7 +355,7 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
         pictures = self._decode(rollout.codes)
         drawn = time.perf_counter()
         rows = [row for row in inputs for _ in range(stage.num_images)]
-        rewards_per_function = self._reward(rows, pictures, rollout.codes)
+        rewards_per_function, masks = self._reward(rows, pictures, rollout.codes)
         self._metrics[mode]["time/rollout"].append(drawn - start)
         self._metrics[mode]["time/reward"].append(time.perf_counter() - drawn)
 
@@ -341,7 +376,6 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
         begin, end = (self.schedule.offsets[scale] for scale in (stage.scales.start, stage.scales.stop))
         weights = scale_weights(self.schedule, stage.scales, self.args.scale_reweight_alpha).to(codes.device)
         weights = weights.expand(len(inputs), -1)
-        masks = self._masks()
         if masks is not None:
             masks = masks.view(len(inputs), stage.num_images, *masks.shape[1:]).any(1)
             weights = weights * propagate_mask(masks, self.schedule, stage.scales).to(weights)
@@ -355,7 +389,7 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
             "weights": weights.contiguous(),
             "image_grids": rollout.grids,
         }
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        with torch.no_grad():
             # A batch that is used within one update is scored by its first pass; see `_compute_loss`.
             if self.args.gradient_accumulation_steps % self.args.steps_per_generation:
                 output["old_log_probs"] = self._log_probs_of_all(self.model, output)
@@ -451,7 +485,7 @@ class NextFlowGRPOTrainer(_GRPOTrainer):
             files = [str(folder / f"{first + index:04d}.png") for index in range(len(pictures))]
             for file, picture in zip(files, pictures, strict=True):
                 picture.save(file)
-        texts = [read_prompt(row, self.processing_class)[0] for row in rows]
+        texts = [self._read_prompt(row)[0] for row in rows]
         self._logs["prompt"].extend(gather_object(texts))
         self._logs["completion"].extend(gather_object([self.processing_class.image_token] * len(rows)))
         self._logs["extra"]["image"].extend(gather_object(files))
@@ -484,10 +518,25 @@ class _StepTimes(TrainerCallback):
         self.trainer._metrics["train"]["time/update"].append(update)
 
 
-def read_prompt(row: Row, processor: NextFlowProcessor) -> tuple[str, list[Any]]:
-    """Text with `<image>` marks and pictures of a row: `prompt` (text or messages) and `images` (or `image`)."""
-    pictures = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
+class _EpochRepeatSampler(RepeatSampler):
+    """TRL's sampler with an order that follows from seed and epoch alone."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + 1_000_003 * epoch)
+
+
+def read_prompt(row: Row, processor: NextFlowProcessor, styles: dict[str, str] | None = None) -> tuple[str, list[Any]]:
+    """Text with `<image>` marks and pictures of a row: `prompt` (text or messages) and `images` (or `image`).
+
+    A text becomes a chat turn where `styles`, the model's `prompt_styles`, say so for drawing (or, with pictures,
+    for editing).
+    """
+    images, image = row.get("images"), row.get("image")
+    pictures = list(images) if images is not None and len(images) else [] if image is None else [image]
     prompt = row["prompt"]
+    if isinstance(prompt, str) and (styles or {}).get("edit" if pictures else "image") == "chat":
+        prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, str):
         parts = [part for message in prompt for part in message["content"] if isinstance(part, dict)]
         remaining = iter(pictures)
@@ -515,9 +564,20 @@ def _run_keys(rows: list[Row]) -> list[int]:
     previous: list[Any] = []
     for row in rows:
         content = [row["prompt"], row.get("images"), row.get("image")]
-        keys.append(keys[-1] + (content != previous) if keys else 0)
+        keys.append(keys[-1] + (not _equal(content, previous)) if keys else 0)
         previous = content
     return keys
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values are equal, whatever arrays they hold."""
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
+    if isinstance(a, np.ndarray | torch.Tensor) or isinstance(b, np.ndarray | torch.Tensor):
+        return type(a) is type(b) and a.shape == b.shape and bool((a == b).all())
+    return a == b
 
 
 def _rows(inputs: dict[str, Any], rows: slice) -> dict[str, Any]:
@@ -536,16 +596,6 @@ def _mask_of_size(mask: Any, size: tuple[int, int]) -> torch.Tensor:
     # No pixel that is in may be lost.
     pooled = torch.nn.functional.adaptive_max_pool2d(mask[None, None].float(), size)
     return pooled[0, 0] > 0
-
-
-def _refuse_prompt_learning(model: Any, peft_config: Any):
-    configs = [peft_config, *getattr(model, "peft_config", {}).values()]
-    if any(isinstance(config, PromptLearningConfig) for config in configs):
-        raise ValueError(
-            "PEFT's prompt learning (prefix tuning, prompt tuning, p-tuning) puts virtual tokens before the prompt, "
-            "which NextFlow's positions have no place for. NextFlow's prefix-tuning trains the coarse scales: it is "
-            "`num_trained_scales`. For few weights use LoRA."
-        )
 
 
 __all__ = ["NextFlowGRPOTrainer", "read_prompt"]

@@ -1,18 +1,18 @@
 """Training of the image tokenizer in the paper's three stages (arXiv 2601.02204, section 3)."""
 
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast
 from PIL import Image
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
+from .checkpoints import NextFlowTrainerMixin, check_start
 from .image_tokenizer_config import NextFlowImageTokenizerTrainingConfig
 
 STATE_FILE = "image_tokenizer_trainer.pt"
@@ -70,7 +70,7 @@ def psnr(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return 10 * torch.log10(4 / error.clamp_min(1e-10))
 
 
-class NextFlowImageTokenizerTrainer(Trainer):
+class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
     """
     transformers' [`~transformers.Trainer`] for [`NextFlowImageTokenizer`]: scale dropout, revival of dead codes,
     semantic distillation, and optional perceptual and adversarial terms. PSNR, the share of codes in use and every term
@@ -124,17 +124,20 @@ class NextFlowImageTokenizerTrainer(Trainer):
                 'stage "pixel".'
             )
         trainable_parameters(model, args.stage)
+        check_start(model, None)
         super().__init__(model, args, **kwargs)
         self.teacher, self.perceptual_loss = teacher, perceptual_loss
         self.discriminator: Any = None
         self._discriminator_optimizer: Any = None
         if discriminator is not None:
             self.discriminator = discriminator.to(args.device)
+            broadcast(list(self.discriminator.state_dict().values()))  # its gradients are averaged below
             self._discriminator_optimizer = torch.optim.Adam(
                 discriminator.parameters(), lr=args.learning_rate, betas=(0.5, 0.9)
             )
         self._counts = torch.zeros(model.config.codebook_size, device=args.device)
-        self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        # Of training and of evaluation, by name: sums over images, and how many.
+        self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
         self._shown: tuple[torch.Tensor, torch.Tensor] | None = None
         self.add_callback(_Codebook(self))
 
@@ -142,22 +145,21 @@ class NextFlowImageTokenizerTrainer(Trainer):
         """Reconstruction and, by stage, quantization, distillation and the optional terms."""
         args, pixels = self.args, inputs["pixel_values"]
         tokenizer: Any = self.accelerator.unwrap_model(model)
+        # Always by the wrapped model's forward: only so gradients are averaged over ranks.
         if args.stage == "decoder":
-            with torch.no_grad():
-                encoded = tokenizer.encode(pixels)
-            prediction, codes, output = tokenizer.decode_latents(encoded.quantized, clamp=False), encoded.codes, None
+            output = model(pixels, decoder_only=True)
         else:
             num_scales = tokenizer._check_images(pixels, None).num_scales
             kept = draw_kept_scales(num_scales, args.scale_dropout if model.training else 0)
             output = model(pixels, kept_scales=kept, semantic=args.stage == "joint")
-            prediction, codes = output.pixel_values, output.codes
-        prediction = prediction.float()
+        prediction, codes = output.pixel_values.float(), output.codes
         parts = {
             "reconstruction": args.l1_weight * F.l1_loss(prediction, pixels)
             + args.l2_weight * F.mse_loss(prediction, pixels)
         }
-        if output is not None:
-            parts["codebook"] = output.codebook_loss + output.commitment_loss
+        if args.stage != "decoder":
+            if model.training:
+                parts["codebook"] = output.codebook_loss + output.commitment_loss
             parts["residual"] = args.residual_weight * output.residual.square().mean()
         if self.teacher is not None and args.stage == "joint":
             parts["semantic"] = args.semantic_weight * self._distance_to_teacher(pixels, output.semantic_features)
@@ -179,14 +181,24 @@ class NextFlowImageTokenizerTrainer(Trainer):
                     f"{float(pixels.min()):.3g} to {float(pixels.max()):.3g} and should be in [-1, 1]. Look at the "
                     "pictures, or lower the learning rate; the last checkpoint is from before."
                 )
-            parts["psnr"] = psnr(prediction.detach(), pixels).mean()
-            for name, value in parts.items():
-                self._parts[name].append(value.detach())
-            self._counts = USAGE_DECAY * self._counts + torch.bincount(codes.flatten(), minlength=len(self._counts))
+            used = torch.bincount(codes.flatten(), minlength=len(self._counts))
+            self._counts = USAGE_DECAY * self._counts + self.accelerator.reduce(used, "sum")  # the same on every rank
             self._counts[self._counts < 0.5] = 0
             self._shown = (pixels.detach(), prediction.detach())
+        parts["psnr"] = psnr(prediction.detach(), pixels).mean()
+        for name, value in parts.items():
+            self._add(model.training, name, value, len(pixels))
         outputs = {"loss": loss, "pixel_values": prediction, "codes": codes}
         return (loss, outputs) if return_outputs else loss
+
+    def _add(self, training: bool, name: str, value: Any, number: int = 1) -> None:
+        entry = torch.tensor([float(value) * number, number], device=self.args.device)
+        self._sums[training][name] = self._sums[training].get(name, 0) + entry
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss, which the stock trainer does not find, for there are no labels."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def _distance_to_teacher(self, pixels: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
         number = self.args.teacher_batch_size or len(pixels)
@@ -202,7 +214,7 @@ class NextFlowImageTokenizerTrainer(Trainer):
 
     def _train_discriminator(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
         loss = F.relu(1 - self.discriminator(real)).mean() + F.relu(1 + self.discriminator(fake)).mean()
-        self.accelerator.backward(loss)
+        loss.backward()
         for parameter in self.discriminator.parameters():  # it is not wrapped in DDP: ranks would drift apart
             if parameter.grad is not None:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
@@ -212,23 +224,27 @@ class NextFlowImageTokenizerTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms of the loss, PSNR and the share of codes in use since the last time."""
-        if self._parts and "loss" in logs:
-            for name, values in self._parts.items():
-                logs[name] = round(float(self.accelerator.reduce(torch.stack(values).mean(), "mean")), 5)
-            logs["codes_in_use"] = round(float((self._counts > 0).float().mean()), 4)
-            self._parts.clear()
+        names = [name for name in logs if name == "loss" or (name.endswith("_loss") and name != "train_loss")]
+        if names:
+            sums, prefix = self._sums[names[0] == "loss"], names[0].removesuffix("loss")
+            for name, entry in sums.items():
+                total, number = self.accelerator.reduce(entry, "sum").tolist()
+                logs[prefix + name] = round(total / number, 5)
+            sums.clear()
+            if not prefix:
+                logs["codes_in_use"] = round(float((self._counts > 0).float().mean()), 4)
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        # Ranks count apart and add up when codes are revived: each goes on with the mean.
-        state: dict[str, Any] = {"counts": self.accelerator.reduce(self._counts, "mean")}
+    def _save_run_state(self, folder: Path) -> None:
+        state: dict[str, Any] = {"counts": self._counts}
         if self.discriminator is not None:
             state["discriminator"] = self.discriminator.state_dict()
             state["discriminator_optimizer"] = self._discriminator_optimizer.state_dict()
         if self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            torch.save(state, Path(self._get_output_dir(trial=trial), folder, STATE_FILE))
+            torch.save(state, folder / STATE_FILE)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
         if self.args.should_save and self._shown is not None and self.args.num_logged_images:
             folder = Path(self.args.output_dir, "reconstructions")
             folder.mkdir(parents=True, exist_ok=True)
@@ -243,10 +259,14 @@ class NextFlowImageTokenizerTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint, STATE_FILE)
         if not path.exists():
-            return
+            raise ValueError(f'"{path}" is missing: without it the run would go on as another one. Take an older one.')
         state = torch.load(path, map_location=self.args.device, weights_only=True)
         self._counts = state["counts"]
-        if self.discriminator is not None and "discriminator" in state:
+        if (self.discriminator is not None) != ("discriminator" in state):
+            raise ValueError(
+                "The run had a discriminator and has none now, or the other way round: resume it as it was."
+            )
+        if self.discriminator is not None:
             self.discriminator.load_state_dict(state["discriminator"])
             self._discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
 
@@ -262,10 +282,9 @@ class _Codebook(TrainerCallback):
         due = state.global_step % args.revive_steps == 0 and state.global_step < args.revive_until * state.max_steps
         if args.stage == "decoder" or not due:
             return
-        counts = trainer.accelerator.reduce(trainer._counts, "sum")
-        generator = torch.Generator(counts.device).manual_seed(args.seed + state.global_step)
-        moved = revive_dead_codes(trainer.accelerator.unwrap_model(trainer.model), counts, generator)
-        trainer._parts["revived"].append(torch.tensor(float(moved), device=counts.device))
+        generator = torch.Generator(trainer._counts.device).manual_seed(args.seed + state.global_step)
+        moved = revive_dead_codes(trainer.accelerator.unwrap_model(trainer.model), trainer._counts, generator)
+        trainer._add(True, "revived", moved)
 
 
 __all__ = [

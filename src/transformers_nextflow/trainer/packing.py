@@ -109,14 +109,15 @@ class PackSampler(Sampler[list[int]]):
         packs (`list[list[int]]`): From [`make_packs`].
         num_ranks (`int`, *optional*, defaults to 1): Packs of a step.
         seed (`int`, *optional*, defaults to 0): Of the order.
+        numbered (`int`, *optional*, defaults to 0): Added to indices once an epoch, so that they tell their epoch.
     """
 
     batch_size = None  # it varies; what accelerate reads
 
-    def __init__(self, packs: list[list[int]], num_ranks: int = 1, seed: int = 0):
+    def __init__(self, packs: list[list[int]], num_ranks: int = 1, seed: int = 0, numbered: int = 0):
         if len(packs) % num_ranks:
             raise ValueError(f"{len(packs)} packs can't be dealt out evenly to {num_ranks} ranks.")
-        self.packs, self.num_ranks, self.seed, self.epoch = packs, num_ranks, seed, 0
+        self.packs, self.num_ranks, self.seed, self.numbered, self.epoch = packs, num_ranks, seed, numbered, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order."""
@@ -128,7 +129,8 @@ class PackSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         steps = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.packs) // self.num_ranks)
         for step in steps.tolist():
-            yield from self.packs[step * self.num_ranks : (step + 1) * self.num_ranks]
+            for pack in self.packs[step * self.num_ranks : (step + 1) * self.num_ranks]:
+                yield [self.epoch * self.numbered + index for index in pack]
 
 
 def rank_imbalance(flops: Sequence[float] | np.ndarray, num_ranks: int) -> float:

@@ -31,7 +31,7 @@ class CallTimeout(Exception):
 
 
 class RewardCall:
-    """A reward function with its checks; `masks` holds what the last call returned.
+    """A reward function with its checks. Masks that it returns are put into the list that the call gets as `masks_of`.
 
     A function gets `images`, `prompts`, the columns of the data set and what else TRL passes, as far as its signature
     names them (or all with `**kwargs`).
@@ -47,7 +47,6 @@ class RewardCall:
             raise TypeError(f"A reward must be a function, but got {type(function).__name__}.")
         self.function, self.timeout = function, timeout
         self.__name__ = get_callable_name(function)
-        self.masks: list[Any] | None = None
         parameters = inspect.signature(function).parameters
         self.takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         bound = function.keywords if isinstance(function, partial) else {}
@@ -63,10 +62,12 @@ class RewardCall:
                 f"The prompts have images, but the reward function `{self.__name__}` can't see them: give it a "
                 "parameter `source_images` (or `**kwargs`)."
             )
-        return {name: value for name, value in given.items() if self.takes(name) and name not in bound}
+        hidden = {"masks_of", *bound}
+        return {name: value for name, value in given.items() if self.takes(name) and name not in hidden}
 
-    def check(self, output: Any, num_images: int) -> list[float | None]:
-        """Rewards as TRL takes them; keeps the masks."""
+    def check(self, output: Any, given: dict[str, Any]) -> list[float | None]:
+        """Rewards as TRL takes them."""
+        num_images = len(given["images"])
         rewards: Any
         masks: Any
         rewards, masks = output if isinstance(output, RewardOutput) else (output, None)
@@ -86,7 +87,8 @@ class RewardCall:
                     f"The reward function `{self.__name__}` returned {reward} for image {index}. Rewards must be "
                     "finite; return None for an image that it can't judge."
                 )
-        self.masks = None if masks is None else list(masks)
+        if masks is not None and "masks_of" in given:
+            given["masks_of"][0].append(list(masks))  # TRL makes a column of it, one and the same list a row
         return rewards
 
     def explain(self, error: BaseException, num_images: int) -> RuntimeError:
@@ -109,7 +111,7 @@ class RewardCall:
             raise self.late(num_images) from error
         except Exception as error:
             raise self.explain(error, num_images) from error
-        return self.check(output, num_images)
+        return self.check(output, given)
 
 
 class AsyncRewardCall(RewardCall):
@@ -123,7 +125,7 @@ class AsyncRewardCall(RewardCall):
             raise self.late(num_images) from error
         except Exception as error:
             raise self.explain(error, num_images) from error
-        return self.check(output, num_images)
+        return self.check(output, given)
 
 
 def make_reward_call(function: Callable, timeout: float | None) -> RewardCall:

@@ -9,6 +9,33 @@ from .packing import PACKING_STRATEGIES
 STAGES = ("full", "alignment")
 
 
+# What has another meaning for text, or would have none here: (name, legal value, why).
+FIXED_IN_ALL = (
+    ("use_liger_kernel", False, "head and loss are computed in chunks already"),
+    ("label_smoothing_factor", 0.0, "the loss is the model's own"),
+    ("pad_to_multiple_of", "auto", "an image can't be padded inside its sequence"),
+)
+FIXED = (
+    *FIXED_IN_ALL,
+    ("padding_free", False, "it is TRL's for text: use `packing` for coded samples"),
+    ("loss_type", "nll", "the loss is the model's own"),
+    ("eval_packing", None, "held-out samples are collated as those of the training are"),
+    ("assistant_only_loss", False, "`completion_only_loss` learns the answers of coded samples"),
+    ("chat_template_path", None, "coded samples have been through the template: give it to the extraction"),
+)
+
+
+def refuse(args, fixed) -> None:
+    """Refuses settings that could not do what they say, and uses the names that transformers has now."""
+    for name, legal, reason in fixed:
+        if getattr(args, name) != legal:
+            raise ValueError(f"`{name}` must be {legal!r}, but got {getattr(args, name)!r}: {reason}.")
+    # TRL still sets `gradient_checkpointing`.
+    for end in ("", "_kwargs"):
+        if getattr(args, f"activation_checkpointing{end}") is None:
+            setattr(args, f"activation_checkpointing{end}", getattr(args, f"gradient_checkpointing{end}"))
+
+
 @dataclass
 class NextFlowSFTConfig(SFTConfig):
     r"""
@@ -66,8 +93,12 @@ class NextFlowSFTConfig(SFTConfig):
         for name, legal in choices.items():
             if getattr(self, name) not in legal:
                 raise ValueError(f"`{name}` must be one of {', '.join(legal)}, but got {getattr(self, name)!r}.")
-        if self.padding_free:
-            raise ValueError("`padding_free` is TRL's for text: use `packing` for coded samples.")
+        refuse(self, FIXED)
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f'`train_sampling_strategy` must be "random" or "sequential", but got "{self.train_sampling_strategy}": '
+                "use `packing` for samples of different lengths."
+            )
         if self.scale_reweight_alpha is not None and self.scale_reweight_alpha < 0:
             raise ValueError(f"`scale_reweight_alpha` must be at least 0, but got {self.scale_reweight_alpha}.")
         self.remove_unused_columns = False  # the collator reads them all

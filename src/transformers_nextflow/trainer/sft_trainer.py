@@ -1,8 +1,8 @@
 """Supervised fine-tuning on TRL."""
 
-import json
+import copy
 import logging
-import os
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -11,29 +11,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import SFTTrainer
 
 from ..codebook import check_same_codebook
 from ..modeling_nextflow import NextFlowForCausalLM
 from ..token_layout import TokenLayout
 from ..varlen_attention import SDPA_VARLEN
-from .coded_dataset import COLUMNS, invert_task
+from .checkpoints import EpochSampler, NextFlowTrainerMixin, check_start, find_processor, own_config
+from .coded_dataset import COLUMNS, hash_image_tokenizer, invert_task
 from .data_collator import NextFlowDataCollator
 from .packing import PackSampler, make_packs, sample_costs
 from .sft_config import NextFlowSFTConfig
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "nextflow_run.json"
 # What PEFT takes where no `target_modules` are named.
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("nextflow", ["q_proj", "v_proj"])
 
 
-class NextFlowSFTTrainer(SFTTrainer):
+class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
     """
     TRL's [`~trl.SFTTrainer`] on coded samples (see `coded_dataset`) with the model's own loss.
 
@@ -43,8 +42,11 @@ class NextFlowSFTTrainer(SFTTrainer):
     (`loss_scale_1`, ...). (TRL's entropy and token accuracy come from its own head and are not logged.)
 
     Args:
-        model ([`NextFlowForCausalLM`] or `str`): The model, or its folder.
+        model ([`NextFlowForCausalLM`] or `str`):
+            The model, or its folder, which is loaded in float32 unless `args.model_init_kwargs` has another `dtype`.
         args ([`NextFlowSFTConfig`], *optional*): Settings.
+        processing_class ([`NextFlowProcessor`] or a tokenizer, *optional*):
+            By default that of the model's folder. The processor and its image tokenizer are saved with the model.
         kwargs: Everything else that `SFTTrainer` takes: `train_dataset` and `eval_dataset` of coded samples,
             `peft_config`, `callbacks`, ...
 
@@ -71,18 +73,26 @@ class NextFlowSFTTrainer(SFTTrainer):
         data_collator=None,
         train_dataset=None,
         eval_dataset=None,
+        processing_class=None,
         peft_config=None,
         **kwargs,
     ):
         args = args or NextFlowSFTConfig("nextflow-sft")
         if not isinstance(args, NextFlowSFTConfig):
             raise TypeError(f"`args` must be a `NextFlowSFTConfig`, but got {type(args).__name__}.")
+        args = copy.copy(args)  # what is filled in below is not the caller's
         network: Any = model
         if isinstance(model, str):
             settings: Any = args.model_init_kwargs or {}
-            network = NextFlowForCausalLM.from_pretrained(model, **settings)
+            network = NextFlowForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **settings})
             args.model_init_kwargs = None
-        check_same_codebook(network.config, getattr(kwargs.get("processing_class"), "image_tokenizer", None))
+        self.processor = find_processor(network, processing_class)
+        tokenizer = self.processor.tokenizer if self.processor else processing_class
+        check_start(network, tokenizer, peft_config)
+        own_config(network)
+        if self.processor is not None and self.processor.image_tokenizer is not None:
+            check_same_codebook(network.config, self.processor.image_tokenizer)
+            network.config.image_tokenizer_hash = hash_image_tokenizer(self.processor.image_tokenizer)
         if args.scale_reweight_alpha is not None:
             network.config.scale_reweight_alpha = args.scale_reweight_alpha
         if args.packing and network.config._attn_implementation == "sdpa":
@@ -115,6 +125,7 @@ class NextFlowSFTTrainer(SFTTrainer):
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
+            processing_class=tokenizer,
             peft_config=peft_config,
             **kwargs,
         )
@@ -122,7 +133,8 @@ class NextFlowSFTTrainer(SFTTrainer):
         self._refuse_sharded_rows()
         if args.packing:
             self._pack_sampler = self._make_pack_sampler()
-            self.add_callback(_EpochOfPacks(self._pack_sampler))
+        if isinstance(train_dataset, datasets.Dataset):
+            self._note_how_it_was_prompted(network, train_dataset)
 
     def _refuse_sharded_rows(self) -> None:
         if self.args.stage == "alignment" and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
@@ -180,20 +192,32 @@ class NextFlowSFTTrainer(SFTTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         num_ranks, budget = self.accelerator.num_processes, self.args.max_length or 0  # set above
         packs = make_packs(self._packing_costs, budget, num_ranks, seed)
-        return PackSampler(packs, num_ranks, seed)
+        return PackSampler(packs, num_ranks, seed, numbered=len(self._packing_costs))
 
     def get_train_dataloader(self) -> DataLoader:
-        """A loader of packs, or the stock one."""
-        if self._pack_sampler is None:
+        """A loader of packs or of batches; what is drawn for a sample follows from seed, epoch and its number."""
+        args, dataset = self.args, self.train_dataset
+        if not isinstance(dataset, datasets.Dataset):
             return super().get_train_dataloader()
-        dataset: Any = self.train_dataset
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if self._pack_sampler is not None:
+            batches: dict[str, Any] = {"batch_sampler": self._pack_sampler}
+            self._epoch_sampler = self._pack_sampler
+        else:
+            shuffle = args.train_sampling_strategy == "random"
+            self._epoch_sampler = EpochSampler(len(dataset), seed, shuffle, numbered=True)
+            batches = {"batch_size": self._train_batch_size, "sampler": self._epoch_sampler}
+            batches["drop_last"] = args.dataloader_drop_last
         loader = DataLoader(
-            dataset,
-            batch_sampler=self._pack_sampler,
+            _DrawnSamples(dataset, seed),
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
+            **batches,
         )
         return self.accelerator.prepare(loader)
 
@@ -212,15 +236,29 @@ class NextFlowSFTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's own loss, as `transformers.Trainer` takes it."""
         sample_ids = inputs.pop("sample_ids", None)
-        loss, outputs = Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, True, num_items_in_batch)
-        if model.training:
-            if not torch.isfinite(loss):
-                raise ValueError(
-                    f"The loss is {float(loss)} at step {self.state.global_step} on the samples {sample_ids}. Look at "
-                    "them, or lower the learning rate; the last checkpoint is from before."
-                )
-            self._count_losses(inputs, outputs["token_losses"])
+        # Logits of all tokens are gigabytes that nothing here reads, in training or evaluation.
+        inputs = {**inputs, "use_cache": False, "skip_logits": True}
+        loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+        if model.training and not torch.isfinite(loss):
+            raise ValueError(
+                f"The loss is {float(loss)} at step {self.state.global_step} on the samples {sample_ids}. Look at "
+                "them, or lower the learning rate; the last checkpoint is from before."
+            )
+        self._count_losses(inputs, outputs["token_losses"])
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss alone; logits are never held."""
+        return super().prediction_step(model, inputs, True, ignore_keys)
+
+    def evaluate(self, *args, **kwargs):
+        """As in transformers, with the cross-entropies by kind (`eval_loss_text`, ...) beside the loss."""
+        # What was counted in training since the last log is logged with it.
+        training, self._loss_sums = self._loss_sums, None
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._loss_sums = training
 
     def _count_losses(self, inputs: dict[str, torch.Tensor], token_losses: torch.Tensor) -> None:
         """Adds up cross-entropies and numbers of text (first) and of each scale."""
@@ -235,13 +273,14 @@ class NextFlowSFTTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the cross-entropies of text, codes and each scale since the last time."""
-        if self._loss_sums is not None and "loss" in logs:
+        names = [name for name in logs if name == "loss" or name.endswith("_loss")]  # "eval_loss", "eval_NAME_loss"
+        if self._loss_sums is not None and names:
             totals, counts = self.accelerator.reduce(self._loss_sums, reduction="sum").cpu()
-            kinds = {"loss_text": slice(1), "loss_image": slice(1, None)}
-            kinds |= {f"loss_scale_{scale}": slice(scale, scale + 1) for scale in range(1, len(counts))}
-            for name, kind in kinds.items():
-                if counts[kind].sum():
-                    logs[name] = round(float(totals[kind].sum() / counts[kind].sum()), 6)
+            kinds = {"text": slice(1), "image": slice(1, None)}
+            kinds |= {f"scale_{scale}": slice(scale, scale + 1) for scale in range(1, len(counts))}
+            for kind, part in kinds.items():
+                if counts[part].sum():
+                    logs[f"{names[0]}_{kind}"] = round(float(totals[part].sum() / counts[part].sum()), 6)
             self._loss_sums = None
         super().log(logs, start_time)
 
@@ -255,36 +294,66 @@ class NextFlowSFTTrainer(SFTTrainer):
         return names
 
     def _run_facts(self) -> dict[str, Any]:
-        """What must not change when a run is resumed."""
-        facts: dict[str, Any] = {"num_processes": self.accelerator.num_processes}
+        facts = super()._run_facts()
         if self._pack_sampler is not None:
             facts |= {"num_packs": len(self._pack_sampler), "max_length": self.args.max_length}
         return facts
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            with open(os.path.join(self._get_output_dir(trial=trial), folder, RUN_FILE), "w") as file:
-                json.dump(self._run_facts(), file)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As in transformers; refuses to go on with what would not be the same run."""
-        folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)
-        if folder and os.path.exists(path := os.path.join(folder, RUN_FILE)):
-            with open(path) as file:
-                then, now = json.load(file), self._run_facts()
-            changed = [
-                f"`{name}` was {then[name]}, now {now.get(name)}" for name in then if then[name] != now.get(name)
-            ]
-            if changed:
-                raise ValueError(
-                    f"The run in {folder} can't go on: {'; '.join(changed)}. The data would come in another order. "
-                    "Resume it as it was, or start a new run from its weights."
+    def _note_how_it_was_prompted(self, model, dataset: datasets.Dataset) -> None:
+        """Writes into the generation config, for every task of the data, whether its prompts are chat turns."""
+        every = max(1, len(dataset) // 10_000)
+        samples = dataset.select_columns(["token_ids", "completion_mask"])
+        samples = samples if every == 1 else samples.select(range(0, len(dataset), every))
+        kinds = Counter(prompt_style(sample, model.config.image_token_id, self.processing_class) for sample in samples)
+        kinds.pop(None, None)
+        styles = dict(getattr(model.generation_config, "prompt_styles", None) or {})
+        for task in sorted({task for task, _ in kinds}):
+            counts = {style: kinds[task, style] for style in ("bare", "chat")}
+            styles[task] = max(counts, key=counts.__getitem__)
+            if min(counts.values()):
+                logger.warning(
+                    'Of the samples of the task "%s" %d have bare prompts and %d chat turns; pipelines will prompt '
+                    'the model by the majority, "%s".',
+                    *(task, counts["bare"], counts["chat"], styles[task]),
                 )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        model.generation_config.prompt_styles = styles
+        model.generation_config._from_model_config = False  # or loading makes a new one, without them
+        self._card_facts = (
+            f"Samples: {len(dataset)}" + "".join(f", {n * every} {style} {task}" for (task, style), n in kinds.items()),
+            f"Prompt styles: {styles}",
+        )
+
+
+def prompt_style(sample: dict[str, Any], image_token_id: int, tokenizer: Any) -> tuple[str, str] | None:
+    """Task of a coded sample that draws and how it is prompted, such as `("edit", "chat")`; None if it draws nothing."""
+    ids, answers = sample["token_ids"], sample["completion_mask"]
+    marks = [index for index, token in enumerate(ids) if token == image_token_id]
+    drawn = [index for index in marks if answers[index]]
+    if not drawn:
+        return None
+    task = "image"
+    if marks[0] < drawn[0]:
+        task = "edit"
+    elif any(answers[: drawn[0]]):
+        task = "thinking"
+    elif len(drawn) > 1:
+        task = "frames"
+    return task, "chat" if "<|im_start|>" in tokenizer.decode(ids[: drawn[0]]) else "bare"
+
+
+class _DrawnSamples(Dataset):
+    """Samples by `epoch * len(self) + index`, each with a seed for what the collator draws, in any worker."""
+
+    def __init__(self, dataset: datasets.Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        epoch, index = divmod(number, len(self.dataset))
+        source = np.random.SeedSequence([self.seed, epoch, index])
+        return {**self.dataset[index], "draw_seed": int(source.generate_state(1, np.uint64)[0] >> 1)}
 
 
 def _check_samples(dataset: datasets.Dataset, config) -> None:
@@ -327,16 +396,6 @@ def _check_lengths(dataset: datasets.Dataset, config, max_length: int) -> None:
             f"longest, {dataset[longest].get('id', longest)}, takes {lengths[longest]:.0f} tokens with its images. "
             "Raise `max_length`, encode their images with fewer scales, or leave them out."
         )
-
-
-class _EpochOfPacks(TrainerCallback):
-    """Tells the sampler its epoch, wherever accelerate has wrapped it."""
-
-    def __init__(self, sampler: PackSampler):
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 def train_new_weights_only(model: NextFlowForCausalLM) -> None:

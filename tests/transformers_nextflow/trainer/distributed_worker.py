@@ -44,7 +44,7 @@ def shard_fully(folder: Path, batch: dict[str, torch.Tensor]) -> dict[str, float
     """FSDP2: the same loss and gradients as whole, layer by layer, also when activations are computed twice."""
     mesh = init_device_mesh("cpu", (2,))
     whole, sharded = (NextFlowForCausalLM.from_pretrained(folder / "model").train() for _ in range(2))
-    sharded.gradient_checkpointing_enable()
+    sharded.activation_checkpointing_enable()
     for layer in sharded.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)

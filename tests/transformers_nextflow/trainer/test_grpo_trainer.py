@@ -117,7 +117,7 @@ def test_finer_scales_take_no_part(make_trainer):
     inputs = score(trainer, rows_of("red"))
     log_probs, entropies = trainer._log_probs(trainer.model, inputs)
     assert log_probs.shape == entropies.shape == inputs["completion_ids"].shape == (4, SCHEDULE.offsets[3])
-    assert trainer._masks() is None and torch.equal(inputs["weights"][0], inputs["weights"][3])
+    assert torch.equal(inputs["weights"][0], inputs["weights"][3])
     everything = score(make_trainer(num_trained_scales=None), rows_of("red"))
     assert everything["completion_ids"].shape == (4, SCHEDULE.num_tokens)
     # The same pictures were drawn: what is trained does not change what is drawn.
@@ -396,6 +396,24 @@ def test_training_on_edits(make_trainer):
     trainer = make_trainer(lambda images, source_images, word: brightness(images), rows=rows, max_steps=2)
     trainer.train()
     assert len(history(trainer, "reward")) == 2
+
+
+def test_edits_of_any_shape_and_arrays(make_trainer, tmp_path):
+    """Sources that are not square, of mixed shapes and numbers, as pictures and as arrays."""
+    wide, tall, square = (np.zeros((h, w, 3), np.uint8) for h, w in ((80, 160), (120, 60), (80, 80)))
+    trainer = make_trainer(lambda images, **kwargs: brightness(images), num_generations=2)
+    for pictures in ([wide], [Image.fromarray(tall)], [wide, square]):
+        inputs = score(trainer, rows_of("<image>" * len(pictures) + "a", group=2, images=pictures))
+        grids = inputs["image_grids"][0]
+        assert len(grids) == len(pictures) + 1 and grids[-1].tolist() == list(SCHEDULE.grid_shw)
+    mixed = rows_of("<image>a", group=2, images=[wide]) + rows_of("<image>bb", group=2, image=tall)
+    inputs = score(trainer, mixed + rows_of("none", group=2))
+    assert trainer._compute_loss(trainer.model, inputs).isfinite()
+    assert [len(grids) for grids in inputs["image_grids"]] == [2, 2, 2, 2, 1, 1]
+    # Equal prompts whose pictures differ are not read as one.
+    other = rows_of("<image>a", group=2, images=[wide + 255])
+    ids = score(trainer, rows_of("<image>a", group=2, images=[wide]) + other)["prompt_ids"]
+    assert torch.equal(ids[0], ids[1]) and torch.equal(ids[2], ids[3]) and not torch.equal(ids[0], ids[2])
 
 
 # --- Rewards that misbehave ---

@@ -169,3 +169,18 @@ def test_bad_input(tiny_random_checkpoint, tmp_path, make_trainer):
     trainer.teacher = lambda pixels: pixels
     with pytest.raises(ValueError, match="The teacher's features are"):
         trainer.train()
+
+
+@pytest.mark.parametrize("stage", ["joint", "decoder"])
+def test_evaluation_has_a_loss_its_terms_and_psnr(make_trainer, images, stage):
+    trainer = make_trainer(stage, max_steps=1, per_device_eval_batch_size=3)
+    metrics = trainer.evaluate(images)
+    with torch.no_grad():
+        model, pixels = trainer.model.eval(), torch.stack([image["pixel_values"] for image in images])
+        encoded = model.encode(pixels)
+        expected = psnr(model.decode_latents(encoded.quantized, clamp=False), pixels).mean()
+    assert metrics["eval_psnr"] == pytest.approx(float(expected), abs=1e-3)
+    assert metrics["eval_loss"] > 0 and metrics["eval_reconstruction"] > 0
+    assert ("eval_semantic" in metrics) == (stage == "joint") and trainer._counts.sum() == 0
+    trainer.train()
+    assert logged(trainer, "psnr") and "eval_psnr" not in trainer.state.log_history[-1]

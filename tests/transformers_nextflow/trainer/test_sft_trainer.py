@@ -294,8 +294,10 @@ def test_alignment_trains_what_is_new(make_trainer, tiny_random_checkpoint):
         make_trainer(stage="alignment", peft_config=LoraConfig(task_type="CAUSAL_LM"))
 
 
-def test_gradient_checkpointing_changes_nothing(make_trainer):
-    plain, saving = (make_trainer(condition_dropout=0, max_steps=2, gradient_checkpointing=on) for on in (False, True))
+def test_activation_checkpointing_changes_nothing(make_trainer):
+    plain, saving = (
+        make_trainer(condition_dropout=0, max_steps=2, activation_checkpointing=on) for on in (False, True)
+    )
     plain.train()
     saving.train()
     assert losses(saving) == pytest.approx(losses(plain), rel=1e-5)
@@ -351,3 +353,28 @@ def test_another_number_of_processes_does_not_resume(make_trainer, tmp_path):
     facts.write_text(facts.read_text().replace('"num_processes": 1', '"num_processes": 4'))
     with pytest.raises(ValueError, match="`num_processes` was 4, now 1"):
         make_trainer(max_steps=2).train(resume_from_checkpoint=True)
+
+
+# --- Evaluation ---
+
+
+def test_evaluation_has_losses_by_kind_and_no_logits(make_trainer, samples, tiny_random_checkpoint):
+    trainer = make_trainer(eval_dataset=datasets.Dataset.from_list(samples), per_device_eval_batch_size=2, max_steps=1)
+    seen = []
+    hook = trainer.model.register_forward_hook(lambda module, args, output: seen.append(output.get("logits")))
+    metrics = trainer.evaluate()
+    hook.remove()
+    assert seen == [None, None]
+    model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint)
+    batch = NextFlowDataCollator(model.config, condition_dropout=0)(samples)
+    outputs = model(**batch)
+    predicted = batch["labels"][:, 1:] != -100
+    codes = predicted & (batch["labels"][:, 1:] >= model.config.text_vocab_size)
+    losses_of = outputs.token_losses[:, :-1]
+    assert metrics["eval_loss_image"] == pytest.approx(float(losses_of[codes].mean()), rel=1e-4)
+    assert metrics["eval_loss_text"] == pytest.approx(float(losses_of[predicted & ~codes].mean()), rel=1e-4)
+    assert {f"eval_loss_scale_{scale}" for scale in range(1, 6)} < metrics.keys() and metrics["eval_loss"] > 0
+    trainer.train()
+    assert "loss_image" in trainer.state.log_history[-2]
+    parts = {"a": trainer.eval_dataset, "b": trainer.eval_dataset.select([0])}
+    assert {"eval_a_loss_text", "eval_b_loss_image"} < trainer.evaluate(parts).keys()

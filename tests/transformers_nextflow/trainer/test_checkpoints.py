@@ -1,0 +1,368 @@
+"""Every trainer goes on as if unbroken, from any step and after any kill; what it saves loads in every door."""
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+from diffusers_nextflow import NextFlowPipeline
+from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizer, NextFlowProcessor
+from transformers_nextflow.trainer import (
+    NextFlowGRPOConfig,
+    NextFlowGRPOTrainer,
+    NextFlowImageTokenizerTrainer,
+    NextFlowImageTokenizerTrainingConfig,
+    NextFlowSFTConfig,
+    NextFlowSFTTrainer,
+    encode_messages,
+    find_last_checkpoint,
+)
+from transformers_nextflow.trainer.checkpoints import EpochSampler, what_is_missing
+from transformers_nextflow.trainer.sft_trainer import prompt_style
+
+COMMON = dict(
+    max_steps=5,
+    learning_rate=1e-2,
+    lr_scheduler_type="constant",
+    logging_steps=1,
+    save_strategy="steps",
+    save_steps=1,
+    report_to=[],
+    use_cpu=True,
+    disable_tqdm=True,
+)
+KINDS = ["padded", "packed", "lora", "grpo", "tokenizer"]
+
+
+def brightness(images, **kwargs):
+    return [float(np.asarray(image, np.float64).mean()) for image in images]
+
+
+@pytest.fixture(scope="module")
+def make_trainer(tiny_random_checkpoint, samples):
+    """Trainers of every kind whose runs have several epochs, draws, dropout and generations of several steps."""
+    dataset = datasets.Dataset.from_list([samples[index % 3] for index in range(7)])
+    pictures = torch.rand(3, 3, 80, 80, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def make(kind: str, folder, **changes):
+        torch.manual_seed(0)
+        kwargs = {name: changes.pop(name) for name in ("processing_class", "eval_dataset") if name in changes}
+        model = changes.pop("model", str(tiny_random_checkpoint))
+        if kind in ("padded", "packed", "lora"):
+            settings = dict(per_device_train_batch_size=3, condition_dropout=0.5, task_inversion=0.5, bf16=False)
+            settings |= dict(packing=True, max_length=260) if kind == "packed" else {}
+            lora = dict(r=2, lora_dropout=0.5, target_modules=["q_proj"], task_type="CAUSAL_LM")
+            rows, peft_config = changes.pop("rows", dataset), LoraConfig(**lora) if kind == "lora" else None
+            config = NextFlowSFTConfig(str(folder), **{**COMMON, **settings, **changes})
+            return NextFlowSFTTrainer(model, config, train_dataset=rows, peft_config=peft_config, **kwargs)
+        if kind == "grpo":
+            settings = dict(per_device_train_batch_size=2, num_generations=2, steps_per_generation=2, bf16=False)
+            settings |= dict(num_trained_scales=2, guidance_scale=None, num_iterations=1)
+            rows = changes.pop("rows", datasets.Dataset.from_list([{"prompt": word} for word in ("a", "b", "c", "d")]))
+            config = NextFlowGRPOConfig(str(folder), **{**COMMON, **settings, **changes})
+            return NextFlowGRPOTrainer(model, brightness, config, train_dataset=rows, **kwargs)
+        settings = dict(stage="pixel", per_device_train_batch_size=2, revive_steps=2)
+        return NextFlowImageTokenizerTrainer(
+            NextFlowImageTokenizer.from_pretrained(tiny_random_checkpoint, subfolder="image_tokenizer"),
+            NextFlowImageTokenizerTrainingConfig(str(folder), **{**COMMON, **settings, **changes}),
+            discriminator=torch.nn.Conv2d(3, 1, 16, stride=16),
+            train_dataset=[{"pixel_values": picture} for picture in pictures],
+            **kwargs,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def unbroken(make_trainer, tmp_path_factory):
+    """Runs that nothing stopped, one of a kind."""
+    runs: dict = {}
+
+    def run(kind: str):
+        if kind not in runs:
+            folder = tmp_path_factory.mktemp(kind)
+            trainer = make_trainer(kind, folder)
+            trainer.train()
+            runs[kind] = (folder, weights(trainer))
+        return runs[kind]
+
+    return run
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0, msg=name)
+
+
+# --- Resuming ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_anywhere_is_the_unbroken_run(make_trainer, unbroken, tmp_path, kind):
+    folder, expected = unbroken(kind)
+    for step in (1, 2, 4):
+        trainer = make_trainer(kind, tmp_path, save_strategy="no")
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+        assert_equal(weights(trainer), expected)
+
+
+@pytest.mark.parametrize("kind", ["padded", "grpo", "tokenizer"])
+def test_a_finished_run_does_not_go_on(make_trainer, unbroken, tmp_path, kind):
+    folder, expected = unbroken(kind)
+    trainer = make_trainer(kind, tmp_path, save_strategy="no")
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
+    assert trainer.state.global_step == 5
+    assert_equal(weights(trainer), expected)
+
+
+def test_evaluation_between_generations_does_not_hinder(make_trainer, tmp_path):
+    rows = datasets.Dataset.from_list([{"prompt": "e"}])
+    more = dict(eval_dataset=rows, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=2)
+    whole, resumed = (make_trainer("grpo", tmp_path, num_generations_eval=2, **more) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_equal(weights(resumed), weights(whole))
+
+
+def test_the_last_whole_checkpoint_is_found(make_trainer, unbroken, tmp_path, caplog):
+    run = tmp_path / "run"
+    for step in (2, 10, 9):
+        os.makedirs(run / f"checkpoint-{step}")
+        for path in (unbroken("tokenizer")[0] / "checkpoint-2").iterdir():
+            (run / f"checkpoint-{step}" / path.name).write_bytes(path.read_bytes())
+    assert find_last_checkpoint(run) == str(run / "checkpoint-10")
+    state = run / "checkpoint-10" / "trainer_state.json"
+    state.write_text(state.read_text()[:-3])
+    (run / "checkpoint-9" / "image_tokenizer_trainer.pt").unlink()
+    assert find_last_checkpoint(run) == str(run / "checkpoint-2") and "checkpoint-10 is passed over" in caplog.text
+    trainer = make_trainer("tokenizer", run, max_steps=3)
+    with pytest.raises(ValueError, match="is not a whole checkpoint .image_tokenizer_trainer.pt is missing or cut off"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-9"))
+    trainer.train(resume_from_checkpoint="true")  # as a command line says it
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
+    with pytest.raises(ValueError, match="no whole checkpoint to go on from"):
+        make_trainer("tokenizer", tmp_path / "new").train(resume_from_checkpoint=True)
+
+
+def test_every_file_counts(unbroken, tmp_path):
+    whole = unbroken("padded")[0] / "checkpoint-2"
+    assert what_is_missing(whole) is None
+    for name in ("model.safetensors", "optimizer.pt", "trainer_state.json", "nextflow_run.json", "rng_state.pth"):
+        copied = tmp_path / name
+        copied.mkdir()
+        for path in whole.iterdir():
+            if path.is_file():
+                (copied / path.name).write_bytes(path.read_bytes()[: None if path.name != name else -1])
+        assert what_is_missing(copied) is not None, name
+
+
+def train_until_killed(make, kind, folder, event: int, result):
+    """Trains on; dies at the n-th file that is opened for writing, removed or renamed in the folder of the run."""
+    left = [event]
+
+    def watch(name: str, arguments):
+        if name == "open":
+            path, mode = arguments[:2]
+            relevant = isinstance(mode, str) and mode.strip("bt") not in ("", "r")
+        else:
+            relevant, path = name in ("os.remove", "os.rename", "os.mkdir", "os.rmdir"), arguments and arguments[0]
+        if relevant and isinstance(path, str) and path.startswith(str(folder)):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    trainer = make(kind, folder, save_total_limit=2)
+    trainer.train(resume_from_checkpoint=find_last_checkpoint(folder))
+    torch.save(weights(trainer), result)
+
+
+@pytest.mark.parametrize("kind", ["packed", "grpo", "tokenizer"])
+def test_killed_anywhere_it_ends_as_unbroken(make_trainer, unbroken, tmp_path, kind):
+    """`NEXTFLOW_KILLS=100` tries many moments."""
+    expected, result = unbroken(kind)[1], tmp_path / "result.pt"
+    rng, context = np.random.default_rng(KINDS.index(kind)), multiprocessing.get_context("fork")
+    for number in range(int(os.environ.get("NEXTFLOW_KILLS", "1"))):
+        folder, deaths = tmp_path / f"run-{number}", 0
+        while not result.exists():
+            event = int(rng.integers(1, 60)) if deaths < 2 else 0
+            child = context.Process(target=train_until_killed, args=(make_trainer, kind, folder, event, result))
+            child.start()
+            child.join()
+            assert child.exitcode in (0, -signal.SIGKILL)
+            deaths += child.exitcode != 0
+        assert_equal(torch.load(result), expected)
+        result.unlink()
+
+
+def test_an_order_is_a_function_of_seed_and_epoch():
+    sampler = EpochSampler(10, seed=3)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert sorted(first) == sorted(sampler) == list(range(10)) and list(sampler) != first
+    numbered = EpochSampler(10, seed=3, numbered=True)
+    numbered.set_epoch(1)
+    assert [number - 10 for number in numbered] == list(sampler)
+    assert list(EpochSampler(4, shuffle=False)) == [0, 1, 2, 3]
+
+
+# --- Weights that move ---
+
+
+def test_a_path_is_trained_in_fp32_and_small_steps_move_it(make_trainer, tiny_random_checkpoint, tmp_path, caplog):
+    coarse = tmp_path / "bf16"
+    NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint, dtype=torch.bfloat16).save_pretrained(coarse)
+    NextFlowProcessor.from_pretrained(tiny_random_checkpoint).save_pretrained(coarse)
+    trainer = make_trainer("padded", tmp_path / "run", model=str(coarse), learning_rate=1e-5, max_steps=2)
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    before = weights(trainer)
+    trainer.train()
+    moved = [(weights(trainer)[name] != value).float().mean() for name, value in before.items() if "layers" in name]
+    assert min(moved) > 0.9 and "round to nothing" not in caplog.text
+    asked = make_trainer("padded", tmp_path / "run", model=str(coarse), model_init_kwargs={"dtype": torch.bfloat16})
+    assert asked.model.dtype == torch.bfloat16 and "The weights to train are bfloat16" in caplog.text
+    for kind in ("padded", "grpo"):
+        caplog.clear()
+        make_trainer(kind, tmp_path / "run", model=NextFlowForCausalLM.from_pretrained(coarse))
+        assert "The weights to train are bfloat16" in caplog.text
+
+
+# --- Folders ---
+
+
+def assert_draws(folder):
+    """The doors, as far as this file knows them."""
+    assert AutoModelForCausalLM.from_pretrained(folder) and AutoProcessor.from_pretrained(folder).image_tokenizer
+    (image,) = NextFlowPipeline.from_pretrained(folder)("a ring").images
+    assert image.size == (80, 80)
+
+
+@pytest.mark.parametrize("kind", ["padded", "grpo"])
+def test_what_is_saved_loads_in_every_door(make_trainer, unbroken, tmp_path, kind):
+    folder = unbroken(kind)[0]
+    for step in (1, 5):
+        assert_draws(folder / f"checkpoint-{step}")
+    card = (folder / "checkpoint-5" / "README.md").read_text()
+    assert (
+        "TRL" not in card and "5 steps" in card and "`learning_rate`: 0.01" in card and "`stage`" in card
+    ) or "reward"
+    # The image tokenizer is frozen: checkpoints share one copy on disk.
+    copies = [(folder / f"checkpoint-{step}" / "image_tokenizer" / "model.safetensors").stat() for step in (1, 5)]
+    assert copies[0].st_ino == copies[1].st_ino
+
+
+def test_the_documented_way_and_merged_adapters_load(make_trainer, tiny_random_checkpoint, tmp_path):
+    processor = NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
+    for words in (processor.tokenizer, processor, None):
+        make_trainer("padded", tmp_path / "run", processing_class=words).save_model(str(tmp_path / "saved"))
+        assert_draws(tmp_path / "saved")
+    trainer = make_trainer("lora", tmp_path / "run", max_steps=1)
+    trainer.train()
+    adapter = PeftModel.from_pretrained(
+        NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint), tmp_path / "run" / "checkpoint-1"
+    )
+    assert not (tmp_path / "run" / "checkpoint-1" / "image_tokenizer").exists()
+    ids = torch.tensor([[5, 6, 7]])
+    expected = adapter.eval()(ids).logits
+    trainer.save_merged(str(tmp_path / "merged"))
+    assert_draws(tmp_path / "merged")
+    merged = NextFlowForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_without_a_folder_is_told(make_trainer, tiny_random_checkpoint, tmp_path, caplog):
+    model = NextFlowForCausalLM(NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint).config)
+    model.config._name_or_path = ""
+    words = NextFlowProcessor.from_pretrained(tiny_random_checkpoint).tokenizer
+    make_trainer("padded", tmp_path, model=model, processing_class=words)
+    assert "what is saved will not draw by itself" in caplog.text
+
+
+# --- Prompts ---
+
+
+def test_the_way_of_prompting_is_written_down(make_trainer, tiny_random_checkpoint, samples, tmp_path, caplog):
+    processor = NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
+    image = {"type": "image", "image": Image.new("RGB", (80, 80))}
+    word = {"type": "text", "text": "red"}
+
+    def turn(asked, answer):
+        return encode_messages(
+            [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], processor
+        )
+
+    def bare(sample):
+        words = processor.tokenizer("a ring")["input_ids"]
+        return {**sample, "token_ids": [*words, processor.image_token_id], "completion_mask": [0] * len(words) + [1]}
+
+    rows = [turn("red", [image]), turn([image, word], [image]), turn("red", [word, image]), turn("red", "text")]
+    rows += [bare(samples[0]), bare(samples[0])]
+    styles = [prompt_style(row, processor.image_token_id, processor.tokenizer) for row in rows]
+    chats = [("image", "chat"), ("edit", "chat"), ("thinking", "chat"), None]
+    assert styles == [*chats, ("image", "bare"), ("image", "bare")]
+    trainer = make_trainer("padded", tmp_path / "run", rows=datasets.Dataset.from_list(rows), max_steps=1)
+    assert '"image" 2 have bare prompts and 1 chat turns' in caplog.text
+    trainer.save_model(str(tmp_path / "saved"))
+    stored = json.loads((tmp_path / "saved" / "generation_config.json").read_text())["prompt_styles"]
+    assert stored == {"image": "bare", "edit": "chat", "thinking": "chat"}
+    reads = make_trainer("grpo", tmp_path / "run", model=str(tmp_path / "saved"))
+    assert reads._read_prompt({"prompt": "a"})[0] == "a"
+    asked = reads._read_prompt({"prompt": "<image>a", "image": np.zeros((8, 8, 3), np.uint8)})[0]
+    assert asked.startswith("<|im_start|>") and asked.rstrip().endswith("assistant") and "<image>a" in asked
+
+
+# --- What is left alone, what is refused ---
+
+
+def test_settings_and_configs_of_the_caller_stay_as_they_are(tiny_random_checkpoint, samples, tmp_path):
+    rows = datasets.Dataset.from_list([{name: samples[0][name] for name in samples[0]}] * 2)
+    model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint)
+    config, kwargs = model.config, {"dtype": torch.float32}
+    args = NextFlowSFTConfig(
+        str(tmp_path), scale_reweight_alpha=0.123, packing=True, model_init_kwargs=kwargs, use_cpu=True, bf16=False
+    )
+    before, settings = config.to_dict(), {**vars(args)}
+    trainer = NextFlowSFTTrainer(model, args, train_dataset=rows)
+    assert trainer.model.config.scale_reweight_alpha == 0.123
+    NextFlowSFTTrainer(str(tiny_random_checkpoint), args, train_dataset=rows)
+    assert config.to_dict() == before and vars(args) == settings and kwargs == {"dtype": torch.float32}
+    args = NextFlowGRPOConfig(
+        str(tmp_path), model_init_kwargs=kwargs, use_cpu=True, bf16=False, num_trained_scales=2, num_generations=2
+    )
+    settings = {**vars(args)}
+    words = datasets.Dataset.from_list([{"prompt": "a"}])
+    NextFlowGRPOTrainer(str(tiny_random_checkpoint), brightness, args, train_dataset=words)
+    assert vars(args) == settings
+
+
+def test_added_tokens_and_prompt_tuning_are_refused(make_trainer, tiny_random_checkpoint, samples, tmp_path):
+    processor = NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
+    processor.tokenizer.add_tokens([f"<new{index}>" for index in range(8)])
+    for kind in ("padded", "grpo"):
+        with pytest.raises(ValueError, match="`add_tokens` took the first of them"):
+            make_trainer(kind, tmp_path, processing_class=processor)
+    tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    rows = datasets.Dataset.from_list(samples)
+    args = NextFlowSFTConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="PEFT's prompt learning .* For few weights use LoRA"):
+        NextFlowSFTTrainer(str(tiny_random_checkpoint), args, train_dataset=rows, peft_config=tuning)
+
+
+@pytest.fixture(autouse=True)
+def log_everything(caplog):
+    caplog.set_level(logging.WARNING)

@@ -1,0 +1,45 @@
+"""Every stage of every trainer on two ranks: both have the same weights, those of one rank over both batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import rank_equality_worker as worker
+
+SRC = Path(__file__).parents[3] / "src"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, samples, tiny_random_checkpoint) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "model").symlink_to(tiny_random_checkpoint)
+    # A picture in each: a rank without any is the model's affair.
+    rows = [{**samples[index % 2], "id": str(index)} for index in range(8)]
+    (folder / "samples.json").write_text(json.dumps(rows))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(Path(worker.__file__)), str(folder)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    worker.main(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", worker.KINDS)
+def test_two_ranks_train_what_one_does(folder, kind):
+    one, first, second = (torch.load(folder / f"{kind}-{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert first["weights"].keys() == one["weights"].keys() and first["weights"]
+    moved = sum(float((one["weights"][name] - start).abs().max()) > 1e-5 for name, start in one["start"].items())
+    assert moved > 0
+    for part in ("weights", "discriminator", "counts"):
+        if part in one:
+            torch.testing.assert_close(first[part], second[part], rtol=0, atol=0)
+            torch.testing.assert_close(first[part], one[part], rtol=1e-4, atol=1e-5)
