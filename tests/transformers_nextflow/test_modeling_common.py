@@ -1,0 +1,253 @@
+"""What transformers' common tests check of every causal language model, on two layers."""
+
+import pytest
+import torch
+from test_modeling_nextflow import BOI, FIRST, IDS, SCHEDULE, TEXT, build, grids, loss_batch, random_codes
+from transformers import DynamicCache, Trainer, TrainingArguments
+from transformers.utils.generic import TransformersKwargs
+
+from transformers_nextflow import token_layout
+from transformers_nextflow.modeling_nextflow import NextFlowForCausalLM, NextFlowModel
+from transformers_nextflow.token_layout import ScaleStep, TokenLayout, scale_position_ids
+
+TEXT_IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [4, 3, 2, 1, 11, 12]])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_image", [False, True])
+def test_outputs(model, with_image):
+    """Hidden states and attentions of every layer; the same as a tuple; the same twice."""
+    ids, grid = (IDS, grids(SCHEDULE)) if with_image else (TEXT_IDS, None)
+    model.set_attn_implementation("eager")
+    settings = {"labels": ids, "output_hidden_states": True, "output_attentions": True}
+    outputs = model(ids, grid, **settings)
+    again = model(ids, grid, **settings, return_dict=False)
+    layers, shape = model.config.num_hidden_layers, (*ids.shape, model.config.hidden_size)
+    assert [state.shape for state in outputs.hidden_states] == [shape] * (layers + 1)
+    heads = model.config.num_attention_heads
+    assert [weights.shape for weights in outputs.attentions] == [(len(ids), heads, ids.shape[1], ids.shape[1])] * layers
+    torch.testing.assert_close(outputs.attentions[0].sum(-1), torch.ones(len(ids), heads, ids.shape[1]))
+    assert isinstance(again, tuple) and torch.equal(again[0], outputs.loss) and torch.equal(again[1], outputs.logits)
+    assert len(again) == len(outputs.to_tuple())
+    base = model.model(ids, grid, use_cache=False, return_dict=False)
+    assert torch.equal(base[0], outputs.hidden_states[-1]) and len(base) == 1
+    model.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+def test_embeddings_equal_ids(model):
+    embeds = model.get_input_embeddings()(TEXT_IDS)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(TEXT_IDS).logits)
+
+
+def test_gradients_reach_all_inputs_and_all_layers():
+    model = build("eager").train()
+    embeds = model.get_input_embeddings()(TEXT_IDS).detach().requires_grad_()
+    outputs = model(inputs_embeds=embeds, output_hidden_states=True, output_attentions=True, use_cache=False)
+    kept = [*outputs.hidden_states[1:], *outputs.attentions]
+    for tensor in kept:
+        tensor.retain_grad()
+    outputs.logits[:, -1].sum().backward()
+    assert all(tensor.grad.abs().sum() > 0 for tensor in [embeds, *kept])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(use_reentrant):
+    losses, gradients = [], []
+    for checkpointing in (False, True):
+        model = build().train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        loss = model(**loss_batch(), use_cache=False).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert torch.equal(*losses)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_saved_is_loaded_by_both_classes(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    again, report = NextFlowForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        assert torch.equal(again(IDS, grids(SCHEDULE)).logits, model(IDS, grids(SCHEDULE)).logits)
+    model.model.save_pretrained(tmp_path / "base")
+    base = NextFlowModel.from_pretrained(tmp_path / "base")
+    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), model.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("size", [None, 150, TEXT, TEXT + 64])
+def test_unused_ids_are_room_for_new_tokens(model, size):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert model.resize_token_embeddings(size) is model.get_input_embeddings()
+    assert model.config.text_vocab_size == TEXT
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_embeddings_and_head_are_found_and_not_tied(model):
+    assert model.get_input_embeddings() is model.model.embed_tokens
+    assert model.get_output_embeddings() is model.lm_head
+    model.tie_weights()
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    with pytest.raises(ValueError, match="must be False"):
+        build(tie_word_embeddings=True)
+
+
+@torch.no_grad()
+def test_every_argument_that_transformers_passes_on_is_taken(model):
+    """And none else: what would be dropped changes results in silence."""
+    plain = model(TEXT_IDS).logits
+    names = set(TransformersKwargs.__annotations__) - {"output_hidden_states", "output_attentions"}
+    for forward in (model, model.model):
+        values = dict.fromkeys(names) | {"use_cache": False, "return_dict": True}
+        outputs = forward(TEXT_IDS, **values, output_hidden_states=True)
+        assert outputs.hidden_states is not None
+        for misspelt in ("attention_masks", "head_mask", "cache_position", "shift_labels", "scale_index"):
+            with pytest.raises(ValueError, match=f"unknown arguments .*{misspelt}.* It takes .*'attention_mask'"):
+                forward(TEXT_IDS, **{misspelt: None})
+    cache = DynamicCache(config=model.config)
+    with pytest.warns(FutureWarning, match="past_key_values"):
+        logits = model(TEXT_IDS, past_key_values=cache).logits
+    assert torch.equal(logits, plain) and cache.get_seq_length() == TEXT_IDS.shape[1]
+
+
+# --- Training by stock transformers ---
+
+
+def test_stock_trainer_evaluates(tmp_path):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            row = {"input_ids": IDS[0], "labels": IDS[0]}
+            return {**row, "image_grid_shw": torch.tensor(SCHEDULE.grid_shw)}
+
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=1, report_to=[], use_cpu=True, per_device_eval_batch_size=2, save_strategy="no"
+    )
+    trainer = Trainer(build(), settings, train_dataset=Rows(), eval_dataset=Rows())
+    assert trainer.label_names == ["labels"]
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(metrics["eval_loss"]), build()(IDS, grids(SCHEDULE), labels=IDS).loss)
+    trainer.train()
+
+
+def test_a_forward_lays_out_once(monkeypatch):
+    calls = []
+    find = token_layout.find_images
+    monkeypatch.setattr(token_layout, "find_images", lambda *args: calls.append(args) or find(*args))
+    for training in (True, False):
+        build().train(training)(**loss_batch())
+        assert len(calls) == 1
+        calls.clear()
+
+
+def test_a_loss_without_gradients_makes_none(monkeypatch):
+    """Under `no_grad`, in evaluation: the same losses, no matrix product but the head's own."""
+    model, products = build(), []
+    expected = model(**loss_batch(), skip_logits=True)
+    multiply = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: products.append(a.shape) or multiply(a, b))
+    model(**loss_batch(), skip_logits=True)
+    with_gradients, _ = len(products), products.clear()
+    with torch.no_grad():
+        outputs = model(**loss_batch(), skip_logits=True)
+    assert len(products) < with_gradients and outputs.logits is None
+    assert torch.equal(outputs.loss, expected.loss) and torch.equal(outputs.token_losses, expected.token_losses)
+
+
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)])
+def test_nothing_to_learn_is_no_loss(model, num_items):
+    batch = {**loss_batch(), "num_items_in_batch": num_items}
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    assert model(**batch).loss == 0
+
+
+# --- A cache that holds an image ---
+
+
+@torch.no_grad()
+def test_after_an_image_the_number_of_slots_is_not_the_position(model):
+    ids = torch.tensor([[5, BOI, *random_codes(SCHEDULE), 9, 10, 11]])
+    cut = ids.shape[1] - 2
+    positions = TokenLayout.of(ids, grids(SCHEDULE), model.config).position_ids
+    expected = model(ids, grids(SCHEDULE)).logits[:, cut:]
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :cut], grids(SCHEDULE), cache=cache)
+    for mask in (None, torch.ones_like(ids)):
+        with pytest.raises(ValueError, match=r"cache holds an image.*pass `position_ids`"):
+            model(ids[:, cut:], attention_mask=mask, cache=cache)
+    logits = model(ids[:, cut:], position_ids=positions[..., cut:], cache=cache).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    cache.crop(-cache.get_seq_length())
+    model(TEXT_IDS[:1, :3], cache=cache)  # no image is left
+    after = model(TEXT_IDS[:1, 3:], cache=cache).logits
+    torch.testing.assert_close(after, model(TEXT_IDS[:1]).logits[:, 3:], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_so_it_is_after_scale_steps(model):
+    cache = DynamicCache(config=model.config)
+    model(IDS[:, :FIRST], cache=cache)
+    positions = scale_position_ids(torch.tensor([FIRST - 1]), SCHEDULE, 1, 64.0)
+    model(IDS[:, FIRST : FIRST + 1], position_ids=positions, scale_step=ScaleStep(SCHEDULE, 1), cache=cache)
+    with pytest.raises(ValueError, match="cache holds an image"):
+        model(IDS[:, -1:], cache=cache)
+
+
+# --- Compiled and exported ---
+
+
+class Step(torch.nn.Module):
+    """A scale step from keys and values, as `torch.export` wants it."""
+
+    def __init__(self, model, index: int):
+        super().__init__()
+        self.model, self.step = model, ScaleStep(SCHEDULE, index)
+
+    def forward(self, ids, position_ids, *past):
+        cache = DynamicCache(config=self.model.config)
+        for layer in range(len(past) // 2):
+            cache.update(*past[2 * layer : 2 * layer + 2], layer)
+        return self.model(ids, position_ids=position_ids, scale_step=self.step, cache=cache).logits
+
+
+def step_inputs(model, index: int):
+    cache = DynamicCache(config=model.config)
+    model(IDS[:, :FIRST], cache=cache)
+    ids = IDS[:, FIRST + SCHEDULE.offsets[index - 1] : FIRST + SCHEDULE.offsets[index]]
+    positions = scale_position_ids(torch.tensor([FIRST - 1]), SCHEDULE, index, 64.0)
+    return ids, positions, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_scale_step_is_exported(model):
+    inputs = step_inputs(model, 2)
+    step = Step(model, 2)
+    exported = torch.export.export(step, inputs).module()
+    torch.testing.assert_close(exported(*inputs), step(*inputs))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_steps_and_text_are_one_graph(model):
+    """No break from our tables of schedules, and no search in them inside the trace."""
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(TEXT_IDS, use_cache=False).logits, model(TEXT_IDS).logits)
+    for index in (1, 2):
+        inputs = step_inputs(model, index)
+        expected = Step(model, index)(*inputs)
+        step = torch.compile(Step(model, index), fullgraph=True, backend="eager")
+        torch.testing.assert_close(step(*inputs), expected)
+    torch._dynamo.reset()
