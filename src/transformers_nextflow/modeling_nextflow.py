@@ -32,7 +32,7 @@ from .compiled_layers import call_layer, compiled_layer
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
 from .linear_cross_entropy import head_cross_entropy, is_plain_linear
-from .model_inputs import check_names, check_scale_step, lay_out, mark_image
+from .model_inputs import check_labels, check_names, check_scale_step, lay_out, mark_image
 from .scale_cache import CacheRows, RowGroup, ScaleCache
 from .scale_schedule import ScaleSchedule
 from .token_layout import ImageGroup, ScaleStep, TokenLayout, index_of_sequence_start
@@ -287,8 +287,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
             raise ValueError(
                 f"A scale step takes visual ids only, {self.config.text_vocab_size} to {self.config.vocab_size - 1}."
             ) from error
-        groups = _row_groups(cache, attention_mask, embeds)
-        mask = None
+        groups = mask = None
+        if isinstance(cache, ScaleCache) and (attention_mask is None or cache.padding is not None):
+            groups = cache.row_groups(*embeds.shape[:2])
         if isinstance(attention_mask, dict):
             mask = attention_mask["full_attention"]
         elif groups is None:
@@ -494,12 +495,8 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         check_names(NextFlowForCausalLM.forward, kwargs)
         layout = None
         if labels is not None:
-            if input_ids is not None and labels.shape != input_ids.shape:
-                raise ValueError(
-                    f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, but got "
-                    f"{tuple(labels.shape)}. They are not shifted: that is done here."
-                )
-            if image_grid_shw is not None and scale_step is None:  # the loss needs the images, too: they are found once
+            check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, scale_step, num_items_in_batch)
+            if image_grid_shw is not None:  # the loss needs the images, too: they are found once
                 layout = lay_out(
                     self.config, input_ids, inputs_embeds, image_grid_shw, attention_mask, position_ids, seq_idx, cache
                 )
@@ -550,12 +547,8 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
             self.lm_head, hidden_states[predicts], targets[predicts], self.config.vocab_size, weights
         )
         token_losses = losses.new_zeros(targets.shape).masked_scatter(predicts, losses)
-        if num_items is None:
-            num_items = predicts.sum()
-        elif not torch.compiler.is_compiling() and not 0 <= float(num_items) < math.inf:
-            raise ValueError(f"`num_items_in_batch` must be a number of tokens, but got {float(num_items)}.")
-        # 0 of 0 is 0: a rank may have nothing to learn.
-        return total / (num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else num_items or 1), token_losses
+        num_items = predicts.sum() if num_items is None else num_items
+        return total / (num_items + (num_items == 0)), token_losses  # 0 of 0 is 0: a rank may have nothing to learn
 
     def _visual_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits of the visual rows only; the text rows are multiplied only where the head can't be cut."""
@@ -563,13 +556,6 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         if is_plain_linear(head):
             return F.linear(hidden_states, head.weight[first:])
         return head(hidden_states)[..., first:]
-
-
-def _row_groups(cache: Cache | None, attention_mask, hidden_states: torch.Tensor) -> list[RowGroup] | None:
-    """The rows that a scale step takes together, if that is better than all at once and the cache knows its padding."""
-    if isinstance(cache, ScaleCache) and (attention_mask is None or cache.padding is not None):
-        return cache.row_groups(*hidden_states.shape[:2])
-    return None
 
 
 def _split_position_ids(position_ids: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -173,6 +173,12 @@ def test_nothing_to_learn_is_no_loss(model, num_items):
     assert model(**batch).loss == 0
 
 
+def test_a_share_of_a_token_divides_the_loss(model):
+    """Trainers divide the number by that of the ranks which split one batch."""
+    whole, share = (model(**loss_batch(), num_items_in_batch=number).loss for number in (1, torch.tensor(0.5)))
+    torch.testing.assert_close(share, 2 * whole)
+
+
 # --- A cache that holds an image ---
 
 
