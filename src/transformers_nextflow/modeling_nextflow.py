@@ -124,6 +124,21 @@ class Connector(nn.Sequential):
         return super().forward(input.to(first.weight.dtype))
 
 
+class NextFlowRotaryEmbedding(Qwen2_5_VLRotaryEmbedding):
+    """Multi-scale 3D RoPE: Qwen2.5-VL's, or with the axes in turn, so that columns don't get the lowest frequencies."""
+
+    def recomposition_frequencies(self, freq: torch.Tensor) -> torch.Tensor:
+        """Cosines or sines of each axis `(3, B, L, pairs)` to those of the head `(B, L, 2 * pairs)`."""
+        if not self.config.rope_parameters.get("mrope_interleaved", False):
+            return super().recomposition_frequencies(freq)
+        # As in Qwen3-VL: pair i belongs to axis i mod 3 while that axis' section lasts, and then to the first.
+        chosen = freq[0].clone()
+        for axis in (1, 2):
+            pairs = slice(axis, 3 * self.mrope_section[axis], 3)
+            chosen[..., pairs] = freq[axis][..., pairs]
+        return torch.cat((chosen, chosen), dim=-1)
+
+
 class LayerInputs(NamedTuple):
     """What goes through the layers.
 
@@ -155,7 +170,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.text_vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(Qwen2_5_VLDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen2_5_VLRotaryEmbedding(config)  # type: ignore[arg-type]  # it reads text fields only
+        self.rotary_emb = NextFlowRotaryEmbedding(config)  # type: ignore[arg-type]  # it reads text fields only
         self.visual_codebook = nn.Embedding(config.visual_codebook_size, config.visual_code_dim)
         self.connector = Connector(
             nn.Linear(config.visual_code_dim, config.hidden_size),

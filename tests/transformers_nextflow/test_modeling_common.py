@@ -257,3 +257,67 @@ def test_steps_and_text_are_one_graph(model):
         step = torch.compile(Step(model, index), fullgraph=True, backend="eager")
         torch.testing.assert_close(step(*inputs), expected)
     torch._dynamo.reset()
+
+
+# --- Interleaved 3D RoPE ---
+
+
+def rotary(section, **rope):
+    config = build(
+        hidden_size=128,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": section, **rope},
+    ).config
+    return NextFlowModel(config).rotary_emb
+
+
+@pytest.mark.parametrize("section", [[24, 20, 20], [16, 24, 24]])
+def test_rotary_pairs_take_the_axes_in_turn(section):
+    """As Qwen3-VL's; text to the bit as Qwen2's, at its theta and size of a head."""
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2RotaryEmbedding
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextConfig, Qwen3VLTextRotaryEmbedding
+
+    ours, hidden = rotary(section), torch.zeros(1, 1)
+    positions = 100 * torch.rand(3, 2, 7)
+    theirs = Qwen3VLTextRotaryEmbedding(
+        Qwen3VLTextConfig(head_dim=128, rope_parameters={**ours.config.rope_parameters, "rope_type": "default"})
+    )
+    for a, b in zip(ours(hidden, positions), theirs(hidden, positions), strict=True):
+        torch.testing.assert_close(a, b)
+    text = torch.arange(3000)[None]
+    qwen = Qwen2RotaryEmbedding(
+        Qwen2Config(hidden_size=128, num_attention_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    )
+    for interleaved in (True, False):
+        emb = rotary(section, mrope_interleaved=interleaved)
+        for a, b in zip(emb(hidden, text.float().expand(3, -1, -1)), qwen(hidden, text), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_columns_turn_as_far_as_rows():
+    """In chunks a whole picture turns columns by 0.01 rad at Qwen's theta: the model can't tell them."""
+    turns = {}
+    for interleaved in (True, False):
+        emb = rotary([16, 24, 24], mrope_interleaved=interleaved)
+        for axis in (1, 2):
+            moved = torch.zeros(3, 1, 2)
+            moved[axis, 0, 1] = 64.0
+            cos, sin = emb(torch.zeros(1, 1), moved)
+            turns[interleaved, axis] = (cos[0, 1] - cos[0, 0]).square().add((sin[0, 1] - sin[0, 0]).square()).max()
+    assert turns[True, 2] > 1 and turns[True, 1] > 1 and turns[False, 2] < 0.001
+
+
+def test_files_without_the_key_keep_their_chunks(tmp_path, model):
+    import json
+
+    assert model.config.rope_parameters["mrope_interleaved"] is True
+    model.config.save_pretrained(tmp_path)
+    assert type(model.config).from_pretrained(tmp_path).rope_parameters["mrope_interleaved"] is True
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["rope_parameters"]["mrope_interleaved"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    old = type(model.config).from_pretrained(tmp_path)
+    assert old.rope_parameters["mrope_interleaved"] is False
+    old.save_pretrained(tmp_path)
+    assert type(old).from_pretrained(tmp_path).rope_parameters["mrope_interleaved"] is False
