@@ -321,3 +321,35 @@ def test_files_without_the_key_keep_their_chunks(tmp_path, model):
     assert old.rope_parameters["mrope_interleaved"] is False
     old.save_pretrained(tmp_path)
     assert type(old).from_pretrained(tmp_path).rope_parameters["mrope_interleaved"] is False
+
+
+# --- Split over devices ---
+
+
+@torch.no_grad()
+def test_a_scale_step_runs_on_two_devices():
+    """Pretended ones: fake tensors refuse what mixes devices. The sampler is called where the head is."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model, places = build(), []
+    second = ("model.scale_embedding", "model.layers.1", "model.norm", "lm_head")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name, module in model.named_modules():
+            device = "cuda:1" if name.startswith(second) else "cuda:0"
+            for tensors in (module._parameters, module._buffers):
+                for key, value in tensors.items():
+                    tensors[key] = torch.empty_like(value, device=device) if value is not None else None
+            add_hook_to_module(module, AlignDevicesHook(device, io_same_device=name == "", skip_keys=["cache"]))
+        cache = DynamicCache(config=model.config)
+        model.model(inputs_embeds=torch.zeros(2, 3, 64, device="cuda:0"), cache=cache)
+        ids = torch.ones(2, SCHEDULE.scale_lengths[1], dtype=torch.long, device="cuda:0")
+        positions = torch.zeros(3, 2, SCHEDULE.scale_lengths[2], device="cuda:0")
+
+        def sample(head, hidden_states):
+            places.append(hidden_states.device)
+            return head(hidden_states).argmax(-1)
+
+        outputs = model(ids, position_ids=positions, scale_step=ScaleStep(SCHEDULE, 2, sample), cache=cache)
+    assert places == [torch.device("cuda:1")]
+    assert outputs.image_codes.device == ids.device and outputs.image_codes.shape == (2, 9)
