@@ -293,7 +293,7 @@ def convert_to_qwen(
     check_model_type(source, (NextFlowConfig.model_type,))
     config, weights = AutoConfig.from_pretrained(source), read_checkpoint(source)
     plan = plan_qwen(weights, config, dtype, str(source))
-    rope = {name: value for name, value in config.rope_parameters.items() if name not in ("mrope_section", "mrope_interleaved")}
+    rope = {name: value for name, value in config.rope_parameters.items() if not name.startswith("mrope_")}
     text_config = Qwen2Config(
         **{name: getattr(config, name) for name in TEXT_FIELDS},
         rope_parameters=rope,

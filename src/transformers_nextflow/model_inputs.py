@@ -148,3 +148,22 @@ def _check_values(config, input_ids, image_grid_shw, position_ids) -> None:
             f"`input_ids` hold image codes (ids from {config.text_vocab_size} on), but `image_grid_shw` is "
             "missing: pass one row (number of scales, bucket height, bucket width) for each image."
         )
+
+
+def split_position_ids(position_ids: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Text positions `(B, L)`, if they come with the others, and coordinates `(3, B, L)`, if there are any."""
+    if position_ids is None or position_ids.shape[:-2] == (3,):
+        return None, position_ids
+    if position_ids.ndim == 2:
+        return None, position_ids.expand(3, *position_ids.shape)
+    return position_ids[0], position_ids[1:]
+
+
+def text_positions(inputs_embeds: torch.Tensor, attention_mask, num_past: int) -> torch.Tensor:
+    """Positions `(3, B, L)` of plain text: a running count that skips padding."""
+    batch_size, length = inputs_embeds.shape[:2]
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:].to(inputs_embeds.device)
+    else:
+        positions = (torch.arange(length, device=inputs_embeds.device) + num_past).expand(batch_size, -1)
+    return positions.float().expand(3, -1, -1)

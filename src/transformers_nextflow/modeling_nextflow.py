@@ -32,7 +32,15 @@ from .compiled_layers import call_layer, compiled_layer
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
 from .linear_cross_entropy import head_cross_entropy, is_plain_linear
-from .model_inputs import check_labels, check_names, check_scale_step, lay_out, mark_image
+from .model_inputs import (
+    check_labels,
+    check_names,
+    check_scale_step,
+    lay_out,
+    mark_image,
+    split_position_ids,
+    text_positions,
+)
 from .scale_cache import CacheRows, RowGroup, ScaleCache
 from .scale_schedule import ScaleSchedule
 from .token_layout import ImageGroup, ScaleStep, TokenLayout, index_of_sequence_start
@@ -271,15 +279,15 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
     def _whole_inputs(self, embeds, layout, attention_mask, position_ids, cache, num_past) -> LayerInputs:
         """One sequence a row, padded or not, at the start or after a cache."""
-        text_position_ids, position_ids = _split_position_ids(position_ids)
+        text_position_ids, position_ids = split_position_ids(position_ids)
         if position_ids is None:
-            position_ids = _text_position_ids(embeds, attention_mask, num_past)
+            position_ids = text_positions(embeds, attention_mask, num_past)
         mask = self._causal_mask(embeds, attention_mask, cache, num_past, text_position_ids, layout)
         return LayerInputs(embeds, position_ids, mask, {"position_ids": text_position_ids})
 
     def _packed_inputs(self, embeds, layout, position_ids, seq_idx) -> LayerInputs:
         """Several sequences a row."""
-        text_position_ids, position_ids = _split_position_ids(position_ids)
+        text_position_ids, position_ids = split_position_ids(position_ids)
         if text_position_ids is None:
             slots = torch.arange(seq_idx.shape[1], device=seq_idx.device)
             text_position_ids = slots - index_of_sequence_start(seq_idx)
@@ -571,25 +579,6 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         if is_plain_linear(head):
             return F.linear(hidden_states, head.weight[first:])
         return head(hidden_states)[..., first:]
-
-
-def _split_position_ids(position_ids: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Text positions `(B, L)`, if they come with the others, and coordinates `(3, B, L)`, if there are any."""
-    if position_ids is None or position_ids.shape[:-2] == (3,):
-        return None, position_ids
-    if position_ids.ndim == 2:
-        return None, position_ids.expand(3, *position_ids.shape)
-    return position_ids[0], position_ids[1:]
-
-
-def _text_position_ids(inputs_embeds: torch.Tensor, attention_mask, num_past: int) -> torch.Tensor:
-    """Positions `(3, B, L)` of plain text: a running count that skips padding."""
-    batch_size, length = inputs_embeds.shape[:2]
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:].to(inputs_embeds.device)
-    else:
-        positions = (torch.arange(length, device=inputs_embeds.device) + num_past).expand(batch_size, -1)
-    return positions.float().expand(3, -1, -1)
 
 
 def _with_fixed_lengths(cache: Cache) -> Cache:
