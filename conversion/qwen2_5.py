@@ -291,7 +291,7 @@ def convert_to_qwen(
     refuse_to_overwrite(output)
     config, weights = load_config(source, (NextFlowConfig.model_type,)), read_checkpoint(source)
     plan = plan_qwen(weights, config, dtype, str(source))
-    rope = {name: value for name, value in config.rope_parameters.items() if name != "mrope_section"}
+    rope = {name: value for name, value in config.rope_parameters.items() if not name.startswith("mrope_")}
     text_config = Qwen2Config(
         **{name: getattr(config, name) for name in TEXT_FIELDS},
         rope_parameters=rope,

@@ -28,6 +28,9 @@ class NextFlowConfig(StrictConfigMixin, Qwen2_5_VLTextConfig):
             Width of a code vector, semantic and pixel parts together.
         num_scales (`int`, *optional*, defaults to 18):
             The largest number of scales an image may have.
+        rope_parameters (`dict`, *optional*, defaults to Qwen2.5-VL's):
+            As there, and `mrope_interleaved` (`True` in new configurations): the rotary pairs take the axes in turn, as
+            in Qwen3-VL; with `False`, as in Qwen2.5-VL and in files without the key, each axis has a chunk of pairs.
         visual_feature_mode (`str`, *optional*, defaults to `"residual"`):
             How the input features of a scale are made: `"residual"` from the codes of the scale before alone (the
             paper's choice), `"accumulated"` from all scales before.
@@ -47,6 +50,7 @@ class NextFlowConfig(StrictConfigMixin, Qwen2_5_VLTextConfig):
 
     model_type = "nextflow"
     base_config_key = ""
+    ignore_keys_at_rope_validation = {"mrope_section", "mrope_interleaved"}
     auto_map: ClassVar[dict[str, Any]] = {}  # TRL reads it when a model is given as a path
 
     vocab_size: int = 184832
@@ -76,10 +80,16 @@ class NextFlowConfig(StrictConfigMixin, Qwen2_5_VLTextConfig):
     image_tokenizer_hash: str | None = None
 
     def __post_init__(self, **kwargs):
-        if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]}
+        rope = self.rope_parameters or {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+        self.rope_parameters = {"mrope_interleaved": True, **rope}
         super().__post_init__(**kwargs)
         self._check_visual_fields()
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        if rope := config_dict.get("rope_parameters"):  # files from before the key have chunks
+            config_dict = {**config_dict, "rope_parameters": {"mrope_interleaved": False, **rope}}
+        return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

@@ -60,6 +60,17 @@ def check_names(forward: Callable, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"`forward` got the unknown arguments {unknown}. It takes {sorted(legal)}.")
 
 
+def check_labels(labels, slots, scale_step: ScaleStep | None, num_items: int | torch.Tensor | None) -> None:
+    """Refuses labels that don't fit the ids or embeddings, and numbers of items that are none."""
+    if scale_step is not None or (slots is not None and labels.shape != slots.shape[:2]):
+        raise ValueError(
+            f"`labels` must have the shape of `input_ids`, but got {tuple(labels.shape)}; scale steps have none. They "
+            "are not shifted: that is done here."
+        )
+    if num_items is not None and not torch.compiler.is_compiling() and not 0 <= float(num_items) < float("inf"):
+        raise ValueError(f"`num_items_in_batch` must be a number of tokens, but got {float(num_items)}.")
+
+
 def check_scale_step(
     config, step: ScaleStep, input_ids, image_grid_shw, attention_mask, position_ids, seq_idx, num_past
 ) -> None:
@@ -118,18 +129,14 @@ def check_shapes(
 
 
 def _check_values(config, input_ids, image_grid_shw, position_ids) -> None:
-    """Refuses ids that are out of range and positions that are no numbers; the host waits for them once."""
+    """Refuses grids of a wrong shape, ids out of range and positions that are no numbers."""
     if image_grid_shw is not None:
         check_grids(image_grid_shw)
-    looks = [] if input_ids is None or not input_ids.numel() else [*input_ids.aminmax()]
-    if position_ids is not None:
-        looks.append(position_ids.isfinite().all().to(looks[0] if looks else position_ids.device))
-    if not looks:
-        return
-    *bounds, finite = torch.stack(looks if position_ids is not None else [*looks, torch.ones_like(looks[0])]).tolist()
-    if not finite:
+    if position_ids is not None and not position_ids.isfinite().all():
         raise ValueError("`position_ids` must be finite, but some are NaN or infinite.")
-    smallest, largest = bounds or (0, 0)
+    if input_ids is None or not input_ids.numel():
+        return
+    smallest, largest = torch.stack(input_ids.aminmax()).tolist()
     if smallest < 0 or largest >= config.vocab_size:
         raise ValueError(
             f"`input_ids` must be between 0 and {config.vocab_size - 1}, but they reach from {smallest} to "
@@ -141,3 +148,22 @@ def _check_values(config, input_ids, image_grid_shw, position_ids) -> None:
             f"`input_ids` hold image codes (ids from {config.text_vocab_size} on), but `image_grid_shw` is "
             "missing: pass one row (number of scales, bucket height, bucket width) for each image."
         )
+
+
+def split_position_ids(position_ids: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Text positions `(B, L)`, if they come with the others, and coordinates `(3, B, L)`, if there are any."""
+    if position_ids is None or position_ids.shape[:-2] == (3,):
+        return None, position_ids
+    if position_ids.ndim == 2:
+        return None, position_ids.expand(3, *position_ids.shape)
+    return position_ids[0], position_ids[1:]
+
+
+def text_positions(inputs_embeds: torch.Tensor, attention_mask, num_past: int) -> torch.Tensor:
+    """Positions `(3, B, L)` of plain text: a running count that skips padding."""
+    batch_size, length = inputs_embeds.shape[:2]
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:].to(inputs_embeds.device)
+    else:
+        positions = (torch.arange(length, device=inputs_embeds.device) + num_past).expand(batch_size, -1)
+    return positions.float().expand(3, -1, -1)

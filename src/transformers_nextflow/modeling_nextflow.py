@@ -33,7 +33,15 @@ from .generation_config_nextflow import NextFlowGenerationConfig
 from .generation_nextflow import NextFlowGenerationMixin
 from .layer_compilation import call_layer, compiled_layer
 from .linear_cross_entropy import head_cross_entropy, is_plain_linear
-from .model_inputs import check_names, check_scale_step, lay_out, mark_image
+from .model_inputs import (
+    check_labels,
+    check_names,
+    check_scale_step,
+    lay_out,
+    mark_image,
+    split_position_ids,
+    text_positions,
+)
 from .scale_cache import CacheRows, RowGroup, ScaleCache
 from .scale_schedule import ScaleSchedule
 from .strict_loading import StrictPreTrainedModel
@@ -125,6 +133,21 @@ class Connector(nn.Sequential):
         return super().forward(input.to(first.weight.dtype))
 
 
+class NextFlowRotaryEmbedding(Qwen2_5_VLRotaryEmbedding):
+    """Multi-scale 3D RoPE: Qwen2.5-VL's, or with the axes in turn, so that columns don't get the lowest frequencies."""
+
+    def recomposition_frequencies(self, freq: torch.Tensor) -> torch.Tensor:
+        """Cosines or sines of each axis `(3, B, L, pairs)` to those of the head `(B, L, 2 * pairs)`."""
+        if not self.config.rope_parameters.get("mrope_interleaved", False):
+            return super().recomposition_frequencies(freq)
+        # As in Qwen3-VL: pair i belongs to axis i mod 3 while that axis' section lasts, and then to the first.
+        chosen = freq[0].clone()
+        for axis in (1, 2):
+            pairs = slice(axis, 3 * self.mrope_section[axis], 3)
+            chosen[..., pairs] = freq[axis][..., pairs]
+        return torch.cat((chosen, chosen), dim=-1)
+
+
 class LayerInputs(NamedTuple):
     """What goes through the layers.
 
@@ -156,7 +179,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.text_vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(Qwen2_5_VLDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen2_5_VLRotaryEmbedding(config)  # type: ignore[arg-type]  # it reads text fields only
+        self.rotary_emb = NextFlowRotaryEmbedding(config)  # type: ignore[arg-type]  # it reads text fields only
         self.visual_codebook = nn.Embedding(config.visual_codebook_size, config.visual_code_dim)
         self.connector = Connector(
             nn.Linear(config.visual_code_dim, config.hidden_size),
@@ -257,15 +280,15 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
     def _whole_inputs(self, embeds, layout, attention_mask, position_ids, cache, num_past) -> LayerInputs:
         """One sequence a row, padded or not, at the start or after a cache."""
-        text_position_ids, position_ids = _split_position_ids(position_ids)
+        text_position_ids, position_ids = split_position_ids(position_ids)
         if position_ids is None:
-            position_ids = _text_position_ids(embeds, attention_mask, num_past)
+            position_ids = text_positions(embeds, attention_mask, num_past)
         mask = self._causal_mask(embeds, attention_mask, cache, num_past, text_position_ids, layout)
         return LayerInputs(embeds, position_ids, mask, {"position_ids": text_position_ids})
 
     def _packed_inputs(self, embeds, layout, position_ids, seq_idx) -> LayerInputs:
         """Several sequences a row."""
-        text_position_ids, position_ids = _split_position_ids(position_ids)
+        text_position_ids, position_ids = split_position_ids(position_ids)
         if text_position_ids is None:
             slots = torch.arange(seq_idx.shape[1], device=seq_idx.device)
             text_position_ids = slots - index_of_sequence_start(seq_idx)
@@ -288,8 +311,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
             raise ValueError(
                 f"A scale step takes visual ids only, {self.config.text_vocab_size} to {self.config.vocab_size - 1}."
             ) from error
-        groups = _row_groups(cache, attention_mask, embeds)
-        mask = None
+        groups = mask = None
+        if isinstance(cache, ScaleCache) and (attention_mask is None or cache.padding is not None):
+            groups = cache.row_groups(*embeds.shape[:2])
         if isinstance(attention_mask, dict):
             mask = attention_mask["full_attention"]
         elif groups is None:
@@ -496,12 +520,8 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         check_names(NextFlowForCausalLM.forward, kwargs)
         layout = None
         if labels is not None:
-            if input_ids is not None and labels.shape != input_ids.shape:
-                raise ValueError(
-                    f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, but got "
-                    f"{tuple(labels.shape)}. They are not shifted: that is done here."
-                )
-            if image_grid_shw is not None and scale_step is None:  # the loss needs the images, too: they are found once
+            check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, scale_step, num_items_in_batch)
+            if image_grid_shw is not None:  # the loss needs the images, too: they are found once
                 layout = lay_out(
                     self.config, input_ids, inputs_embeds, image_grid_shw, attention_mask, position_ids, seq_idx, cache
                 )
@@ -552,12 +572,8 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
             self.lm_head, hidden_states[predicts], targets[predicts], self.config.vocab_size, weights
         )
         token_losses = losses.new_zeros(targets.shape).masked_scatter(predicts, losses)
-        if num_items is None:
-            num_items = predicts.sum()
-        elif not torch.compiler.is_compiling() and not 0 <= float(num_items) < math.inf:
-            raise ValueError(f"`num_items_in_batch` must be a number of tokens, but got {float(num_items)}.")
-        # 0 of 0 is 0: a rank may have nothing to learn.
-        return total / (num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else num_items or 1), token_losses
+        num_items = predicts.sum() if num_items is None else num_items
+        return total / (num_items + (num_items == 0)), token_losses  # 0 of 0 is 0: a rank may have nothing to learn
 
     def _visual_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits of the visual rows only; the text rows are multiplied only where the head can't be cut."""
@@ -565,32 +581,6 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         if is_plain_linear(head):
             return F.linear(hidden_states, head.weight[first:])
         return head(hidden_states)[..., first:]
-
-
-def _row_groups(cache: Cache | None, attention_mask, hidden_states: torch.Tensor) -> list[RowGroup] | None:
-    """The rows that a scale step takes together, if that is better than all at once and the cache knows its padding."""
-    if isinstance(cache, ScaleCache) and (attention_mask is None or cache.padding is not None):
-        return cache.row_groups(*hidden_states.shape[:2])
-    return None
-
-
-def _split_position_ids(position_ids: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Text positions `(B, L)`, if they come with the others, and coordinates `(3, B, L)`, if there are any."""
-    if position_ids is None or position_ids.shape[:-2] == (3,):
-        return None, position_ids
-    if position_ids.ndim == 2:
-        return None, position_ids.expand(3, *position_ids.shape)
-    return position_ids[0], position_ids[1:]
-
-
-def _text_position_ids(inputs_embeds: torch.Tensor, attention_mask, num_past: int) -> torch.Tensor:
-    """Positions `(3, B, L)` of plain text: a running count that skips padding."""
-    batch_size, length = inputs_embeds.shape[:2]
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:].to(inputs_embeds.device)
-    else:
-        positions = (torch.arange(length, device=inputs_embeds.device) + num_past).expand(batch_size, -1)
-    return positions.float().expand(3, -1, -1)
 
 
 def _with_fixed_lengths(cache: Cache) -> Cache:

@@ -19,6 +19,7 @@ from tiny_world.codes import extract_codes
 from tiny_world.evaluate_tasks import TaskEvaluation
 from tiny_world.train_language_model import SCHEDULE, Batches, batch_loss
 from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, tiny_checkpoint
+from transformers_nextflow.token_layout import TokenLayout
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_batches_hold_whole_conversations(parts, folder, num_scales, monkeypatch
         assert int(is_code.sum()) == len(batch.image_grid_shw) * SCHEDULE.offsets[num_scales]
         learned = batch.labels != -100
         assert learned.any(-1).all() and not learned[batch.attention_mask == 0].any()
-        model.model._find_images(batch.input_ids, batch.image_grid_shw, batch.attention_mask)  # nothing is cut
+        TokenLayout.of(batch.input_ids, batch.image_grid_shw, model.config, batch.attention_mask)  # nothing is cut
 
 
 def test_a_batch_of_texts_has_no_images_and_trains(parts, tmp_path, monkeypatch):
