@@ -4,10 +4,11 @@ Letters: B prompts, L tokens of a prompt, M of a negative prompt, N codes of an 
 """
 
 import copy
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig
@@ -110,6 +111,16 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
         return allowed
 
 
+class Call(NamedTuple):
+    """A call that draws: options that are given, the same over the model's own, and what stands before."""
+
+    model: Any
+    given: NextFlowGenerationConfig
+    config: NextFlowGenerationConfig
+    prompts: Prompts
+    grids: torch.Tensor | None
+
+
 def read_options(
     model: Any, kwargs: dict[str, Any], generation_config: GenerationConfig | None = None
 ) -> tuple[NextFlowGenerationConfig, NextFlowGenerationConfig, dict[str, Any]]:
@@ -118,9 +129,7 @@ def read_options(
     config = given.over(model.generation_config)
     config.check_drawing({name for name, value in kwargs.items() if value is not None})
     if config.generation_mode == "image" and not config.thinking and others.get("logits_processor") is not None:
-        raise ValueError(
-            "Image mode writes no text, so it does not take `logits_processor`; `on_scale_end` sees codes."
-        )
+        raise ValueError("Image mode writes no text, so it does not take `logits_processor`. Use `on_scale_end`.")
     if unknown := sorted(name for name in others.keys() - set(INPUTS) if others[name] is not None):
         raise ValueError(
             f"`generate` does not take {', '.join(f'`{name}`' for name in unknown)} where images are drawn. It takes "
@@ -130,10 +139,7 @@ def read_options(
 
 
 def read_settings(
-    model: Any,
-    given: NextFlowGenerationConfig,
-    prompts: Prompts,
-    grids: torch.Tensor | None,
+    call: Call,
     copies: int = 1,
     *,
     generator: Any = None,
@@ -145,60 +151,55 @@ def read_settings(
     cache: Cache | None = None,
     **unread,
 ) -> DecodingSettings:
-    """How a decoding goes on behind prompts.
-
-    Args:
-        given ([`NextFlowGenerationConfig`]): Options that are given; the model's own stand behind them.
-        prompts (ids and mask, `(B, L)` both): All that stands before, padded on the left.
-        grids (`torch.LongTensor` of shape `(num_images, 3)`, *optional*): Of the images in them.
-        copies (`int`, *optional*, defaults to 1): Rows for each prompt.
+    """How a decoding goes on behind the prompts of a call, each of which has `copies` rows.
 
     The other arguments are [`~NextFlowGenerationMixin.generate`]'s.
     """
-    _refuse_prompt_learning(model)
-    config = given.over(model.generation_config)
-    device, num_rows = prompts[0].device, len(prompts[0]) * copies
-    images, text = config.max_new_images, config.max_new_tokens
+    model, config, ids = call.model, call.config, call.prompts[0]
+    # PEFT hangs its own method on the model for the time of a call.
+    peft_model = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
+    if getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "Adapters of PEFT's prompt learning (prompt, prefix and p-tuning) can't draw: their virtual tokens have no "
+            "place in the token view. Use LoRA."
+        )
     if config.generation_mode == "interleaved":
-        opening, default_text = "free", 256
+        opening, images, text, default_text = "free", config.max_new_images, config.max_new_tokens, 256
     elif config.thinking:
-        opening, images, default_text = "must", 1, 128
+        opening, images, text, default_text = "must", 1, config.max_new_tokens, 128
     else:
         opening, images, text, default_text = "now", config.num_frames or 1, 0, 0
-    schedule = _schedule_behind(model, given, config, prompts, grids)
+    schedule = _schedule(call)
+    plan, num_branches = _plan(call, schedule.num_scales)
     limit = model.config.max_position_embeddings
     if opening != "now" and config.max_length is not None:
         limit = min(limit, config.max_length)
-    images, text = _share_context(model, limit, prompts[0].shape[1], grids, schedule, images, text, default_text)
-    ends_with_boi = (prompts[0][:, -1:] == model.config.boi_token_id).any()
-    if ends_with_boi and (opening == "must" or not images):
+    images, text = _share_context(limit, ids.shape[1], call.grids, schedule, images, text, default_text)
+    if (opening == "must" or not images) and (ids[:, -1:] == model.config.boi_token_id).any():
+        reason = "`thinking` comes before it" if images else "`max_new_images` is 0, or none fits into the context"
         raise ValueError(
-            "A prompt ends with `<boi>`, so an image must follow at once, but "
-            + ("`thinking` comes before it" if images else "`max_new_images` is 0, or none fits into the context")
-            + ". Leave `<boi>` out of the prompts."
+            f"A prompt ends with `<boi>`, so an image must follow at once, but {reason}. Leave `<boi>` out."
         )
-    plan, num_branches = _plan(model, given, config, schedule, prompts)
-    one_image = opening == "now" and images == 1
-    sharing = _check_sharing(config, schedule.num_scales, copies) if one_image else (0, 1)
-    negative = _negative(model, negative_prompt_ids, negative_prompt_attention_mask, device)
-    if negative_prompt_ids is not None:
-        if opening == "free" or images > 1:
-            raise ValueError(
-                "`negative_prompt_ids` would stand between the images of a sequence: they are for single images. "
-                "Leave them out."
-            )
-        if num_branches == 1:
-            logger.warning_once("`negative_prompt_ids` has no effect without a `guidance_scale`.")
-        if not one_image and len(negative[0]) > 1:
-            negative = negative[0].repeat_interleave(copies, dim=0), negative[1].repeat_interleave(copies, dim=0)
-    writing = {} if opening == "now" else _text_settings(model, config, prompts, images, logits_processor, tokenizer)
-    keeps_cache = cache is not None or (bool(config.return_dict_in_generate) and config.return_cache is not False)
-    new_slots = text + images * (schedule.num_tokens + 1)
-    _check_memory(model, num_rows * num_branches, prompts[0].shape[1] + new_slots)
+    num_rows, one_image = len(ids) * copies, opening == "now" and images == 1
+    _check_memory(model, num_rows * num_branches, ids.shape[1] + text + images * (schedule.num_tokens + 1))
+    pad = model.config.eoi_token_id if config.pad_token_id is None else config.pad_token_id
+    negative = ids.new_empty(1, 0) if negative_prompt_ids is None else negative_prompt_ids.to(ids.device)
+    negative = read_prompts(negative, negative_prompt_attention_mask, pad)
+    negative = end_with_boi(*negative, model.config.boi_token_id, pad)
+    if negative_prompt_ids is not None and (opening == "free" or images > 1):
+        raise ValueError(
+            "`negative_prompt_ids` would stand between the images of a sequence: they are for single images. Leave "
+            "them out."
+        )
+    if negative_prompt_ids is not None and num_branches == 1:
+        logger.warning_once("`negative_prompt_ids` has no effect without a `guidance_scale`.")
+    if not one_image and len(negative[0]) > 1:
+        negative = negative[0].repeat_interleave(copies, dim=0), negative[1].repeat_interleave(copies, dim=0)
+    sharing = _sharing(config, schedule.num_scales, copies) if one_image else (0, 1)
     return DecodingSettings(
         schedule=schedule,
         plan=plan,
-        generators=make_generators(generator, num_rows, device),
+        generators=make_generators(generator, num_rows, ids.device),
         num_branches=num_branches,
         negative=negative,
         max_new_images=images,
@@ -208,74 +209,53 @@ def read_settings(
         images_per_prefix=sharing[1],
         cache=cache,
         cache_implementation=config.cache_implementation or ("preallocated" if one_image else "dynamic"),
-        keeps_cache=keeps_cache,
+        keeps_cache=cache is not None or (bool(config.return_dict_in_generate) and config.return_cache is not False),
         compile_config=None if config.disable_compile else config.compile_config,
         max_new_tokens=text,
         should_stop=_stop_check(stopping_criteria),
-        **writing,
+        **({} if opening == "now" else _text_settings(call, images, logits_processor, tokenizer)),
     )
 
 
-def _text_settings(
-    model: Any, config: NextFlowGenerationConfig, prompts: Prompts, num_images: int, processors: Any, tokenizer: Any
-) -> dict[str, Any]:
+def _text_settings(call: Call, num_images: int, processors: Any, tokenizer: Any) -> dict[str, Any]:
     """What text that is written between images is made by: all that transformers reads from a configuration."""
-    length, device = prompts[0].shape[1], prompts[0].device
-    text = copy.deepcopy(config)
-    text.update(**config._get_default_generation_params(), defaults_only=True)
-    text.do_sample, text.guidance_scale = bool(config.do_sample), None
-    if text.eos_token_id is None:
-        text.eos_token_id = model.config.eos_token_id
+    model, length, device = call.model, call.prompts[0].shape[1], call.prompts[0].device
+    text = copy.deepcopy(call.config)
     # In tokens of text: columns count codes, too.
-    least = max(config.min_new_tokens or 0, (config.min_length or 0) - length)
+    least = max(text.min_new_tokens or 0, (text.min_length or 0) - length)
+    text.update(**text._get_default_generation_params(), defaults_only=True)
+    text.do_sample, text.guidance_scale = bool(call.config.do_sample), None
     text.min_length = text.min_new_tokens = text.max_length = None
+    text.eos_token_id = model.config.eos_token_id if text.eos_token_id is None else text.eos_token_id
     model._prepare_special_tokens(text, True, device=device)
-    allowed = TextOnlyLogitsProcessor(model.config, with_images=num_images > 0)
+    processors = [*(processors or []), TextOnlyLogitsProcessor(model.config, with_images=num_images > 0)]
     criteria = None
     if text.stop_strings or text.max_time:
         criteria = model._get_stopping_criteria(text, StoppingCriteriaList(), tokenizer=tokenizer)
-    eos = [] if text.eos_token_id is None else text.eos_token_id
     return {
         "min_new_tokens": least,
-        "eos_token_ids": tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+        "eos_token_ids": () if text._eos_token_tensor is None else tuple(text._eos_token_tensor.tolist()),
         "processors": model._get_logits_processor(
-            text,
-            input_ids_seq_length=length,
-            logits_processor=LogitsProcessorList([*(processors or []), allowed]),
-            device=str(device),
+            text, length, logits_processor=LogitsProcessorList(processors), device=str(device)
         ),
         "sample_text": text.do_sample,
         "ends_text": _stop_check(criteria),
     }
 
 
-def _negative(model: Any, ids: torch.Tensor | None, mask: torch.Tensor | None, device: torch.device) -> Prompts:
-    """What guidance leads away from, ending with `<boi>`; nothing but `<boi>` by default."""
-    ids = torch.empty(1, 0, dtype=torch.long, device=device) if ids is None else ids.to(device)
-    eoi, boi = model.config.eoi_token_id, model.config.boi_token_id
-    pad = model.generation_config.pad_token_id
-    pad = eoi if pad is None else pad
-    return end_with_boi(*read_prompts(ids, mask, pad), boi, pad)
-
-
-def _plan(
-    model: Any,
-    given: NextFlowGenerationConfig,
-    config: NextFlowGenerationConfig,
-    schedule: ScaleSchedule,
-    prompts: Prompts,
-) -> tuple[list[Any], int]:
+def _plan(call: Call, num_scales: int) -> tuple[list[ScaleSampling], int]:
     """How the codes of each scale are drawn, and the number of branches."""
-    counts = count_images(prompts[0].masked_fill(prompts[1] == 0, 0), model.config.text_vocab_size)
+    config, (ids, mask) = call.config, call.prompts
+    counts = count_images(ids.masked_fill(mask == 0, 0), call.model.config.text_vocab_size)
     # A stored one is for edits alone; one that is given must make sense.
-    if not all(counts) and given.image_guidance_scale is not None:
+    if not all(counts) and call.given.image_guidance_scale is not None:
         raise ValueError(
             "`image_guidance_scale` guides by the images of the prompts, but "
             f"{counts.count(0)} of {len(counts)} prompts have none. Leave it out, or use `guidance_scale`."
         )
     plan = sampling_plan(
-        schedule.num_scales,
-        model.config.visual_codebook_size,
+        num_scales,
+        call.model.config.visual_codebook_size,
         guidance_scale=config.guidance_scale,
         guidance_schedule=config.guidance_schedule or "constant",
         image_guidance_scale=config.image_guidance_scale if all(counts) else None,
@@ -289,18 +269,12 @@ def _plan(
     return plan, 2 if any(sampling.guidance_scale != 1 for sampling in plan) else 1
 
 
-def _schedule_behind(
-    model: Any,
-    given: NextFlowGenerationConfig,
-    config: NextFlowGenerationConfig,
-    prompts: Prompts,
-    grids: torch.Tensor | None,
-) -> ScaleSchedule:
+def _schedule(call: Call) -> ScaleSchedule:
     """The schedule that is asked for; an edit keeps the size of the image that it edits, the last of its prompt."""
-    first_code = model.config.text_vocab_size
-    rows = [] if grids is None else split_grids(prompts[0] * prompts[1], grids, first_code)
-    if not rows or not all(map(len, rows)) or any(getattr(given, name) is not None for name in SIZE):
-        return config.schedule(model.config.num_scales)
+    (ids, mask), config = call.prompts, call.model.config
+    rows = [] if call.grids is None else split_grids(ids * mask, call.grids, config.text_vocab_size)
+    if not rows or not all(map(len, rows)) or any(getattr(call.given, name) is not None for name in SIZE):
+        return call.config.schedule(config.num_scales)
     last = {tuple(of_row[-1].tolist()) for of_row in rows}
     if len(last) > 1:
         sizes = sorted({(s.height, s.width) for s in map(ScaleSchedule.from_grid_shw, last)})
@@ -312,7 +286,6 @@ def _schedule_behind(
 
 
 def _share_context(
-    model: Any,
     limit: int,
     num_prompt_tokens: int,
     grids: torch.Tensor | None,
@@ -321,9 +294,9 @@ def _share_context(
     num_text: int | None,
     default_num_text: int,
 ) -> tuple[int, int]:
-    """How many images and text tokens may follow in `limit` slots: what was asked for must fit, the rest shrinks."""
+    """How many images and text tokens follow in `limit` slots: what was asked for must fit, the rest shrinks."""
     size, free = schedule.num_tokens + 1, limit - num_prompt_tokens
-    check_context(model, num_prompt_tokens, max(num_text or 0, 1), grids, limit)
+    check_context(num_prompt_tokens, max(num_text or 0, 1), limit, grids)
     wanted = 4 if num_images is None else num_images
     if num_text is None:
         # Where images are not asked for, text has a quarter of the room at least.
@@ -338,49 +311,41 @@ def _share_context(
     return min(wanted, fitting), num_text
 
 
-def check_context(
-    model: Any, num_prompt_tokens: int, num_new: int, grids: torch.Tensor | None, limit: int | None = None
-):
-    limit = model.config.max_position_embeddings if limit is None else limit
+def check_context(num_prompt_tokens: int, num_new: int, limit: int, grids: torch.Tensor | None) -> None:
+    """A `ValueError` unless prompts, with images of these grids among them, leave room for `num_new` tokens."""
     if num_prompt_tokens + num_new <= limit:
         return
     hint = "Shorten the prompt or ask for less."
     if grids is not None and len(grids):
         largest = max((ScaleSchedule.from_grid_shw(grid) for grid in grids.tolist()), key=lambda s: s.num_tokens)
-        fitting = max(0, limit - num_new) // (largest.num_tokens + 1)
         hint = (
-            f"At most {fitting} images of {largest.height} x {largest.width} pixels fit ({largest.num_tokens + 1} "
-            "tokens each). Show fewer or smaller ones, shorten the prompt or ask for less."
+            f"At most {max(0, limit - num_new) // (largest.num_tokens + 1)} images of {largest.height} x "
+            f"{largest.width} pixels fit ({largest.num_tokens + 1} tokens each). Show fewer or smaller ones, shorten "
+            "the prompt or ask for less."
         )
     raise ValueError(
-        f"The prompt has {num_prompt_tokens} tokens, which with {num_new} new ones is more than the "
-        f"model's context of {limit} (`config.max_position_embeddings` or `max_length`). {hint}"
+        f"The prompt has {num_prompt_tokens} tokens, which with {num_new} new ones is more than the model's context of "
+        f"{limit} (`config.max_position_embeddings` or `max_length`). {hint}"
     )
 
 
 def _check_memory(model: Any, num_rows: int, num_slots: int) -> None:
     """Refuses what no cache of this device could hold, before anything is allocated."""
-    config = model.config
+    config, total, device = model.config, math.inf, model.device
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "cpu" and hasattr(os, "sysconf"):
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     width = config.hidden_size // config.num_attention_heads * (config.num_key_value_heads or 1)
     needed = num_rows * num_slots * 2 * config.num_hidden_layers * width * model.dtype.itemsize
-    if needed > (total := _total_memory(model.device)):
+    if needed > total:
         raise ValueError(
             f"{num_rows} rows of {num_slots} slots take {needed / 1e9:.0f} GB of keys and values, but the device has "
             f"{total / 1e9:.0f} GB. Lower `num_return_sequences`, the number of prompts or of images, or their size."
         )
 
 
-def _refuse_prompt_learning(model: Any) -> None:
-    # PEFT hangs its own method on the model for the time of a call.
-    peft_model = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
-    if getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ValueError(
-            "Adapters of PEFT's prompt learning (prompt, prefix and p-tuning) can't draw: their virtual tokens have "
-            "no place in the token view. Use LoRA."
-        )
-
-
-def _check_sharing(config: NextFlowGenerationConfig, num_scales: int, num_images: int) -> tuple[int, int]:
+def _sharing(config: NextFlowGenerationConfig, num_scales: int, num_images: int) -> tuple[int, int]:
     """How many scales are shared, and by how many images: (0, 1) if none are."""
     prefix_scales, images_per_prefix = config.prefix_scales, config.images_per_prefix
     if prefix_scales is None and images_per_prefix is None:
@@ -405,9 +370,7 @@ def _check_sharing(config: NextFlowGenerationConfig, num_scales: int, num_images
 
 def _stop_check(criteria: Any) -> StopCheck | None:
     """One question from transformers' stopping criteria: which rows of ids `(rows, L)` should stop."""
-    if criteria is None:
-        return None
-    listed = list(criteria) if isinstance(criteria, list | tuple) else [criteria]
+    listed = list(criteria) if isinstance(criteria, list | tuple) else [] if criteria is None else [criteria]
     if not listed:
         return None
 
@@ -418,13 +381,12 @@ def _stop_check(criteria: Any) -> StopCheck | None:
     return should_stop
 
 
-def _total_memory(device: torch.device) -> float:
-    """Bytes that a device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "cpu" and hasattr(os, "sysconf"):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return float("inf")
-
-
-__all__ = ["DecodingSettings", "StopCheck", "TextOnlyLogitsProcessor", "check_context", "read_options", "read_settings"]
+__all__ = [
+    "Call",
+    "DecodingSettings",
+    "StopCheck",
+    "TextOnlyLogitsProcessor",
+    "check_context",
+    "read_options",
+    "read_settings",
+]

@@ -20,7 +20,14 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_nextflow import NextFlowConfig
 from .decoding import Decoding, GenerationEvent, events_of
-from .decoding_settings import DecodingSettings, TextOnlyLogitsProcessor, check_context, read_options, read_settings
+from .decoding_settings import (
+    Call,
+    DecodingSettings,
+    TextOnlyLogitsProcessor,
+    check_context,
+    read_options,
+    read_settings,
+)
 from .generation_config_nextflow import OWN_OPTIONS, NextFlowGenerationConfig
 from .padding import Prompts, check_left_padded, read_prompts
 from .scale_schedule import ScaleSchedule
@@ -276,7 +283,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         pad = self.config.eoi_token_id if config.pad_token_id is None else config.pad_token_id  # masked: any would do
         prompts, grids = self._read_prompts(inputs, others, pad)
         copies = config.num_return_sequences or 1
-        settings = read_settings(self, given, prompts, grids, copies, **others)
+        settings = read_settings(Call(self, given, config, prompts, grids), copies, **others)
         if not settings.one_image_now and not prompts[0].shape[1]:
             raise ValueError("There is no prompt: pass `input_ids` of at least one token.")
         rows: Any = [[] for _ in prompts[0]]
@@ -382,7 +389,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
             if pad_token_id == eos_token_id:
                 pad_token_id = None  # a prompt may end with it
             check_left_padded(ids, kwargs.get("attention_mask"), pad_token_id)
-            check_context(self, ids.shape[-1], 1, kwargs.get("image_grid_shw"))
+            check_context(ids.shape[-1], 1, self.config.max_position_embeddings, kwargs.get("image_grid_shw"))
         # A stored `guidance_scale` is for images; transformers would guide the text with it.
         if generation_config is None:
             kwargs["guidance_scale"] = None

@@ -11,7 +11,7 @@ from PIL import Image
 
 from .codebook import check_same_codebook
 from .decoding import Decoding, GenerationEvent, events_of
-from .decoding_settings import read_options, read_settings
+from .decoding_settings import Call, read_options, read_settings
 from .decoding_state import DecodingState
 from .modeling_nextflow import NextFlowForCausalLM
 from .processing_nextflow import NextFlowProcessor, StreamChunk
@@ -189,8 +189,8 @@ class NextFlowSession:
         grids = torch.tensor([*decoding.grids[0], *new.tolist()]) if decoding.grids[0] or len(new) else None
         # Forks share what a dynamic cache holds.
         chosen |= {"generation_mode": mode, "cache_implementation": "dynamic"}
-        given, _, others = read_options(self.model, chosen)
-        plan = read_settings(self.model, given, (whole, torch.ones_like(whole)), grids, **others)
+        given, config, others = read_options(self.model, chosen)
+        plan = read_settings(Call(self.model, given, config, (whole, torch.ones_like(whole)), grids), **others)
         answer = whole.shape[1], len(decoding.grids[0]) + len(new)
         marks = (*marks, {**decoding.mark(), "user": content, "answer": answer})
         decoding.extend(ids, torch.ones_like(ids), [new.tolist()])
