@@ -19,6 +19,7 @@ from .scale_schedule import ScaleSchedule
 from .semantic_branch import (
     NextFlowSemanticDecoder,
     TokenFlowSemanticDecoder,
+    allow_capturing,
     build_semantic_encoder,
     mlp,
     semantic_tokens,
@@ -328,6 +329,10 @@ class NextFlowImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         return without_capturing_hooks(self).__dict__  # for spawned workers and for `datasets.map`
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        allow_capturing(self)
 
     @torch.no_grad()
     def encode(
