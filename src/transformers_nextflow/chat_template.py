@@ -6,7 +6,7 @@ leaves the marks out.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # A noncharacter, which Unicode keeps for use inside programs: no text holds it.
@@ -53,8 +53,10 @@ CHAT_TEMPLATE = """\
 """
 
 
-def break_up(text: str, special_tokens: Iterable[str]) -> str:
+def break_up(text: str, special_tokens: Sequence[str]) -> str:
     """The text with a [`BREAK`] inside every special token."""
+    if not special_tokens:
+        return text
     tokens = "|".join(map(re.escape, special_tokens))
     return re.sub(rf"(?=(?:{tokens}))(?s:.)", rf"\g<0>{BREAK}", text.replace(BREAK, ""))
 
@@ -90,8 +92,6 @@ def read_messages(messages: Any, special_tokens: Sequence[str], marks: Sequence[
                 )
             if kind != "text" and message["role"] == "system":
                 raise ValueError("A system message is text; put a picture into a message of the user.")
-    if not special_tokens:
-        return list(messages)
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
     if all(isinstance(part, str) or part["type"] == "text" for part in parts):
         special_tokens = [token for token in special_tokens if token not in marks]

@@ -18,6 +18,7 @@ from .scale_schedule import ScaleSchedule
 from .semantic_branch import (
     NextFlowSemanticDecoder,
     TokenFlowSemanticDecoder,
+    allow_capturing,
     build_semantic_encoder,
     mlp,
     semantic_tokens,
@@ -327,6 +328,10 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         return without_capturing_hooks(self).__dict__  # for spawned workers and for `datasets.map`
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        allow_capturing(self)
 
     @torch.no_grad()
     def encode(

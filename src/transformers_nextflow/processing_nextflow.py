@@ -195,7 +195,7 @@ class NextFlowProcessor(ProcessorMixin):
     def _read_options(self, options: dict[str, Any]) -> dict[str, dict]:
         """Options of the tokenizer and of the image processor, apart."""
         groups = self.valid_processor_kwargs.__annotations__
-        known = {*groups, *self.image_processor.valid_kwargs.__annotations__, "do_sample_frames"}
+        known = {*groups, *self.image_processor.valid_kwargs.__annotations__, "do_sample_frames", "common_kwargs"}
         known.update(*(getattr(group, "__annotations__", ()) for group in groups.values()))
         if unknown := options.keys() - known:
             raise ValueError(f"Neither the tokenizer nor the image processor takes {', '.join(sorted(unknown))}.")

@@ -14,6 +14,7 @@ from transformers.models.beit.modeling_beit import BeitEmbeddings, BeitModel
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_nextflow import NextFlowImageTokenizerConfig
 
@@ -142,6 +143,13 @@ def without_capturing_hooks(module: nn.Module) -> nn.Module:
         if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
     )
     return clone
+
+
+def allow_capturing(module: nn.Module) -> None:
+    """Lets transformers put its hooks on encoders that were unpickled; it knows those alone that were constructed."""
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel):
+            _CAN_RECORD_REGISTRY[part] = part._can_record_outputs
 
 
 def mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequential:
