@@ -249,5 +249,5 @@ def test_more_bad_arguments(draw, settings, message):
 
 def test_a_generator_is_no_number(draw):
     for generator in (0, [0]):
-        with pytest.raises(TypeError, match="`generator` must be a `torch.Generator`"):
+        with pytest.raises(TypeError, match=r"`generator` must be a `torch.Generator`"):
             draw("a cat", generator=generator)
