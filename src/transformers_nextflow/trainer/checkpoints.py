@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from peft import PeftModel, PromptLearningConfig
 from torch.utils.data import Sampler
 from transformers.trainer import TRAINER_STATE_NAME
@@ -38,7 +37,6 @@ class EpochSampler(Sampler[int]):
         self.num_samples, self.seed, self.shuffle, self.numbered, self.epoch = num_samples, seed, shuffle, numbered, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -89,6 +87,12 @@ class NextFlowTrainerMixin:
     It stands before transformers' `Trainer`.
     """
 
+    args: Any
+    state: Any
+    control: Any
+    accelerator: Any
+    model: Any
+    save_model: Any
     processor: NextFlowProcessor | None = None  # saved with the model
     _card_facts: tuple[str, ...] = ()  # lines of the model card
     _epoch_sampler: Any = None
@@ -97,7 +101,7 @@ class NextFlowTrainerMixin:
     # Order
 
     def _get_train_sampler(self, train_dataset=None):
-        args: Any = self.args
+        args = self.args
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not hasattr(dataset, "__len__") or args.train_sampling_strategy not in ("random", "sequential"):
             return super()._get_train_sampler(train_dataset)
@@ -105,13 +109,13 @@ class NextFlowTrainerMixin:
         self._epoch_sampler = EpochSampler(len(dataset), seed, args.train_sampling_strategy == "random")
         return self._epoch_sampler
 
-    def _run_epoch(self, *, epoch: int, **kwargs):
+    def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # the run was finished already
             self.control.should_training_stop = True
             return
         if self._epoch_sampler is not None:  # accelerate does not reach it through all of its wrappers
-            self._epoch_sampler.set_epoch(epoch)
-        super()._run_epoch(epoch=epoch, **kwargs)
+            self._epoch_sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]  # the trainer's
 
     # Checkpoints
 
@@ -171,7 +175,7 @@ class NextFlowTrainerMixin:
                     f"The run in {folder} can't go on: {'; '.join(changed)}. The data would come in another order. "
                     "Resume it as it was, or start a new run from its weights."
                 )
-        return super().train(folder, *args, **kwargs)
+        return super().train(folder, *args, **kwargs)  # type: ignore[misc]  # the trainer's
 
     # Folders
 
@@ -221,7 +225,9 @@ class NextFlowTrainerMixin:
         if isinstance(model, PeftModel):
             load = "PeftModel.from_pretrained(NextFlowForCausalLM.from_pretrained(base), folder)"
         elif self.processor is not None and self.processor.image_tokenizer is not None:
-            load = "NextFlowPipeline.from_pretrained(folder)  # or AutoModelForMultimodalLM, AutoProcessor, pipeline(...)"
+            load = (
+                "NextFlowPipeline.from_pretrained(folder)  # or AutoModelForMultimodalLM, AutoProcessor, pipeline(...)"
+            )
         return "\n".join(
             [
                 "---\nlibrary_name: transformers\ntags: [nextflow]\n---",
@@ -297,4 +303,11 @@ def check_start(model: Any, tokenizer: Any, peft_config: Any = None) -> None:
         )
 
 
-__all__ = ["EpochSampler", "NextFlowTrainerMixin", "check_start", "find_last_checkpoint", "find_processor", "own_config"]
+__all__ = [
+    "EpochSampler",
+    "NextFlowTrainerMixin",
+    "check_start",
+    "find_last_checkpoint",
+    "find_processor",
+    "own_config",
+]

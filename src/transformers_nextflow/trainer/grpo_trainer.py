@@ -521,12 +521,10 @@ class _EpochRepeatSampler(RepeatSampler):
 
     def set_epoch(self, epoch: int) -> None:
         if self.shuffle:
-            self.generator.manual_seed(self.seed + 1_000_003 * epoch)
+            self.generator.manual_seed((self.seed or 0) + 1_000_003 * epoch)
 
 
-def read_prompt(
-    row: Row, processor: NextFlowProcessor, styles: dict[str, str] | None = None
-) -> tuple[str, list[Any]]:
+def read_prompt(row: Row, processor: NextFlowProcessor, styles: dict[str, str] | None = None) -> tuple[str, list[Any]]:
     """Text with `<image>` marks and pictures of a row: `prompt` (text or messages) and `images` (or `image`).
 
     A text becomes a chat turn where `styles`, the model's `prompt_styles`, say so for drawing (or, with pictures,

@@ -224,7 +224,7 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms of the loss, PSNR and the share of codes in use since the last time."""
-        names = [name for name in logs if name == "loss" or name.endswith("_loss") and name != "train_loss"]
+        names = [name for name in logs if name == "loss" or (name.endswith("_loss") and name != "train_loss")]
         if names:
             sums, prefix = self._sums[names[0] == "loss"], names[0].removesuffix("loss")
             for name, entry in sums.items():
@@ -263,7 +263,9 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
         state = torch.load(path, map_location=self.args.device, weights_only=True)
         self._counts = state["counts"]
         if (self.discriminator is not None) != ("discriminator" in state):
-            raise ValueError("The run had a discriminator and has none now, or the other way round: resume it as it was.")
+            raise ValueError(
+                "The run had a discriminator and has none now, or the other way round: resume it as it was."
+            )
         if self.discriminator is not None:
             self.discriminator.load_state_dict(state["discriminator"])
             self._discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])

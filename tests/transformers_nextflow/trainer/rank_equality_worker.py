@@ -67,7 +67,9 @@ def main(folder: Path):
     num_processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     for kind in KINDS:
         trainer = make_trainer(kind, folder, num_processes)
-        start = {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
+        start = {
+            name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad
+        }
         trainer.train()
         state = {name: value for name, value in trainer.model.named_parameters() if name in start}
         result = {"start": start, "weights": {name: value.detach().clone() for name, value in state.items()}}

@@ -295,7 +295,9 @@ def test_alignment_trains_what_is_new(make_trainer, tiny_random_checkpoint):
 
 
 def test_activation_checkpointing_changes_nothing(make_trainer):
-    plain, saving = (make_trainer(condition_dropout=0, max_steps=2, activation_checkpointing=on) for on in (False, True))
+    plain, saving = (
+        make_trainer(condition_dropout=0, max_steps=2, activation_checkpointing=on) for on in (False, True)
+    )
     plain.train()
     saving.train()
     assert losses(saving) == pytest.approx(losses(plain), rel=1e-5)
