@@ -259,8 +259,8 @@ def find_processor(model: Any, processing_class: Any) -> NextFlowProcessor | Non
         processor = NextFlowProcessor.from_pretrained(model.config._name_or_path)
     except (OSError, ValueError) as error:
         logger.warning(
-            "The model's folder has no processor (%s), and none was given as `processing_class`: what is saved will not "
-            "draw by itself. Pass `processing_class=NextFlowProcessor.from_pretrained(...)`.",
+            "The model's folder has no processor (%s), and none was given as `processing_class`: what is saved will "
+            "not draw by itself. Pass `processing_class=NextFlowProcessor.from_pretrained(...)`.",
             error,
         )
         return None
@@ -289,9 +289,9 @@ def check_start(model: Any, tokenizer: Any, peft_config: Any = None) -> None:
     first = getattr(model.config, "text_vocab_size", None)
     if tokenizer is not None and first is not None and max(tokenizer.get_vocab().values()) >= first:
         raise ValueError(
-            f"The tokenizer has ids up to {max(tokenizer.get_vocab().values())}, but from {first} on (`text_vocab_size`) "
-            "ids are codes of pictures: `add_tokens` took the first of them. Give new tokens ids that the text leaves "
-            "unused, or convert the model with a larger `text_vocab_size`."
+            f"The tokenizer has ids up to {max(tokenizer.get_vocab().values())}, but ids from {first} on "
+            "(`text_vocab_size`) are codes of pictures: `add_tokens` took the first of them. Give new tokens ids that "
+            "the text leaves unused, or convert the model with a larger `text_vocab_size`."
         )
     coarse = {p.dtype for p in model.parameters() if p.requires_grad and p.is_floating_point() and p.itemsize < 4}
     if coarse and peft_config is None and not getattr(model, "is_quantized", False):

@@ -340,7 +340,7 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
 
 
 def prompt_style(sample: dict[str, Any], image_token_id: int, tokenizer: Any) -> tuple[str, str] | None:
-    """Task of a coded sample that draws and how it is prompted, such as `("edit", "chat")`; None if it draws nothing."""
+    """Task of a coded sample and how it is prompted, such as `("edit", "chat")`; None if it draws nothing."""
     ids, answers = sample["token_ids"], sample["completion_mask"]
     marks = [index for index, token in enumerate(ids) if token == image_token_id]
     drawn = [index for index in marks if answers[index]]
