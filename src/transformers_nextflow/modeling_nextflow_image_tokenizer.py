@@ -559,7 +559,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
             [`NextFlowImageTokenizerOutput`] with `pixel_values` (not clamped), `semantic_features` and the losses.
         """
         if decoder_only:
-            encoded = self.encode(pixel_values, image_grid_shw)
+            encoded: Any = self.encode(pixel_values, image_grid_shw)
             encoded.pixel_values = self.decode_latents(encoded.quantized, clamp=False)
             return encoded
         schedule = self._check_images(pixel_values, image_grid_shw)

@@ -59,3 +59,14 @@ def test_the_flat_loop(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("update   0  reward 0.") and (tmp_path / "model.safetensors").exists()
+
+
+def test_true_goes_on_from_the_last_whole_checkpoint(tmp_path):
+    options = ["--output_dir", str(tmp_path), "--kinds", "two", *STEP]
+    options[options.index("--save_strategy") + 1] = "steps"
+    options += ["--save_steps", "1", "--num_prompts", "4", "--num_trained_scales", "2"]
+    grpo_shapes.main(options)
+    (tmp_path / "checkpoint-7").mkdir()  # a kill left it so
+    options[options.index("--max_steps") + 1] = "2"
+    trainer = grpo_shapes.main([*options, "--resume_from_checkpoint", "true"])
+    assert [entry["step"] for entry in trainer.state.log_history if "reward" in entry] == [1, 2]

@@ -37,7 +37,6 @@ class EpochSampler(Sampler[int]):
         self.num_samples, self.seed, self.shuffle, self.numbered, self.epoch = num_samples, seed, shuffle, numbered, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -88,6 +87,12 @@ class NextFlowTrainerMixin:
     It stands before transformers' `Trainer`.
     """
 
+    args: Any
+    state: Any
+    control: Any
+    accelerator: Any
+    model: Any
+    save_model: Any
     processor: NextFlowProcessor | None = None  # saved with the model
     _card_facts: tuple[str, ...] = ()  # lines of the model card
     _epoch_sampler: Any = None
@@ -96,7 +101,7 @@ class NextFlowTrainerMixin:
     # Order
 
     def _get_train_sampler(self, train_dataset=None):
-        args: Any = self.args
+        args = self.args
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not hasattr(dataset, "__len__") or args.train_sampling_strategy not in ("random", "sequential"):
             return super()._get_train_sampler(train_dataset)
@@ -104,13 +109,13 @@ class NextFlowTrainerMixin:
         self._epoch_sampler = EpochSampler(len(dataset), seed, args.train_sampling_strategy == "random")
         return self._epoch_sampler
 
-    def _run_epoch(self, *, epoch: int, **kwargs):
+    def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # the run was finished already
             self.control.should_training_stop = True
             return
         if self._epoch_sampler is not None:  # accelerate does not reach it through all of its wrappers
-            self._epoch_sampler.set_epoch(epoch)
-        super()._run_epoch(epoch=epoch, **kwargs)
+            self._epoch_sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]  # the trainer's
 
     # Checkpoints
 
@@ -170,7 +175,7 @@ class NextFlowTrainerMixin:
                     f"The run in {folder} can't go on: {'; '.join(changed)}. The data would come in another order. "
                     "Resume it as it was, or start a new run from its weights."
                 )
-        return super().train(folder, *args, **kwargs)
+        return super().train(folder, *args, **kwargs)  # type: ignore[misc]  # the trainer's
 
     # Folders
 
@@ -254,8 +259,8 @@ def find_processor(model: Any, processing_class: Any) -> NextFlowProcessor | Non
         processor = NextFlowProcessor.from_pretrained(model.config._name_or_path)
     except (OSError, ValueError) as error:
         logger.warning(
-            "The model's folder has no processor (%s), and none was given as `processing_class`: what is saved will not "
-            "draw by itself. Pass `processing_class=NextFlowProcessor.from_pretrained(...)`.",
+            "The model's folder has no processor (%s), and none was given as `processing_class`: what is saved will "
+            "not draw by itself. Pass `processing_class=NextFlowProcessor.from_pretrained(...)`.",
             error,
         )
         return None
@@ -284,9 +289,9 @@ def check_start(model: Any, tokenizer: Any, peft_config: Any = None) -> None:
     first = getattr(model.config, "text_vocab_size", None)
     if tokenizer is not None and first is not None and max(tokenizer.get_vocab().values()) >= first:
         raise ValueError(
-            f"The tokenizer has ids up to {max(tokenizer.get_vocab().values())}, but from {first} on (`text_vocab_size`) "
-            "ids are codes of pictures: `add_tokens` took the first of them. Give new tokens ids that the text leaves "
-            "unused, or convert the model with a larger `text_vocab_size`."
+            f"The tokenizer has ids up to {max(tokenizer.get_vocab().values())}, but ids from {first} on "
+            "(`text_vocab_size`) are codes of pictures: `add_tokens` took the first of them. Give new tokens ids that "
+            "the text leaves unused, or convert the model with a larger `text_vocab_size`."
         )
     coarse = {p.dtype for p in model.parameters() if p.requires_grad and p.is_floating_point() and p.itemsize < 4}
     if coarse and peft_config is None and not getattr(model, "is_quantized", False):

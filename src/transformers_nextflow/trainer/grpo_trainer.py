@@ -523,7 +523,7 @@ class _EpochRepeatSampler(RepeatSampler):
 
     def set_epoch(self, epoch: int) -> None:
         if self.shuffle:
-            self.generator.manual_seed(self.seed + 1_000_003 * epoch)
+            self.generator.manual_seed((self.seed or 0) + 1_000_003 * epoch)
 
 
 def read_prompt(row: Row, processor: NextFlowProcessor, styles: dict[str, str] | None = None) -> tuple[str, list[Any]]:

@@ -96,8 +96,8 @@ class NextFlowSFTConfig(SFTConfig):
         refuse(self, FIXED)
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
-                f'`train_sampling_strategy` must be "random" or "sequential", but got "{self.train_sampling_strategy}": '
-                "use `packing` for samples of different lengths."
+                f'`train_sampling_strategy` must be "random" or "sequential", but got '
+                f'"{self.train_sampling_strategy}": use `packing` for samples of different lengths.'
             )
         if self.scale_reweight_alpha is not None and self.scale_reweight_alpha < 0:
             raise ValueError(f"`scale_reweight_alpha` must be at least 0, but got {self.scale_reweight_alpha}.")

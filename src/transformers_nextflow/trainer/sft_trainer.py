@@ -299,13 +299,13 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
             facts |= {"num_packs": len(self._pack_sampler), "max_length": self.args.max_length}
         return facts
 
-    def _note_how_it_was_prompted(self, model, dataset: datasets.Dataset) -> None:
+    def _note_how_it_was_prompted(self, model: Any, dataset: datasets.Dataset) -> None:
         """Writes into the generation config, for every task of the data, whether its prompts are chat turns."""
         every = max(1, len(dataset) // 10_000)
         samples = dataset.select_columns(["token_ids", "completion_mask"])
         samples = samples if every == 1 else samples.select(range(0, len(dataset), every))
-        kinds = Counter(prompt_style(sample, model.config.image_token_id, self.processing_class) for sample in samples)
-        kinds.pop(None, None)
+        found = (prompt_style(sample, model.config.image_token_id, self.processing_class) for sample in samples)
+        kinds = Counter(style for style in found if style is not None)
         styles = dict(getattr(model.generation_config, "prompt_styles", None) or {})
         for task in sorted({task for task, _ in kinds}):
             counts = {style: kinds[task, style] for style in ("bare", "chat")}
@@ -325,7 +325,7 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
 
 
 def prompt_style(sample: dict[str, Any], image_token_id: int, tokenizer: Any) -> tuple[str, str] | None:
-    """Task of a coded sample that draws and how it is prompted, such as `("edit", "chat")`; None if it draws nothing."""
+    """Task of a coded sample and how it is prompted, such as `("edit", "chat")`; None if it draws nothing."""
     ids, answers = sample["token_ids"], sample["completion_mask"]
     marks = [index for index, token in enumerate(ids) if token == image_token_id]
     drawn = [index for index in marks if answers[index]]

@@ -151,7 +151,9 @@ def test_the_last_whole_checkpoint_is_found(make_trainer, unbroken, tmp_path, ca
     (run / "checkpoint-9" / "image_tokenizer_trainer.pt").unlink()
     assert find_last_checkpoint(run) == str(run / "checkpoint-2") and "checkpoint-10 is passed over" in caplog.text
     trainer = make_trainer("tokenizer", run, max_steps=3)
-    with pytest.raises(ValueError, match="is not a whole checkpoint .image_tokenizer_trainer.pt is missing or cut off"):
+    with pytest.raises(
+        ValueError, match=r"is not a whole checkpoint .image_tokenizer_trainer.pt is missing or cut off"
+    ):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-9"))
     trainer.train(resume_from_checkpoint="true")  # as a command line says it
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
@@ -258,9 +260,7 @@ def test_what_is_saved_loads_in_every_door(make_trainer, unbroken, tmp_path, kin
     for step in (1, 5):
         assert_draws(folder / f"checkpoint-{step}")
     card = (folder / "checkpoint-5" / "README.md").read_text()
-    assert (
-        "TRL" not in card and "5 steps" in card and "`learning_rate`: 0.01" in card and "`stage`" in card
-    ) or "reward"
+    assert "TRL" not in card and "5 steps" in card and "`learning_rate`: 0.01" in card
     # The image tokenizer is frozen: checkpoints share one copy on disk.
     copies = [(folder / f"checkpoint-{step}" / "image_tokenizer" / "model.safetensors").stat() for step in (1, 5)]
     assert copies[0].st_ino == copies[1].st_ino
@@ -359,7 +359,7 @@ def test_added_tokens_and_prompt_tuning_are_refused(make_trainer, tiny_random_ch
     tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     rows = datasets.Dataset.from_list(samples)
     args = NextFlowSFTConfig(str(tmp_path), use_cpu=True, bf16=False)
-    with pytest.raises(ValueError, match="PEFT's prompt learning .* For few weights use LoRA"):
+    with pytest.raises(ValueError, match=r"PEFT's prompt learning .* For few weights use LoRA"):
         NextFlowSFTTrainer(str(tiny_random_checkpoint), args, train_dataset=rows, peft_config=tuning)
 
 
