@@ -86,7 +86,9 @@ class StrictPreTrainedModel(PreTrainedModel):
                 safetensors in the folder itself, if a file is damaged, or if quantisation is to untie embeddings.
         """
         path = pretrained_model_name_or_path
-        if not kwargs.setdefault("use_safetensors", True) or kwargs.get("gguf_file"):
+        if kwargs.get("use_safetensors") is None:  # diffusers says so
+            kwargs["use_safetensors"] = True
+        if not kwargs["use_safetensors"] or kwargs.get("gguf_file"):
             raise ValueError(
                 "NextFlow loads safetensors only (pickled weights can run code): drop `use_safetensors`, `gguf_file`."
             )
