@@ -86,7 +86,9 @@ class StrictPreTrainedModel(PreTrainedModel):
                 safetensors in the folder itself, if a file is damaged, or if quantisation is to untie embeddings.
         """
         path = pretrained_model_name_or_path
-        if not kwargs.setdefault("use_safetensors", True) or kwargs.get("gguf_file"):
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+        if not kwargs["use_safetensors"] or kwargs.get("gguf_file"):
             raise ValueError(
                 "NextFlow loads safetensors only (pickled weights can run code): drop `use_safetensors`, `gguf_file`."
             )
@@ -98,8 +100,9 @@ class StrictPreTrainedModel(PreTrainedModel):
             read_json(path, "generation_config.json", **kwargs)  # transformers would pass over a damaged one
         accept_mismatches = kwargs.get("ignore_mismatched_sizes", False)
         kwargs["ignore_mismatched_sizes"] = strict or accept_mismatches
+        load: Any = super().from_pretrained
         try:
-            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+            model, info = load(path, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise ValueError(f'The weights in "{path}" are damaged ({error}). Download or save them again.') from error
         except OSError as error:
