@@ -220,6 +220,10 @@ class NextFlowGenerationConfig(GenerationConfig):
         for name in alone:
             if getattr(self, name):
                 raise ValueError(f"`{name}` does not fit here: {reason}. Leave it out.")
+        if "prompt_styles" in given:
+            raise ValueError(
+                "`generate` takes prompts as they are: `prompt_styles` is read by pipelines, which have a `prompt_style`."
+            )
         if self.generation_mode == "image" and "max_new_images" in given:
             raise ValueError(
                 "Image mode draws one image per row, so it does not take `max_new_images`. Use `num_frames`, "

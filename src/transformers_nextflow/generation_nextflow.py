@@ -374,7 +374,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         if kwargs.pop("guidance_scale", None) not in (None, 1):
             given["guidance_scale"] = True
-        if unused := given.keys() - {"generation_mode", "return_cache", "prompt_styles"}:
+        if unused := given.keys() - {"generation_mode", "return_cache"}:
             raise ValueError(
                 f"Text mode does not take {', '.join(f'`{name}`' for name in sorted(unused))}. For an image pass "
                 '`generation_mode="image"`.'

@@ -100,8 +100,9 @@ class StrictPreTrainedModel(PreTrainedModel):
             read_json(path, "generation_config.json", **kwargs)  # transformers would pass over a damaged one
         accept_mismatches = kwargs.get("ignore_mismatched_sizes", False)
         kwargs["ignore_mismatched_sizes"] = strict or accept_mismatches
+        load: Any = super().from_pretrained
         try:
-            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+            model, info = load(path, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise ValueError(f'The weights in "{path}" are damaged ({error}). Download or save them again.') from error
         except OSError as error:

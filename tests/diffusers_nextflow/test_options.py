@@ -14,6 +14,7 @@ from transformers import GenerationConfig, pipeline
 from diffusers_nextflow import NextFlowPipeline, NextFlowPipelineOutput
 from diffusers_nextflow.__main__ import main, parse_arguments
 from transformers_nextflow import NextFlowForCausalLM, NextFlowTextToImagePipeline
+from transformers_nextflow.generation_config_nextflow import OWN_OPTIONS
 
 PROMPT = "a red circle"
 
@@ -101,6 +102,8 @@ TEXT_TO_IMAGE = {
     "thinking": ({"thinking": True, "max_new_tokens": 2}, lambda images: "thought" in images[0].info),
     "num_frames": ({"num_frames": 2}, lambda images: len(images[0]) == 2),
     "max_new_images": ({"max_new_images": 2}, "`max_new_images`"),
+    "return_cache": ({"return_cache": True}, "`return_cache`"),
+    "prompt_styles": ({"prompt_styles": {"image": "chat"}}, "a `prompt_style`"),
 }
 
 COMMAND = {
@@ -135,7 +138,8 @@ def test_every_option_has_a_row():
     own = parameters(NextFlowTextToImagePipeline.__call__) | parameters(
         NextFlowTextToImagePipeline._sanitize_parameters
     )
-    assert set(TEXT_TO_IMAGE) == own | {"seed"} | parameters(NextFlowForCausalLM.generate) - {"inputs"}
+    options = set(OWN_OPTIONS) | {"guidance_scale", *(parameters(NextFlowForCausalLM.generate) - {"inputs"})}
+    assert set(TEXT_TO_IMAGE) == own | {"seed"} | options
     assert set(COMMAND) == set(vars(parse_arguments([PROMPT])))
 
 

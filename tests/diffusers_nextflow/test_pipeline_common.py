@@ -243,14 +243,10 @@ def replace_last(value):
     return callback
 
 
-feeds_back = pytest.mark.xfail(strict=True, reason="needs generate(on_scale_end=...) to take what it returns")
-
-
 def on_scale_2(result):
     return lambda step, schedule, codes: result(codes) if step == 2 else None
 
 
-@feeds_back
 def test_changed_codes_change_what_follows(pipe):
     inputs = pipe.tokenizer(PROMPT, return_tensors="pt")
     settings = {"generation_mode": "image", "return_dict_in_generate": True, "image_top_k": 1}
@@ -267,7 +263,6 @@ def test_changed_codes_change_what_follows(pipe):
     assert not torch.equal(latents, draw(pipe, callback_on_step_end=replace_last(9), **options))
 
 
-@feeds_back
 def test_changed_guidance_changes_what_follows(pipe):
     """The cut-off is the whole picture's guidance up to its scale, and none after it."""
     whole, none = (
@@ -283,7 +278,6 @@ def test_changed_guidance_changes_what_follows(pipe):
     assert not torch.equal(cut, whole) and not torch.equal(cut, none)
 
 
-@feeds_back
 def test_guidance_that_was_off_is_not_turned_on(pipe):
     def callback(pipe, step, timestep, tensors):
         pipe._guidance_scale = 3.0

@@ -262,7 +262,7 @@ def test_a_video_passes_the_same_door(monkeypatch, serve, tmp_path):
     for source in (path, serve([header(5), b"video"]), "data:video/mp4;base64," + base64.b64encode(b"video").decode()):
         assert len(sample_frames(source, 3)) == 3
     assert asked == [[0, 4, 8]] * 3  # no more is decoded than is read
-    with pytest.raises(ValueError, match=r'video ".*video\.mp4": it has 8 x 8 pixels, more than `max_pixels`'):
+    with pytest.raises(ValueError, match=r'video ".*vide.*": it has 8 x 8 pixels, more than `max_pixels`'):
         sample_frames(path, 3, SourceLimits(max_pixels=9))
     with pytest.raises(ValueError, match=r'video "nowhere\.mp4": no such file'):
         sample_frames("nowhere.mp4", 3)

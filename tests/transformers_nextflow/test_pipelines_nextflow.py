@@ -116,7 +116,7 @@ def test_bad_arguments(draw):
         draw("a cat", seed=0, generator=torch.Generator())
     with pytest.raises(ValueError, match="No scale schedule ends at height 50 x width 64"):
         draw("a cat", height=50, width=64)
-    with pytest.raises(ValueError, match="can't search with beams"):
+    with pytest.raises(ValueError, match="can't be searched with beams"):
         draw("a cat", num_beams=4)
     with pytest.raises(ValueError, match="does not take `quality`"):
         draw("a cat", quality="best")

@@ -19,6 +19,7 @@ from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler, use_adapter
 
 from ..codebook import check_same_codebook
+from ..generation_config_nextflow import SIZE, NextFlowGenerationConfig
 from ..generation_nextflow import NextFlowGenerateOutput
 from ..modeling_nextflow import NextFlowForCausalLM
 from ..processing_nextflow import NextFlowProcessor
@@ -138,9 +139,8 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         functions = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         if not functions:
             raise ValueError("`reward_funcs` is empty: pass at least one reward function.")
-        schedule = model._image_schedule(
-            {name: getattr(args, name) for name in ("height", "width", "num_scales")}, None
-        )
+        size, _ = NextFlowGenerationConfig.merge({name: getattr(args, name) for name in SIZE}, None)
+        schedule = size.over(model.generation_config).schedule(model.config.num_scales)
         self._check_scales(args, schedule)
         super().__init__(
             model,

@@ -317,7 +317,6 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
                     *(task, counts["bare"], counts["chat"], styles[task]),
                 )
         model.generation_config.prompt_styles = styles
-        model.generation_config._from_model_config = False  # or loading makes a new one, without them
         self._card_facts = (
             f"Samples: {len(dataset)}" + "".join(f", {n * every} {style} {task}" for (task, style), n in kinds.items()),
             f"Prompt styles: {styles}",
