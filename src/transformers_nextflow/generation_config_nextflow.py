@@ -222,7 +222,7 @@ class NextFlowGenerationConfig(GenerationConfig):
                 raise ValueError(f"`{name}` does not fit here: {reason}. Leave it out.")
         if "prompt_styles" in given:
             raise ValueError(
-                "`generate` takes prompts as they are: `prompt_styles` is read by pipelines, which have a `prompt_style`."
+                "`generate` takes prompts as they are: pipelines read `prompt_styles`, and take a `prompt_style`."
             )
         if self.generation_mode == "image" and "max_new_images" in given:
             raise ValueError(

@@ -122,10 +122,8 @@ class NextFlowTextToImagePipeline(Pipeline):
         if seed is not None:
             seeds = range(seed, seed + generate_kwargs.get("num_return_sequences", 1))
             generate_kwargs["generator"] = [torch.Generator().manual_seed(s) for _ in range(num_prompts) for s in seeds]
-        if not generate_kwargs.get("thinking") and generate_kwargs.get("num_frames") is None:
-            generate_kwargs["return_cache"] = False  # an option of single images
         output = self.model.generate(
-            **model_inputs, **generate_kwargs, generation_mode="image", return_dict_in_generate=True
+            **model_inputs, **generate_kwargs, generation_mode="image", return_dict_in_generate=True, return_cache=False
         )
         names = ("image_codes", "image_grid_shw", "thought_ids")
         parts = {name: part for name in names if (part := getattr(output, name)) is not None}

@@ -102,7 +102,7 @@ TEXT_TO_IMAGE = {
     "thinking": ({"thinking": True, "max_new_tokens": 2}, lambda images: "thought" in images[0].info),
     "num_frames": ({"num_frames": 2}, lambda images: len(images[0]) == 2),
     "max_new_images": ({"max_new_images": 2}, "`max_new_images`"),
-    "return_cache": ({"return_cache": True}, "`return_cache`"),
+    "return_cache": ({"return_cache": True}, "return_cache"),
     "prompt_styles": ({"prompt_styles": {"image": "chat"}}, "a `prompt_style`"),
 }
 
