@@ -140,9 +140,10 @@ class NextFlowGenerationMixin(_GenerationMixin):
                 Prompts in the token view, padded on the left; the same as `input_ids=`.
             generation_config (`GenerationConfig`, *optional*): Stands between the arguments and the model's own.
             generator (`torch.Generator` or a list with one for each row, *optional*):
-                Randomness of the images, and of text that is sampled in their modes: the same seed gives the same image
-                in any batch. A single one serves row 0 and seeds the others'. Without it a fresh seed is taken; the
-                global random state is never touched.
+                Randomness of the images, and of text that is sampled in their modes. In float32 the same seed gives the
+                same image in any batch; lower precisions round by the shape of the batch, so there only in the same
+                one. A single generator serves row 0 and seeds the others'. Without it a fresh seed is taken; the global
+                random state is never touched.
             negative_prompt_ids (`torch.LongTensor` of shape `(B, M)` or `(1, M)`, *optional*):
                 Text of the unconditional branch, padded on the left. By default it has none: the prompt's images, if
                 any, and `<boi>`. For single images, with or without `thinking`.

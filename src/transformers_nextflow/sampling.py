@@ -237,8 +237,8 @@ def _xor_shift(numbers: torch.Tensor, places: int) -> torch.Tensor:
 def sample_codes(logits: torch.Tensor, sampling: ScaleSampling, seeds: torch.Tensor | None) -> torch.Tensor:
     """Draw codes, in float32.
 
-    The Gumbel-max trick: the noise belongs to (position, code), so logits that differ by rounding alone (another batch,
-    another kernel) give the same codes, and settings can be compared on the same noise.
+    The Gumbel-max trick: the noise belongs to (position, code), so logits that differ by the rounding of float32
+    (another batch, another kernel) give the same codes, and settings can be compared on the same noise.
 
     Args:
         logits (`torch.Tensor` of shape `(m, K)`): Guided logits.
@@ -292,7 +292,9 @@ def draw_codes(
     for start in range(0, positions.numel(), rows):
         part = slice(start, start + rows)
         guided = guide([branch.flatten(0, 1)[part] for branch in branches], sampling).to(hidden_states.dtype)
-        drawn.append(sample_codes(head(guided), sampling, None if seeds is None else seeds.flatten(0, 1)[part]))
+        # The head may be on another device than ids and seeds (`device_map`).
+        own_seeds = None if seeds is None else seeds.flatten(0, 1)[part].to(guided.device)
+        drawn.append(sample_codes(head(guided), sampling, own_seeds))
     return torch.cat(drawn).view(positions)
 
 

@@ -341,3 +341,16 @@ def test_a_wrong_number_of_generators_is_named():
 def test_what_is_no_generator_is_named():
     with pytest.raises(TypeError, match=r"`generator` must be a `torch\.Generator` or a list of them, but got int"):
         make_generators(0, 1, torch.device("cpu"))
+
+
+def test_seeds_go_to_the_head_wherever_it_is():
+    """Pretended devices: fake tensors refuse what mixes them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        weight = torch.zeros(16, 8, device="cuda:1")
+        seeds = torch.zeros(2, 3, 2, dtype=torch.int, device="cuda:0")
+        hidden_states = torch.zeros(4, 3, 8, device="cuda:1")
+        for sampling in (ScaleSampling(guidance_scale=2.0), ScaleSampling(top_k=4, top_p=0.9, temperature=0.5)):
+            codes = draw_codes(lambda rows: rows @ weight.T, hidden_states, sampling, seeds, 16, num_branches=2)
+            assert codes.device == weight.device and codes.shape == (2, 3)
