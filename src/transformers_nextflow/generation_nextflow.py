@@ -391,6 +391,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
                 pad_token_id = None  # a prompt may end with it
             check_left_padded(ids, kwargs.get("attention_mask"), pad_token_id)
             check_context(ids.shape[-1], 1, self.config.max_position_embeddings, kwargs.get("image_grid_shw"))
+        if kwargs.get("image_grid_shw") is not None and kwargs.get("prefill_chunk_size") is not None:
+            raise ValueError("A prompt with images is run whole: leave `prefill_chunk_size` out.")
         # A stored `guidance_scale` is for images; transformers would guide the text with it.
         if generation_config is None:
             kwargs["guidance_scale"] = None
@@ -444,6 +446,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         next_sequence_length: int | None = None,
         cache: Cache | None = None,
         image_grid_shw: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs,
     ) -> dict[str, Any]:
@@ -452,6 +455,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
             input_ids,
             next_sequence_length=next_sequence_length,
             cache=cache,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
@@ -465,7 +469,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
             # be run, as the <eoi> that it carries.
             is_code = step_ids >= self.config.text_vocab_size
             if (is_code[:, :2].sum(-1) == 2).any():
-                raise ValueError("`cache` end inside an image; they may end after a whole image, or in text.")
+                raise ValueError("`cache` ends inside an image; it may end after a whole image, or in text.")
             step_ids[:, 0] = step_ids[:, 0].masked_fill(is_code[:, 0], self.config.eoi_token_id)
             all_grids = split_grids(input_ids, image_grid_shw, self.config.text_vocab_size)
             counts = count_images(step_ids, self.config.text_vocab_size)

@@ -692,6 +692,18 @@ def test_image_mode_wants_an_empty_cache_and_a_mask_of_the_prompts_shape(model):
         draw(model, torch.full((1, 201), 7), None)
 
 
+def test_text_mode_takes_embeddings_and_prompts_in_chunks(model):
+    settings = dict(attention_mask=MASK, max_new_tokens=4)
+    expected = model.generate(PROMPTS, **settings)
+    embeds = model.get_input_embeddings()(PROMPTS)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **settings), expected[:, -4:])
+    for size in (1, 2, 4):
+        assert torch.equal(model.generate(PROMPTS, prefill_chunk_size=size, **settings), expected)
+    ids = torch.tensor([[5, BOI, *range(TEXT, TEXT + N), 6]])
+    with pytest.raises(ValueError, match="run whole: leave `prefill_chunk_size` out"):
+        model.generate(ids, image_grid_shw=torch.tensor([SCHEDULE.grid_shw]), prefill_chunk_size=4, max_new_tokens=2)
+
+
 # --- Pipelines ---
 
 
