@@ -548,7 +548,7 @@ def test_going_on_from_a_cache_needs_whole_sequences(model):
 def test_a_cache_that_ends_inside_an_image_is_refused(model):
     out = draw(model, PROMPTS[:1], None)
     out.cache.crop(-3)
-    with pytest.raises(ValueError, match="end inside an image"):
+    with pytest.raises(ValueError, match="ends inside an image"):
         model.generate(out.sequences, cache=out.cache, image_grid_shw=out.image_grid_shw, max_new_tokens=2)
 
 
