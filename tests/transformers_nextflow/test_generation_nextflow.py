@@ -704,6 +704,30 @@ def test_text_mode_takes_embeddings_and_prompts_in_chunks(model):
         model.generate(ids, image_grid_shw=torch.tensor([SCHEDULE.grid_shw]), prefill_chunk_size=4, max_new_tokens=2)
 
 
+def test_a_callback_may_change_codes_and_guidance(model):
+    """Both by name, each alone too; what is not named stays."""
+    guided = dict(guidance_scale=4.0, do_sample=False)
+
+    def changing(**answers):
+        def on_scale_end(index, schedule, codes):
+            found = {name: value(codes) for name, value in answers.items()}
+            return found if index == 2 else None
+
+        return draw(model, on_scale_end=on_scale_end, **guided).image_codes
+
+    plain = draw(model, **guided).image_codes
+    assert torch.equal(changing(), plain)
+    assert torch.equal(changing(codes=lambda codes: codes.clone(), guidance_scale=lambda codes: 4.0), plain)
+    off = changing(guidance_scale=lambda codes: 1.0)
+    assert torch.equal(off[:, :14], plain[:, :14]) and not torch.equal(off, plain)
+    zeros = changing(codes=lambda codes: torch.cat([codes[:, :5], 0 * codes[:, 5:]], dim=1))
+    assert torch.equal(zeros[:, :5], plain[:, :5]) and (zeros[:, 5:14] == 0).all()
+    both = changing(
+        codes=lambda codes: torch.cat([codes[:, :5], 0 * codes[:, 5:]], dim=1), guidance_scale=lambda codes: 1.0
+    )
+    assert torch.equal(both[:, :14], zeros[:, :14]) and not torch.equal(both, zeros)
+
+
 # --- Pipelines ---
 
 

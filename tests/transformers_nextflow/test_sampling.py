@@ -354,3 +354,16 @@ def test_seeds_go_to_the_head_wherever_it_is():
         for sampling in (ScaleSampling(guidance_scale=2.0), ScaleSampling(top_k=4, top_p=0.9, temperature=0.5)):
             codes = draw_codes(lambda rows: rows @ weight.T, hidden_states, sampling, seeds, 16, num_branches=2)
             assert codes.device == weight.device and codes.shape == (2, 3)
+
+
+@pytest.mark.parametrize("most", [1, 16, 40, 2**20])
+def test_how_positions_are_sliced_changes_nothing(monkeypatch, most):
+    generator = torch.Generator().manual_seed(0)
+    weight, hidden_states = (torch.randn(shape, generator=generator) for shape in [(16, 8), (4, 5, 8)])
+    seeds = draw_seeds([torch.Generator().manual_seed(seed) for seed in (1, 2)], [5], torch.device("cpu"))[0]
+    settings = (hidden_states, ScaleSampling(guidance_scale=2.0, image_guidance_scale=2.0), seeds, 16, 2)
+    expected = draw_codes(lambda rows: rows @ weight.T, *settings)
+    monkeypatch.setattr(sampling_module, "_MAX_LOGITS", most)
+    assert torch.equal(draw_codes(lambda rows: rows @ weight.T, *settings), expected)
+    guided = guide(hidden_states.chunk(2), settings[1]) @ weight.T  # 2 on both is guidance, not none
+    assert torch.equal(sample_codes(guided.flatten(0, 1), settings[1], seeds.flatten(0, 1)), expected.flatten())
