@@ -126,11 +126,10 @@ class DecodingState:
         """Forgets all slots but the first `num_slots`; `position` `(B,)` is what it was then."""
         if not 0 <= num_slots <= self.num_slots:
             raise ValueError(f"A cache of {self.num_slots} slots can't be cropped to {num_slots}.")
-        for layer in list[Any](
-            self.cache.layers
-        ):  # by their own lengths: a forward that failed reached some of them only
-            if type(layer) is DynamicLayer and layer.is_initialized:  # keys may be longer than values then
-                layer.keys, layer.values = layer.keys[:, :, :num_slots], layer.values[:, :, :num_slots]
+        layers: list[Any] = list(self.cache.layers)
+        for layer in layers:  # by their own lengths: a forward that failed reached some of them only
+            if type(layer) is DynamicLayer and layer.keys is not None:  # keys may be longer than values then
+                layer.keys, layer.values = layer.keys[:, :, :num_slots], layer.values[:, :, :num_slots]  # type: ignore[index]
             elif (extra := int(layer.get_seq_length()) - num_slots) > 0:
                 layer.crop(-extra)
         self.mask, self.position = self.mask[:, :num_slots], position.clone()
