@@ -80,7 +80,10 @@ class NextFlowTrainerMixin:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _get_train_sampler(self, train_dataset=None, **options):
-        dataset, strategy = self.train_dataset if train_dataset is None else train_dataset, self.args.train_sampling_strategy
+        dataset, strategy = (
+            self.train_dataset if train_dataset is None else train_dataset,
+            self.args.train_sampling_strategy,
+        )
         if not hasattr(dataset, "__len__") or strategy not in ("random", "sequential"):
             return super()._get_train_sampler(train_dataset)
         options = {"shuffle": strategy == "random", **options}
@@ -293,9 +296,9 @@ def check_start(model: Any, tokenizer: Any = None, peft_config: Any = None) -> N
     last_id = max(tokenizer.get_vocab().values()) if tokenizer is not None else -1
     if last_id >= (first := getattr(model.config, "text_vocab_size", last_id + 1)):
         raise ValueError(
-            f"The tokenizer has ids up to {last_id}, but ids from {first} on (`text_vocab_size`) are codes of pictures: "
-            "`add_tokens` took the first of them. Give new tokens ids that the text leaves unused, or convert the "
-            "model with a larger `text_vocab_size`."
+            f"The tokenizer has ids up to {last_id}, but ids from {first} on (`text_vocab_size`) are codes of "
+            "pictures: `add_tokens` took the first of them. Give new tokens ids that the text leaves unused, or "
+            "convert the model with a larger `text_vocab_size`."
         )
     coarse = {p.dtype for p in model.parameters() if p.requires_grad and p.is_floating_point() and p.itemsize < 4}
     if coarse and peft_config is None and not getattr(model, "is_quantized", False):

@@ -149,8 +149,9 @@ def _tokenize(chat: list[dict[str, Any]], processor: NextFlowProcessor, style: s
     ids, mask, mark = list[int](), list[int](), processor.image_token
     for message in chat:
         parts, answers = message["content"], message["role"] == "assistant"
-        texts = [parts] if isinstance(parts, str) else [part["text"] if part["type"] == "text" else mark for part in parts]
-        (new,) = tokenize(processor.tokenizer, ["".join(texts) + processor.tokenizer.eos_token * answers])["input_ids"]
+        if not isinstance(parts, str):
+            parts = "".join(part["text"] if part["type"] == "text" else mark for part in parts)
+        (new,) = tokenize(processor.tokenizer, [parts + processor.tokenizer.eos_token * answers])["input_ids"]
         ids, mask = ids + new, mask + [int(answers)] * len(new)
     return ids, mask
 
@@ -197,15 +198,15 @@ def check_columns(names: Iterable[str]) -> None:
 
 
 def check_codes(sizes: Iterable[int], hashes: Iterable[str | None], config: NextFlowConfig) -> str | None:
-    """Refuses codes of another image tokenizer than the model's; its hash, if one is known (see [`hash_image_tokenizer`]).
+    """Refuses codes of another image tokenizer than the model's, whose hash it returns (None if it is not known).
 
-    `sizes` are those of the samples' codebooks; `hashes` may hold empty ones.
+    `sizes` are those of the codebooks; `hashes` may hold empty ones.
     """
     known = sorted(set(sizes))
     if known not in ([], [config.visual_codebook_size]):
         raise ValueError(
-            f"The codes come from codebook{'s' * (len(known) > 1)} of {', '.join(map(str, known))} codes, but the model's "
-            f"has {config.visual_codebook_size}. Extract all codes with the model's own image tokenizer."
+            f"The codes come from codebook{'s' * (len(known) > 1)} of {', '.join(map(str, known))} codes, but the "
+            f"model's has {config.visual_codebook_size}. Extract all codes with the model's own image tokenizer."
         )
     theirs, ours = sorted({value for value in hashes if value}), getattr(config, "image_tokenizer_hash", None)
     if len({*theirs, ours} - {None}) > 1:

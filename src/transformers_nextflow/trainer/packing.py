@@ -135,8 +135,8 @@ class EpochSampler(Sampler):
 
 class PackSampler(EpochSampler):
     """
-    A batch sampler whose batches are packs, in another order each epoch. Packs of one step stand together, one per rank,
-    as accelerate deals them out.
+    A batch sampler whose batches are packs, in another order each epoch. Packs of one step stand together, one per
+    rank, as accelerate deals them out.
 
     Args:
         packs (`list[list[int]]`): From [`make_packs`].

@@ -146,10 +146,12 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
         """A loader of packs or of batches; what is drawn for a sample follows from seed, epoch and its number."""
         if not isinstance(self.train_dataset, datasets.Dataset):
             return super().get_train_dataloader()
-        drawn, packs = _DrawnSamples(self.train_dataset, self._data_seed, self._packs), self._packs is not None
-        options = {"shuffle": True, "run_length": self.accelerator.num_processes} if packs else {}
-        sampler = partial(self._get_train_sampler, numbered=True, **options)
-        return self._get_dataloader(drawn, "Training", 1 if packs else self._train_batch_size, sampler, is_training=True)
+        drawn = _DrawnSamples(self.train_dataset, self._data_seed, self._packs)
+        batch_size, options = self._train_batch_size, {"numbered": True}
+        if self._packs is not None:  # a batch is a pack; those of a step stand together, one per rank
+            batch_size, options = 1, {"numbered": True, "shuffle": True, "run_length": self.accelerator.num_processes}
+        sampler = partial(self._get_train_sampler, **options)
+        return self._get_dataloader(drawn, "Training", batch_size, sampler, is_training=True)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """The stock loader, of samples as they are: what is measured must not depend on draws."""
@@ -293,12 +295,13 @@ def fit_samples(
         return dataset, costs
     if held_out or args.overlong_samples == "error" or overlong.all():
         longest = int(costs.argmax())
+        task = " to evaluate on" if held_out else ""
+        unit = "of linear work" if by_compute else "with its images"
         way_out = "" if held_out else ' with `overlong_samples="skip"`'
         raise ValueError(
-            f"{overlong.sum()} of {len(dataset)} samples{' to evaluate on' * held_out} are over `max_length` "
-            f"({args.max_length}): the longest, {dataset[longest].get('id', longest)}, takes {costs[longest]:.0f} tokens "
-            f"{'of linear work' if by_compute else 'with its images'}. Raise `max_length`, encode their images with "
-            f"fewer scales, or leave them out{way_out}."
+            f"{overlong.sum()} of {len(dataset)} samples{task} are over `max_length` ({args.max_length}): the longest, "
+            f"{dataset[longest].get('id', longest)}, takes {costs[longest]:.0f} tokens {unit}. Raise `max_length`, "
+            f"encode their images with fewer scales, or leave them out{way_out}."
         )
     logger.warning("%d of %d samples are skipped: too long.", overlong.sum(), len(dataset))
     return dataset.select((~overlong).nonzero()[0]), costs[~overlong]
