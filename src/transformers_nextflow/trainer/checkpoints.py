@@ -21,6 +21,7 @@ from .packing import EpochSampler
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "nextflow_run.json"
+_Trainer: Any = object  # in whose place transformers' `Trainer` stands
 
 
 def what_is_missing(folder: str | Path) -> str | None:
@@ -51,18 +52,12 @@ def find_last_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
-class NextFlowTrainerMixin:
+class NextFlowTrainerMixin(_Trainer):
     """What [`NextFlowSFTTrainer`], [`NextFlowGRPOTrainer`] and [`NextFlowImageTokenizerTrainer`] have in common.
 
     It stands before transformers' `Trainer`.
     """
 
-    args: Any
-    state: Any
-    control: Any
-    accelerator: Any
-    model: Any
-    save_model: Any
     processor: NextFlowProcessor | None = None  # saved with the model
     _card_facts: tuple[str, ...] = ()  # lines of the model card
     _epoch_sampler: Any = None
@@ -80,10 +75,8 @@ class NextFlowTrainerMixin:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _get_train_sampler(self, train_dataset=None, **options):
-        dataset, strategy = (
-            self.train_dataset if train_dataset is None else train_dataset,
-            self.args.train_sampling_strategy,
-        )
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
         if not hasattr(dataset, "__len__") or strategy not in ("random", "sequential"):
             return super()._get_train_sampler(train_dataset)
         options = {"shuffle": strategy == "random", **options}
@@ -96,7 +89,7 @@ class NextFlowTrainerMixin:
             return
         if self._epoch_sampler is not None:  # accelerate does not reach it through all of its wrappers
             self._epoch_sampler.set_epoch(kwargs["epoch"])
-        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]  # the trainer's
+        super()._run_epoch(*args, **kwargs)
 
     # Logging
 
@@ -114,7 +107,7 @@ class NextFlowTrainerMixin:
                 if number:
                     logs[names[0].removesuffix("loss") + name] = round(total / number, 6)
             sums.clear()
-        super().log(logs, start_time)  # type: ignore[misc]  # the trainer's
+        super().log(logs, start_time)
 
     # Checkpoints
 
@@ -149,7 +142,7 @@ class NextFlowTrainerMixin:
                 A folder; or True (also `"true"`, as command lines give it), the last whole one of `args.output_dir`.
 
         Raises:
-            `ValueError`: if there is none, it is not whole, or it is of a run with other packs or processes.
+            `ValueError`: if there is none, it is not whole, or it is of a run with other packs, processes or parts.
         """
         words: dict[str, Any] = {"true": True, "false": None, "none": None}
         folder = words.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
@@ -169,10 +162,10 @@ class NextFlowTrainerMixin:
             if names:
                 changed = "; ".join(f"`{name}` was {then[name]}, now {now.get(name)}" for name in names)
                 raise ValueError(
-                    f"The run in {folder} can't go on: {changed}. The data would come in another order. Resume it as "
-                    "it was, or start a new run from its weights."
+                    f"The run in {folder} can't go on: {changed}. Resume it as it was, or start a new run from its "
+                    "weights."
                 )
-        return super().train(folder, *args, **kwargs)  # type: ignore[misc]  # the trainer's
+        return super().train(folder, *args, **kwargs)
 
     # Folders
 
@@ -203,7 +196,7 @@ class NextFlowTrainerMixin:
 
     def save_merged(self, folder: str) -> None:
         """Merges the adapters of PEFT into the model, for good, and saves a whole model that loads everywhere."""
-        self.model = self.accelerator.unwrap_model(self.model).merge_and_unload()
+        self.model: Any = self.accelerator.unwrap_model(self.model).merge_and_unload()
         self.save_model(folder)
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -243,24 +236,6 @@ evaluated it here; licence and limits are those of its base and its data.
 """
 
 
-def find_processor(model: Any, processing_class: Any) -> NextFlowProcessor | None:
-    """The processor to save with a model: the one given, or that of the model's own folder with the tokenizer given."""
-    if isinstance(processing_class, NextFlowProcessor):
-        return processing_class
-    try:
-        processor = NextFlowProcessor.from_pretrained(model.config._name_or_path)
-    except (OSError, ValueError) as error:
-        logger.warning(
-            "The model's folder has no processor (%s), and none was given as `processing_class`: what is saved will "
-            "not draw by itself. Pass `processing_class=NextFlowProcessor.from_pretrained(...)`.",
-            error,
-        )
-        return None
-    if processing_class is not None:
-        processor.tokenizer = processing_class
-    return processor
-
-
 def copy_settings(args: Any, kind: Any, output_dir: str) -> Any:
     """A trainer's own copy of its settings, in which it may fill in what is left open."""
     args = args or kind(output_dir)
@@ -274,13 +249,23 @@ def load_model(model: Any, args: Any, processing_class: Any, peft_config: Any) -
     if isinstance(model, str):
         model = NextFlowForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **(args.model_init_kwargs or {})})
         args.model_init_kwargs = None
-    processor = find_processor(model, processing_class)
+    processor = processing_class if isinstance(processing_class, NextFlowProcessor) else None
+    if processor is None:
+        try:
+            processor = NextFlowProcessor.from_pretrained(model.config._name_or_path)
+            processor.tokenizer = processing_class or processor.tokenizer
+        except (OSError, ValueError) as error:
+            logger.warning(
+                "The model's folder has no processor (%s), and none was given as `processing_class`: what is saved "
+                "will not draw by itself. Pass `processing_class=NextFlowProcessor.from_pretrained(...)`.",
+                error,
+            )
     check_start(model, processor.tokenizer if processor else processing_class, peft_config)
     old, new = model.config, copy.deepcopy(model.config)
     for module in model.modules():
         if getattr(module, "config", None) is old:
             module.config = new
-    check_same_codebook(model.config, processor and processor.image_tokenizer)
+    check_same_codebook(model.config, getattr(processor, "image_tokenizer", None))
     return model, processor
 
 
@@ -308,12 +293,3 @@ def check_start(model: Any, tokenizer: Any = None, peft_config: Any = None) -> N
             "`bf16=True`.",
             ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in coarse)),
         )
-
-
-__all__ = [
-    "NextFlowTrainerMixin",
-    "check_start",
-    "copy_settings",
-    "find_last_checkpoint",
-    "load_model",
-]

@@ -113,7 +113,7 @@ def encode_messages(
         raise ValueError(f'`prompt_style` must be "chat" or "bare", but got {prompt_style!r}.')
     special = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
     chat = read_messages(messages, special, [])
-    parts = [part for message in chat if not isinstance(message["content"], str) for part in message["content"]]
+    parts = [part for message in chat for part in _parts(message)]
     pictures = [part.get("image") for part in parts if part["type"] == "image"]
     if any(picture is None for picture in pictures):
         raise ValueError('A part {"type": "image"} needs its picture under "image".')
@@ -142,32 +142,36 @@ def _tokenize(chat: list[dict[str, Any]], processor: NextFlowProcessor, style: s
     """Ids of a conversation as `read_messages` gives it, with one mark per picture, and where an assistant speaks."""
     if style == "chat":
         options: dict[str, Any] = {"chat_template": processor.chat_template, "return_assistant_tokens_mask": True}
-        texts, spans = render_jinja_template([chat], **processor.tokenizer.special_tokens_map, **options)
-        encoded = tokenize(processor.tokenizer, texts, return_offsets_mapping=True)
+        options |= processor.tokenizer.special_tokens_map
+        rendered: Any = render_jinja_template(conversations=[chat], **options)
+        prompts, answered = rendered
+        encoded = tokenize(processor.tokenizer, prompts, return_offsets_mapping=True)
         starts = [start for start, _ in encoded["offset_mapping"][0]]
-        return encoded["input_ids"][0], [int(any(a <= start < b for a, b in spans[0])) for start in starts]
-    ids, mask, mark = list[int](), list[int](), processor.image_token
+        return encoded["input_ids"][0], [int(any(a <= start < b for a, b in answered[0])) for start in starts]
+    ids, mask = list[int](), list[int]()
     for message in chat:
-        parts, answers = message["content"], message["role"] == "assistant"
-        if not isinstance(parts, str):
-            parts = "".join(part["text"] if part["type"] == "text" else mark for part in parts)
-        (new,) = tokenize(processor.tokenizer, [parts + processor.tokenizer.eos_token * answers])["input_ids"]
+        said = [part["text"] if part["type"] == "text" else processor.image_token for part in _parts(message)]
+        if answers := message["role"] == "assistant":
+            said.append(processor.tokenizer.eos_token)
+        (new,) = tokenize(processor.tokenizer, ["".join(said)])["input_ids"]
         ids, mask = ids + new, mask + [int(answers)] * len(new)
     return ids, mask
 
 
-def _inverted(messages: Sequence[dict[str, Any]], caption_prompt: str) -> list[dict[str, Any]] | None:
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _inverted(chat: list[dict[str, Any]], caption_prompt: str) -> list[dict[str, Any]] | None:
     """A picture drawn from a text as a picture described; None for any other conversation."""
-    parts = [
-        [{"type": "text", "text": content}] if isinstance(content := message["content"], str) else content
-        for message in messages
-    ]
-    if [message["role"] for message in messages] != ["user", "assistant"] or len(parts[1]) != 1:
+    if [message["role"] for message in chat] != ["user", "assistant"]:
         return None
-    if parts[1][0]["type"] != "image" or any(part["type"] != "text" for part in parts[0]):
+    texts, pictures = map(_parts, chat)
+    if any(part["type"] != "text" for part in texts) or [part["type"] for part in pictures] != ["image"]:
         return None
     prompt = [{"type": "text", "text": caption_prompt}] if caption_prompt else []
-    return [{"role": "user", "content": [*parts[1], *prompt]}, {"role": "assistant", "content": parts[0]}]
+    return [{"role": "user", "content": [*pictures, *prompt]}, {"role": "assistant", "content": texts}]
 
 
 def invert_task(sample: CodedSample) -> CodedSample:
@@ -219,11 +223,7 @@ def check_codes(sizes: Iterable[int], hashes: Iterable[str | None], config: Next
 
 
 def check_sample(sample: CodedSample, config: NextFlowConfig) -> list[tuple[list[int], list[int], list[int]]]:
-    """Codes, targets and grid of each image of a sample that fits together and fits the model.
-
-    Raises:
-        `ValueError`: otherwise.
-    """
+    """Codes, targets and grid of each image of a sample; refuses one that does not fit together or to the model."""
     check_columns(sample)
     tokens, mask, *parts = (sample[name] for name in COLUMNS[:5])
     counts = [list(tokens).count(config.image_token_id), *map(len, parts)]
@@ -285,16 +285,3 @@ def expand_sample(
         labels += wanted if answer or not completion_only else [-100] * len(wanted)
     labels[:1] = [-100] * len(labels[:1])
     return {"input_ids": input_ids, "labels": labels, "image_grid_shw": [list(grid) for *_, grid in images]}
-
-
-__all__ = [
-    "COLUMNS",
-    "CodedSample",
-    "coded_features",
-    "drop_condition",
-    "encode_messages",
-    "expand_sample",
-    "hash_image_tokenizer",
-    "invert_task",
-    "load_coded_dataset",
-]

@@ -103,6 +103,3 @@ class NextFlowDataCollator:
             "labels": pad("labels", -100),
             **extras,
         }
-
-
-__all__ = ["NextFlowDataCollator"]

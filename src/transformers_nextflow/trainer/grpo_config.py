@@ -100,6 +100,3 @@ class NextFlowGRPOConfig(GRPOConfig):
                 f"`generation_kwargs` can't hold {', '.join(f'`{name}`' for name in taken)}: sizes are settings of "
                 "their own, and the rest is the trainer's."
             )
-
-
-__all__ = ["NextFlowGRPOConfig"]

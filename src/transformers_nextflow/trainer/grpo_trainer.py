@@ -21,20 +21,13 @@ from trl.trainer.utils import RepeatSampler, use_adapter
 
 from ..generation_config_nextflow import SIZE, NextFlowGenerationConfig
 from ..processing_nextflow import NextFlowProcessor
-from ..token_layout import split_grids
+from ..token_layout import scale_weights, split_grids
 from .checkpoints import NextFlowTrainerMixin, copy_settings, load_model
 from .grpo_config import NextFlowGRPOConfig
-from .grpo_losses import (
-    code_log_probs,
-    group_advantages,
-    middle_returns,
-    policy_loss,
-    propagate_mask,
-    scale_weights,
-)
+from .grpo_losses import code_log_probs, group_advantages, middle_returns, policy_loss, propagate_mask
 from .reward_call import make_reward_call
 
-STATE_FILE = "grpo_state_{}.pt"  # one a process
+STATE_FILE = "grpo_state_{}.pt"  # one per process
 
 Row = dict[str, Any]
 _GRPOTrainer: Any = GRPOTrainer  # its attributes are declared as unions of what other trainers have, too
@@ -124,6 +117,7 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         if not functions:
             raise ValueError("`reward_funcs` is empty: pass at least one reward function.")
         size, _ = NextFlowGenerationConfig.merge({name: getattr(args, name) for name in SIZE}, None)
+        self._first_visual_id = model.config.text_vocab_size
         self.schedule = size.over(model.generation_config).schedule(model.config.num_scales)
         self._check_scales(args)
         super().__init__(
@@ -239,7 +233,7 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         return prompt, pictures
 
     def _seeds(self, num_images: int) -> list[int]:
-        """One a picture, by update, batch of that update and place in the whole batch: for any number of processes."""
+        """One per picture, by update, batch of that update and place in the whole batch: for any number of processes."""
         training, now = self.model.training, self.state.global_step
         step, calls = self._rollouts_at[training]
         self._rollouts_at[training] = (now, calls + 1 if step == now else 0)
@@ -303,11 +297,6 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         grids_of_rows = [torch.cat([grids_of_prompts[index], drawn]) for index in run_of_row]
         return Rollout(ids[run_of_row], mask[run_of_row], grids_of_rows, codes)
 
-    @property
-    def _first_visual_id(self) -> int:
-        """The first visual id."""
-        return self.model.config.text_vocab_size
-
     # Scoring
 
     def _reward(
@@ -356,7 +345,7 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
             values = middle_returns(rewards.view(-1, stage.num_images), self.args.middle_return_temperature)
         if group_size > 1:
             advantages = group_advantages(values, group_size, self.scale_rewards)
-        else:  # an evaluation with one picture a prompt compares nothing
+        else:  # an evaluation with one picture per prompt compares nothing
             advantages = torch.zeros_like(values)
         self._log_rewards(mode, rewards_per_function, rewards, values, group_size)
         self._log_pictures(rows, pictures, rewards_per_function, advantages.repeat_interleave(stage.num_images))
@@ -522,6 +511,3 @@ def _mask_of_size(mask: Any, size: tuple[int, int]) -> torch.Tensor:
     if mask.ndim != 2:
         raise ValueError(f"A mask must have shape (height, width), but got shape {tuple(mask.shape)}.")
     return F.adaptive_max_pool2d(mask[None].bool().float(), size)[0] > 0  # no pixel that is in may be lost
-
-
-__all__ = ["NextFlowGRPOTrainer"]

@@ -49,6 +49,3 @@ class NextFlowImageTokenizerTrainingConfig(TrainingArguments):
         refuse(self, stage=one_of(*STAGES), scale_dropout=SHARE, revive_until=SHARE, revive_steps=AT_LEAST_1)
         self.remove_unused_columns = False  # the signature of the tokenizer says nothing of `pixel_values`' source
         super().__post_init__()
-
-
-__all__ = ["NextFlowImageTokenizerTrainingConfig"]

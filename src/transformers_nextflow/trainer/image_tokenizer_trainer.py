@@ -180,6 +180,7 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
             used = torch.bincount(codes.flatten(), minlength=len(self._counts))
             self._counts = USAGE_DECAY * self._counts + self.accelerator.reduce(used, "sum")  # the same on every rank
             self._counts[self._counts < 0.5] = 0
+            parts["codes_in_use"] = (self._counts > 0).float().mean()
             self._shown = (pixels.detach(), prediction.detach())
         parts["psnr"] = psnr(prediction.detach(), pixels).mean()
         for name, value in parts.items():
@@ -214,11 +215,8 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
         self._discriminator_optimizer.zero_grad()
         return loss
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the terms of the loss, PSNR and the share of codes in use since the last time."""
-        if "loss" in logs:
-            logs["codes_in_use"] = round(float((self._counts > 0).float().mean()), 4)
-        super().log(logs, start_time)
+    def _run_facts(self) -> dict[str, Any]:
+        return super()._run_facts() | {"discriminator": self.discriminator is not None}
 
     def _save_run_state(self, folder: Path) -> None:
         state: dict[str, Any] = {"counts": self._counts}
@@ -240,13 +238,8 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Weights, what was counted, and the discriminator: without the counts live codes would be taken for dead."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint, STATE_FILE)
-        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        state = torch.load(Path(resume_from_checkpoint, STATE_FILE), map_location=self.args.device, weights_only=True)
         self._counts = state["counts"]
-        if (self.discriminator is not None) != ("discriminator" in state):
-            raise ValueError(
-                "The run had a discriminator and has none now, or the other way round: resume it as it was."
-            )
         if self.discriminator is not None:
             self.discriminator.load_state_dict(state["discriminator"])
             self._discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
@@ -266,12 +259,3 @@ class _Codebook(TrainerCallback):
         generator = torch.Generator(trainer._counts.device).manual_seed(args.seed + state.global_step)
         moved = revive_dead_codes(trainer.accelerator.unwrap_model(trainer.model), trainer._counts, generator)
         trainer._count(True, "revived", torch.tensor([moved, 1.0], device=args.device))
-
-
-__all__ = [
-    "NextFlowImageTokenizerTrainer",
-    "draw_kept_scales",
-    "psnr",
-    "revive_dead_codes",
-    "trainable_parameters",
-]

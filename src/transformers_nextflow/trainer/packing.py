@@ -102,15 +102,9 @@ def _fill(costs: np.ndarray, order: np.ndarray, budget: float, num_packs: int) -
 
 
 class EpochSampler(Sampler):
-    """
-    Indices in an order that is a function of seed and epoch alone.
+    """Indices in an order that is a function of seed and epoch alone; `run_length` of them in a row stay together.
 
-    Args:
-        num_samples (`int`): Of the data set.
-        seed (`int`, *optional*, defaults to 0): Of the order.
-        shuffle (`bool`, *optional*, defaults to `True`): False keeps the order of the data set.
-        numbered (`bool`, *optional*, defaults to `False`): Give `epoch * num_samples + index` in place of the index.
-        run_length (`int`, *optional*, defaults to 1): So many indices in a row stay together.
+    With `numbered`, `epoch * num_samples + index` stands in place of the index.
     """
 
     def __init__(
@@ -163,15 +157,3 @@ def rank_imbalance(flops: Sequence[float] | np.ndarray, num_ranks: int) -> float
     """
     steps = np.asarray(flops, dtype=np.float64).reshape(-1, num_ranks)
     return float((steps.max(1) / steps.mean(1)).mean())
-
-
-__all__ = [
-    "PACKING_STRATEGIES",
-    "EpochSampler",
-    "PackSampler",
-    "block_lengths",
-    "make_packs",
-    "rank_imbalance",
-    "sample_costs",
-    "sequence_flops",
-]

@@ -145,6 +145,3 @@ def call_with_timeout(function: Callable[[], Any], timeout: float | None) -> Any
     if not wait([outcome], timeout).done:
         raise CallTimeout
     return outcome.result()
-
-
-__all__ = ["AsyncRewardCall", "RewardCall", "RewardOutput", "call_with_timeout", "make_reward_call"]

@@ -106,12 +106,10 @@ def read_with_rapidocr(image: Image.Image) -> list[Word]:
     pixels = np.asarray(image.convert("RGB"))[..., ::-1]
     # Its flags are sticky: a call that leaves one out gets the last call's.
     result = _rapidocr()(np.ascontiguousarray(pixels), use_det=True, use_cls=False, use_rec=True)
-    fields = (getattr(result, name, None) for name in ("txts", "scores", "boxes"))
-    texts, scores, boxes = (() if field is None else field for field in fields)
-    return [
-        Word(text, float(score), tuple((float(x), float(y)) for x, y in box))
-        for text, score, box in zip(texts, scores, boxes, strict=True)
-    ]
+    if result.txts is None:
+        return []
+    rows = zip(result.txts, result.scores, np.asarray(result.boxes).tolist(), strict=True)
+    return [Word(text, float(score), box) for text, score, box in rows]
 
 
 @lru_cache
@@ -324,17 +322,3 @@ def remote_reward(
 
     with ThreadPoolExecutor(max_concurrency) as pool:
         return list(pool.map(ask, range(len(images))))
-
-
-__all__ = [
-    "DetectedObject",
-    "Word",
-    "condition_shares",
-    "detector_reward",
-    "image_text_reward",
-    "ocr_reward",
-    "read_with_rapidocr",
-    "remote_reward",
-    "scored_reward",
-    "text_score",
-]

@@ -98,6 +98,3 @@ class NextFlowSFTConfig(SFTConfig):
         self.remove_unused_columns = False  # the collator reads them all
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
-
-
-__all__ = ["NextFlowSFTConfig"]

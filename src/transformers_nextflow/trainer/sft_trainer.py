@@ -271,12 +271,7 @@ class _DrawnSamples(Dataset):
 def fit_samples(
     dataset: datasets.Dataset, config: NextFlowConfig, args: NextFlowSFTConfig, held_out: bool = False
 ) -> tuple[datasets.Dataset, np.ndarray]:
-    """The samples that are not too long, and what each costs, whichever way round it is drawn.
-
-    Raises:
-        `ValueError`: for what is not a data set of coded samples, or holds codes of another image tokenizer than the
-            model's, and for samples that are too long (if they are not to be skipped, or if they are `held_out`).
-    """
+    """The samples that are not too long, and what each costs; refuses those that can't be trained or evaluated on."""
     check_columns(dataset.column_names)
     if not len(dataset):
         raise ValueError("The data set has no samples.")
@@ -325,6 +320,3 @@ def train_new_weights_only(model: NextFlowForCausalLM) -> None:
         mask = torch.zeros(len(weight), 1)
         mask[rows] = 1
         weight.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient))
-
-
-__all__ = ["NextFlowSFTTrainer", "train_new_weights_only"]
