@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..chat_template import read_messages
@@ -39,29 +40,23 @@ CodedSample = dict[str, Any]
 COLUMNS = ("token_ids", "completion_mask", "codes", "target_codes", "image_grid_shw", "codebook_size")
 
 
-def coded_features():
-    """The columns of a coded data set, as `datasets.Features`."""
-    from datasets import Features, List, Value
-
+def coded_features() -> Features:
+    """The columns of a coded data set."""
     names = ("token_ids", "inverse_token_ids", "completion_mask", "inverse_completion_mask")
     return Features(
         {name: List(Value("int32" if name.endswith("ids") else "int8")) for name in names}
         | {name: List(List(Value("int32"))) for name in ("codes", "target_codes", "image_grid_shw")}
-        | {
-            "codebook_size": Value("int32"),
-            **dict.fromkeys(("image_tokenizer_hash", "prompt_style", "id"), Value("string")),
-        }
+        | {"codebook_size": Value("int32")}
+        | {name: Value("string") for name in ("image_tokenizer_hash", "prompt_style", "id")}
     )
 
 
-def load_coded_dataset(folder: str | Path):
+def load_coded_dataset(folder: str | Path) -> Dataset:
     """All shards (`*.arrow`) of a folder as one `datasets.Dataset`, in order, mapped from disk and not copied.
 
     Raises:
         `ValueError`: if there are none, or if one is damaged; it is named.
     """
-    from datasets import concatenate_datasets
-
     # What datasets keeps of `map` and `filter` stands beside the shards that they read.
     shards = sorted(path for path in Path(folder).glob("*.arrow") if not path.name.startswith("cache-"))
     if not shards:
@@ -69,10 +64,8 @@ def load_coded_dataset(folder: str | Path):
     return concatenate_datasets([open_shard(shard) for shard in shards])
 
 
-def open_shard(path: Path):
+def open_shard(path: Path) -> Dataset:
     """One shard as a `datasets.Dataset`; a `ValueError` names it if it is not whole."""
-    from datasets import Dataset
-
     try:
         return Dataset.from_file(str(path))
     except Exception as error:  # Arrow has many ways to fail

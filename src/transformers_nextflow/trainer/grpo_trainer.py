@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
-from trl.trainer.utils import RepeatSampler, use_adapter
+from trl.trainer.utils import use_adapter
 
 from ..generation_config_nextflow import SIZE, NextFlowGenerationConfig
 from ..processing_nextflow import NextFlowProcessor
@@ -171,16 +171,12 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
     # Order and checkpoints
 
     def _get_train_sampler(self, dataset=None):
-        args = self.args
-        self._epoch_sampler = _EpochRepeatSampler(
-            self.train_dataset if dataset is None else dataset,
-            self.num_generations,
-            args.generation_batch_size // self.num_generations,
-            self.num_iterations * args.steps_per_generation,
-            self.shuffle_dataset,
-            args.seed,
-        )
-        return self._epoch_sampler
+        """TRL's, in an order that follows from seed and epoch alone."""
+        sampler = _GRPOTrainer._get_train_sampler(self, dataset)
+        if sampler.shuffle:
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + 1_000_003 * epoch)
+            self._epoch_sampler = sampler
+        return sampler
 
     def _save_run_state(self, folder: Path) -> None:
         """The pictures that later steps will learn from: they were drawn by weights that are no more."""
@@ -233,7 +229,7 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         return prompt, pictures
 
     def _seeds(self, num_images: int) -> list[int]:
-        """One per picture, by update, batch of that update and place in the whole batch: for any number of processes."""
+        """One per picture, by update, batch of that update and place in the batch of all processes."""
         training, now = self.model.training, self.state.global_step
         step, calls = self._rollouts_at[training]
         self._rollouts_at[training] = (now, calls + 1 if step == now else 0)
@@ -493,14 +489,6 @@ class _StepTimes(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         update = time.perf_counter() - self.start - (self._spent() - self.elsewhere)
         self.trainer._metrics["train"]["time/update"].append(update)
-
-
-class _EpochRepeatSampler(RepeatSampler):
-    """TRL's sampler with an order that follows from seed and epoch alone."""
-
-    def set_epoch(self, epoch: int) -> None:
-        if self.shuffle:
-            self.generator.manual_seed((self.seed or 0) + 1_000_003 * epoch)
 
 
 def _mask_of_size(mask: Any, size: tuple[int, int]) -> torch.Tensor:
