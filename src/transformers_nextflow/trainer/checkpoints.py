@@ -1,7 +1,6 @@
 """What all trainers share: an order of the data that resuming finds again, whole checkpoints, folders that load."""
 
 import copy
-import dataclasses
 import json
 import logging
 import os
@@ -9,51 +8,26 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from peft import PeftModel, PromptLearningConfig
-from torch.utils.data import Sampler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..codebook import check_same_codebook
+from ..modeling_nextflow import NextFlowForCausalLM
 from ..processing_nextflow import IMAGE_TOKENIZER_FOLDER, NextFlowProcessor
+from .packing import EpochSampler
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "nextflow_run.json"
-
-
-class EpochSampler(Sampler[int]):
-    """
-    Indices in an order that is a function of seed and epoch alone.
-
-    Args:
-        num_samples (`int`): Of the data set.
-        seed (`int`, *optional*, defaults to 0): Of the order.
-        shuffle (`bool`, *optional*, defaults to `True`): False keeps the order of the data set.
-        numbered (`bool`, *optional*, defaults to `False`): Give `epoch * num_samples + index` in place of the index.
-    """
-
-    def __init__(self, num_samples: int, seed: int = 0, shuffle: bool = True, numbered: bool = False):
-        self.num_samples, self.seed, self.shuffle, self.numbered, self.epoch = num_samples, seed, shuffle, numbered, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __iter__(self):
-        order = np.arange(self.num_samples)
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
-        yield from (order + self.numbered * self.epoch * self.num_samples).tolist()
+_Trainer: Any = object  # in whose place transformers' `Trainer` stands
 
 
 def what_is_missing(folder: str | Path) -> str | None:
     """What keeps a checkpoint from being whole, in words; None if nothing does.
 
-    `trainer_state.json` is written last, after `nextflow_run.json`, which lists all other files and their sizes. Half
-    of a JSON object can't be read, so it needs no renaming.
+    `trainer_state.json` is written last, after `nextflow_run.json`, which lists all other files and their sizes.
     """
     folder = Path(folder)
     try:
@@ -61,52 +35,52 @@ def what_is_missing(folder: str | Path) -> str | None:
         files = json.loads((folder / RUN_FILE).read_text(encoding="utf-8")).get("files", {})
     except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
-    return next(
-        (
-            f"{name} is missing or cut off"
-            for name, size in files.items()
-            if not (folder / name).is_file() or (folder / name).stat().st_size != size
-        ),
-        None,
-    )
+    for name, size in files.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            return f"{name} is missing or cut off"
+    return None
 
 
 def find_last_checkpoint(output_dir: str | Path) -> str | None:
     """The last whole `checkpoint-N` of a run; those that a kill left half written are passed over."""
-    numbered = [(path.name.rpartition("-")[2], path) for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
-    for _, path in sorted(((int(number), path) for number, path in numbered if number.isdigit()), reverse=True):
-        if (missing := what_is_missing(path)) is None:
-            return str(path)
-        logger.warning("%s is passed over, it is not whole: %s.", path, missing)
+    numbers = [path.name.rpartition("-")[2] for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    for number in sorted(filter(str.isdigit, numbers), key=int, reverse=True):
+        folder = Path(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{number}")
+        if (missing := what_is_missing(folder)) is None:
+            return str(folder)
+        logger.warning("%s is passed over, it is not whole: %s.", folder, missing)
     return None
 
 
-class NextFlowTrainerMixin:
+class NextFlowTrainerMixin(_Trainer):
     """What [`NextFlowSFTTrainer`], [`NextFlowGRPOTrainer`] and [`NextFlowImageTokenizerTrainer`] have in common.
 
     It stands before transformers' `Trainer`.
     """
 
-    args: Any
-    state: Any
-    control: Any
-    accelerator: Any
-    model: Any
-    save_model: Any
     processor: NextFlowProcessor | None = None  # saved with the model
     _card_facts: tuple[str, ...] = ()  # lines of the model card
     _epoch_sampler: Any = None
     _image_tokenizer_files: Path | None = None  # the last copy on disk
 
+    def __init__(self, *args, **kwargs):
+        # Of training and of evaluation, by name: a sum and the number of what was added up.
+        self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
+        super().__init__(*args, **kwargs)
+
     # Order
 
-    def _get_train_sampler(self, train_dataset=None):
-        args = self.args
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _get_train_sampler(self, train_dataset=None, **options):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not hasattr(dataset, "__len__") or args.train_sampling_strategy not in ("random", "sequential"):
+        strategy = self.args.train_sampling_strategy
+        if not hasattr(dataset, "__len__") or strategy not in ("random", "sequential"):
             return super()._get_train_sampler(train_dataset)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self._epoch_sampler = EpochSampler(len(dataset), seed, args.train_sampling_strategy == "random")
+        options = {"shuffle": strategy == "random", **options}
+        self._epoch_sampler = EpochSampler(len(dataset), self._data_seed, **options)
         return self._epoch_sampler
 
     def _run_epoch(self, *args, **kwargs):
@@ -115,7 +89,25 @@ class NextFlowTrainerMixin:
             return
         if self._epoch_sampler is not None:  # accelerate does not reach it through all of its wrappers
             self._epoch_sampler.set_epoch(kwargs["epoch"])
-        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]  # the trainer's
+        super()._run_epoch(*args, **kwargs)
+
+    # Logging
+
+    def _count(self, training: bool, name: str, entry: torch.Tensor) -> None:
+        """Adds a sum and a number, `(2,)`, to what is logged as their quotient; every rank counts the same names."""
+        self._sums[training][name] = self._sums[training].get(name, 0) + entry
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of what was counted since the last time, as `NAME` and `eval_NAME`."""
+        names = [name for name in logs if name == "loss" or (name.endswith("_loss") and name != "train_loss")]
+        sums = self._sums[names[0] == "loss"] if names else {}
+        if sums:
+            entries = self.accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
+            for name, (total, number) in zip(sums, entries, strict=True):
+                if number:
+                    logs[names[0].removesuffix("loss") + name] = round(total / number, 6)
+            sums.clear()
+        super().log(logs, start_time)
 
     # Checkpoints
 
@@ -150,7 +142,7 @@ class NextFlowTrainerMixin:
                 A folder; or True (also `"true"`, as command lines give it), the last whole one of `args.output_dir`.
 
         Raises:
-            `ValueError`: if there is none, it is not whole, or it is of a run with other packs or processes.
+            `ValueError`: if there is none, it is not whole, or it is of a run with other packs, processes or parts.
         """
         words: dict[str, Any] = {"true": True, "false": None, "none": None}
         folder = words.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
@@ -166,29 +158,27 @@ class NextFlowTrainerMixin:
                     "whole one."
                 )
             then, now = json.loads(Path(folder, RUN_FILE).read_text(encoding="utf-8")), self._run_facts()
-            then.pop("files", None)
-            changed = [
-                f"`{name}` was {then[name]}, now {now.get(name)}" for name in then if then[name] != now.get(name)
-            ]
-            if changed:
+            names = [name for name in then if name != "files" and then[name] != now.get(name)]
+            if names:
+                changed = "; ".join(f"`{name}` was {then[name]}, now {now.get(name)}" for name in names)
                 raise ValueError(
-                    f"The run in {folder} can't go on: {'; '.join(changed)}. The data would come in another order. "
-                    "Resume it as it was, or start a new run from its weights."
+                    f"The run in {folder} can't go on: {changed}. Resume it as it was, or start a new run from its "
+                    "weights."
                 )
-        return super().train(folder, *args, **kwargs)  # type: ignore[misc]  # the trainer's
+        return super().train(folder, *args, **kwargs)
 
     # Folders
 
     def _save(self, output_dir=None, state_dict=None):
-        processor = self.processor
-        given, self.processing_class = self.processing_class, None if processor else self.processing_class
+        processor, given = self.processor, self.processing_class
+        self.processing_class = None if processor else given
         try:
             super()._save(output_dir, state_dict)
         finally:
             self.processing_class = given
-        folder = Path(output_dir or self.args.output_dir)
         if not self.args.should_save:
             return
+        folder = Path(output_dir or self.args.output_dir)
         (folder / "README.md").write_text(self._model_card(), encoding="utf-8")
         if processor is None:
             return
@@ -197,16 +187,16 @@ class NextFlowTrainerMixin:
         words.save_pretrained(folder)
         if processor.image_tokenizer is None or isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             return  # an adapter is loaded into a folder that has one
-        own, last = folder / IMAGE_TOKENIZER_FOLDER, self._image_tokenizer_files
-        if last is not None and last.is_dir() and not own.exists():
-            shutil.copytree(last, own, copy_function=_link)  # it is frozen: all checkpoints share one copy
-        else:
+        own = folder / IMAGE_TOKENIZER_FOLDER
+        try:  # it is frozen: all checkpoints share one copy on disk
+            shutil.copytree(self._image_tokenizer_files or "", own, copy_function=os.link)
+        except OSError:  # there is none yet, or the file system has no links
             processor.image_tokenizer.save_pretrained(own)
         self._image_tokenizer_files = own
 
     def save_merged(self, folder: str) -> None:
         """Merges the adapters of PEFT into the model, for good, and saves a whole model that loads everywhere."""
-        self.model = self.accelerator.unwrap_model(self.model).merge_and_unload()
+        self.model: Any = self.accelerator.unwrap_model(self.model).merge_and_unload()
         self.save_model(folder)
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -217,67 +207,69 @@ class NextFlowTrainerMixin:
 
     def _model_card(self) -> str:
         model: Any = self.accelerator.unwrap_model(self.model)
-        base, args = Path(str(getattr(model.config, "_name_or_path", "") or "a new model")).name, self.args
-        names = {field.name for field in dataclasses.fields(args) if field.name in vars(type(args))["__annotations__"]}
-        names |= {"learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
-        settings = [f"- `{name}`: {getattr(args, name)!s}" for name in sorted(names)]
+        base, args = Path(getattr(model.config, "_name_or_path", "") or "a new model").name, self.args
+        names = {"learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
+        settings = "\n".join(f"- `{n}`: {getattr(args, n)!s}" for n in sorted(names.union(type(args).__annotations__)))
+        facts = "".join(f"- {fact}\n" for fact in self._card_facts)
         load = f"{type(model).__name__}.from_pretrained(folder)"
         if isinstance(model, PeftModel):
             load = "PeftModel.from_pretrained(NextFlowForCausalLM.from_pretrained(base), folder)"
         elif self.processor is not None and self.processor.image_tokenizer is not None:
-            load = (
-                "NextFlowPipeline.from_pretrained(folder)  # or AutoModelForMultimodalLM, AutoProcessor, pipeline(...)"
+            load = "NextFlowPipeline.from_pretrained(folder)"
+        return f"""---
+library_name: transformers
+tags: [nextflow]
+---
+# {Path(args.output_dir).name}
+
+Trained from {base} with `{type(self).__name__}` of transformers-nextflow, {self.state.global_step} steps. Nobody has \
+evaluated it here; licence and limits are those of its base and its data.
+
+{facts}
+```python
+{load}
+```
+
+## Settings
+
+{settings}
+"""
+
+
+def copy_settings(args: Any, kind: Any, output_dir: str) -> Any:
+    """A trainer's own copy of its settings, in which it may fill in what is left open."""
+    args = args or kind(output_dir)
+    if not isinstance(args, kind):
+        raise TypeError(f"`args` must be a `{kind.__name__}`, but got {type(args).__name__}.")
+    return copy.copy(args)
+
+
+def load_model(model: Any, args: Any, processing_class: Any, peft_config: Any) -> tuple[Any, NextFlowProcessor | None]:
+    """The language model, with a config that is not the caller's, and its processor, which fit together."""
+    if isinstance(model, str):
+        model = NextFlowForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **(args.model_init_kwargs or {})})
+        args.model_init_kwargs = None
+    processor = processing_class if isinstance(processing_class, NextFlowProcessor) else None
+    if processor is None:
+        try:
+            processor = NextFlowProcessor.from_pretrained(model.config._name_or_path)
+            processor.tokenizer = processing_class or processor.tokenizer
+        except (OSError, ValueError) as error:
+            logger.warning(
+                "The model's folder has no processor (%s), and none was given as `processing_class`: what is saved "
+                "will not draw by itself. Pass `processing_class=NextFlowProcessor.from_pretrained(...)`.",
+                error,
             )
-        return "\n".join(
-            [
-                "---\nlibrary_name: transformers\ntags: [nextflow]\n---",
-                f"# {Path(args.output_dir).name}\n",
-                f"Trained from {base} with `{type(self).__name__}` of transformers-nextflow, "
-                f"{self.state.global_step} steps. Nobody has evaluated it here; licence and limits are those of its "
-                "base and its data.\n",
-                *(f"- {fact}" for fact in self._card_facts),
-                f"\n```python\n{load}\n```\n\n## Settings\n",
-                *settings,
-                "",
-            ]
-        )
-
-
-def _link(source: str, target: str) -> None:
-    """Another name of the same file; a copy where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def find_processor(model: Any, processing_class: Any) -> NextFlowProcessor | None:
-    """The processor to save with a model: the one given, or that of the model's own folder with the tokenizer given."""
-    if isinstance(processing_class, NextFlowProcessor):
-        return processing_class
-    try:
-        processor = NextFlowProcessor.from_pretrained(model.config._name_or_path)
-    except (OSError, ValueError) as error:
-        logger.warning(
-            "The model's folder has no processor (%s), and none was given as `processing_class`: what is saved will "
-            "not draw by itself. Pass `processing_class=NextFlowProcessor.from_pretrained(...)`.",
-            error,
-        )
-        return None
-    if processing_class is not None:
-        processor.tokenizer = processing_class
-    return processor
-
-
-def own_config(model: Any) -> None:
-    """Gives a model a config of its own, so that what training changes in it is not the caller's."""
+    check_start(model, processor.tokenizer if processor else processing_class, peft_config)
     old, new = model.config, copy.deepcopy(model.config)
     for module in model.modules():
         if getattr(module, "config", None) is old:
             module.config = new
+    check_same_codebook(model.config, getattr(processor, "image_tokenizer", None))
+    return model, processor
 
 
-def check_start(model: Any, tokenizer: Any, peft_config: Any = None) -> None:
+def check_start(model: Any, tokenizer: Any = None, peft_config: Any = None) -> None:
     """Refuses adapters and vocabularies that can't be trained, and warns of weights too coarse for small steps."""
     configs = [peft_config, *getattr(model, "peft_config", {}).values()]
     if any(isinstance(config, PromptLearningConfig) for config in configs):
@@ -286,12 +278,12 @@ def check_start(model: Any, tokenizer: Any, peft_config: Any = None) -> None:
             "which NextFlow's positions have no place for. NextFlow's prefix-tuning trains the coarse scales: it is "
             "`num_trained_scales` of NextFlowGRPOConfig. For few weights use LoRA."
         )
-    first = getattr(model.config, "text_vocab_size", None)
-    if tokenizer is not None and first is not None and max(tokenizer.get_vocab().values()) >= first:
+    last_id = max(tokenizer.get_vocab().values()) if tokenizer is not None else -1
+    if last_id >= (first := getattr(model.config, "text_vocab_size", last_id + 1)):
         raise ValueError(
-            f"The tokenizer has ids up to {max(tokenizer.get_vocab().values())}, but ids from {first} on "
-            "(`text_vocab_size`) are codes of pictures: `add_tokens` took the first of them. Give new tokens ids that "
-            "the text leaves unused, or convert the model with a larger `text_vocab_size`."
+            f"The tokenizer has ids up to {last_id}, but ids from {first} on (`text_vocab_size`) are codes of "
+            "pictures: `add_tokens` took the first of them. Give new tokens ids that the text leaves unused, or "
+            "convert the model with a larger `text_vocab_size`."
         )
     coarse = {p.dtype for p in model.parameters() if p.requires_grad and p.is_floating_point() and p.itemsize < 4}
     if coarse and peft_config is None and not getattr(model, "is_quantized", False):
@@ -301,13 +293,3 @@ def check_start(model: Any, tokenizer: Any, peft_config: Any = None) -> None:
             "`bf16=True`.",
             ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in coarse)),
         )
-
-
-__all__ = [
-    "EpochSampler",
-    "NextFlowTrainerMixin",
-    "check_start",
-    "find_last_checkpoint",
-    "find_processor",
-    "own_config",
-]

@@ -21,44 +21,42 @@ and, where there is a use for them,
 Letters: L slots of the token view, N codes of an image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from ..chat_template import read_messages
 from ..codebook import hash_image_tokenizer
 from ..configuration_nextflow import NextFlowConfig
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
+from ..token_fields import tokenize
 
 CodedSample = dict[str, Any]
 COLUMNS = ("token_ids", "completion_mask", "codes", "target_codes", "image_grid_shw", "codebook_size")
 
 
-def coded_features():
-    """The columns of a coded data set, as `datasets.Features`."""
-    from datasets import Features, List, Value
-
+def coded_features() -> Features:
+    """The columns of a coded data set."""
     names = ("token_ids", "inverse_token_ids", "completion_mask", "inverse_completion_mask")
     return Features(
         {name: List(Value("int32" if name.endswith("ids") else "int8")) for name in names}
         | {name: List(List(Value("int32"))) for name in ("codes", "target_codes", "image_grid_shw")}
-        | {
-            "codebook_size": Value("int32"),
-            **dict.fromkeys(("image_tokenizer_hash", "prompt_style", "id"), Value("string")),
-        }
+        | {"codebook_size": Value("int32")}
+        | {name: Value("string") for name in ("image_tokenizer_hash", "prompt_style", "id")}
     )
 
 
-def load_coded_dataset(folder: str | Path):
+def load_coded_dataset(folder: str | Path) -> Dataset:
     """All shards (`*.arrow`) of a folder as one `datasets.Dataset`, in order, mapped from disk and not copied.
 
     Raises:
         `ValueError`: if there are none, or if one is damaged; it is named.
     """
-    from datasets import concatenate_datasets
-
     # What datasets keeps of `map` and `filter` stands beside the shards that they read.
     shards = sorted(path for path in Path(folder).glob("*.arrow") if not path.name.startswith("cache-"))
     if not shards:
@@ -66,10 +64,8 @@ def load_coded_dataset(folder: str | Path):
     return concatenate_datasets([open_shard(shard) for shard in shards])
 
 
-def open_shard(path: Path):
+def open_shard(path: Path) -> Dataset:
     """One shard as a `datasets.Dataset`; a `ValueError` names it if it is not whole."""
-    from datasets import Dataset
-
     try:
         return Dataset.from_file(str(path))
     except Exception as error:  # Arrow has many ways to fail
@@ -108,14 +104,16 @@ def encode_messages(
     """
     if prompt_style not in ("chat", "bare"):
         raise ValueError(f'`prompt_style` must be "chat" or "bare", but got {prompt_style!r}.')
-    contents = [content for message in messages if not isinstance(content := message["content"], str)]
-    pictures = [part.get("image") for content in contents for part in content if part.get("type") == "image"]
+    special = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
+    chat = read_messages(messages, special, [])
+    parts = [part for message in chat for part in _parts(message)]
+    pictures = [part.get("image") for part in parts if part["type"] == "image"]
     if any(picture is None for picture in pictures):
         raise ValueError('A part {"type": "image"} needs its picture under "image".')
-    token_ids, completion_mask = _tokenize(messages, processor, prompt_style)
+    token_ids, completion_mask = _tokenize(chat, processor, prompt_style)
     if not any(completion_mask):
         raise ValueError("The conversation has nothing to learn: no message of an assistant.")
-    inverse = _inverted(messages, caption_prompt)
+    inverse = _inverted(chat, caption_prompt)
     inverse_token_ids, inverse_completion_mask = _tokenize(inverse, processor, prompt_style) if inverse else ([], [])
     codes, targets, grids = processor._encode_images(pictures, self_correction, generator, images_kwargs)
     offset, images = processor.visual_token_offset or 0, processor.image_tokenizer
@@ -133,36 +131,40 @@ def encode_messages(
     }
 
 
-def _tokenize(messages: Sequence[dict[str, Any]], processor: NextFlowProcessor, style: str) -> tuple[list, list]:
-    """Ids of a conversation with a mark a picture, and where an assistant speaks."""
+def _tokenize(chat: list[dict[str, Any]], processor: NextFlowProcessor, style: str) -> tuple[list[int], list[int]]:
+    """Ids of a conversation as `read_messages` gives it, with one mark per picture, and where an assistant speaks."""
     if style == "chat":
-        encoded = processor.tokenizer.apply_chat_template(
-            list(messages), return_dict=True, return_assistant_tokens_mask=True, chat_template=processor.chat_template
-        )
-        return list(encoded["input_ids"]), list(encoded["assistant_masks"])
-    ids, mask, mark = list[int](), list[int](), processor.image_token
-    for message in messages:
-        parts, answers = message["content"], message["role"] == "assistant"
-        texts = (
-            parts if isinstance(parts, str) else [part["text"] if part["type"] == "text" else mark for part in parts]
-        )
-        new = processor.tokenizer("".join(texts) + processor.tokenizer.eos_token * answers)["input_ids"]
+        options: dict[str, Any] = {"chat_template": processor.chat_template, "return_assistant_tokens_mask": True}
+        options |= processor.tokenizer.special_tokens_map
+        rendered: Any = render_jinja_template(conversations=[chat], **options)
+        prompts, answered = rendered
+        encoded = tokenize(processor.tokenizer, prompts, return_offsets_mapping=True)
+        starts = [start for start, _ in encoded["offset_mapping"][0]]
+        return encoded["input_ids"][0], [int(any(a <= start < b for a, b in answered[0])) for start in starts]
+    ids, mask = list[int](), list[int]()
+    for message in chat:
+        said = [part["text"] if part["type"] == "text" else processor.image_token for part in _parts(message)]
+        if answers := message["role"] == "assistant":
+            said.append(processor.tokenizer.eos_token)
+        (new,) = tokenize(processor.tokenizer, ["".join(said)])["input_ids"]
         ids, mask = ids + new, mask + [int(answers)] * len(new)
     return ids, mask
 
 
-def _inverted(messages: Sequence[dict[str, Any]], caption_prompt: str) -> list[dict[str, Any]] | None:
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _inverted(chat: list[dict[str, Any]], caption_prompt: str) -> list[dict[str, Any]] | None:
     """A picture drawn from a text as a picture described; None for any other conversation."""
-    parts = [
-        [{"type": "text", "text": content}] if isinstance(content := message["content"], str) else content
-        for message in messages
-    ]
-    if [message["role"] for message in messages] != ["user", "assistant"] or len(parts[1]) != 1:
+    if [message["role"] for message in chat] != ["user", "assistant"]:
         return None
-    if parts[1][0]["type"] != "image" or any(part["type"] != "text" for part in parts[0]):
+    texts, pictures = map(_parts, chat)
+    if any(part["type"] != "text" for part in texts) or [part["type"] for part in pictures] != ["image"]:
         return None
     prompt = [{"type": "text", "text": caption_prompt}] if caption_prompt else []
-    return [{"role": "user", "content": [*parts[1], *prompt]}, {"role": "assistant", "content": parts[0]}]
+    return [{"role": "user", "content": [*pictures, *prompt]}, {"role": "assistant", "content": texts}]
 
 
 def invert_task(sample: CodedSample) -> CodedSample:
@@ -182,14 +184,40 @@ def drop_condition(sample: CodedSample, image_token_id: int) -> CodedSample:
     return {**sample, **{name: [sample[name][i] for i in kept] for name in ("token_ids", "completion_mask")}}
 
 
-def check_sample(sample: CodedSample, config: NextFlowConfig) -> list[tuple[list[int], list[int], list[int]]]:
-    """Codes, targets and grid of each image of a sample that fits together and fits the model.
+def check_columns(names: Iterable[str]) -> None:
+    """Refuses rows that are not coded samples."""
+    if missing := [name for name in COLUMNS if name not in names]:
+        raise ValueError(
+            f"Coded samples need the columns {', '.join(COLUMNS)}, but there are {', '.join(names)}: "
+            f"{', '.join(missing)} is missing. `encode_messages` makes them of conversations, "
+            "examples/extract_codes.py of data sets."
+        )
 
-    Raises:
-        `ValueError`: otherwise.
+
+def check_codes(sizes: Iterable[int], hashes: Iterable[str | None], config: NextFlowConfig) -> str | None:
+    """Refuses codes of another image tokenizer than the model's, whose hash it returns (None if it is not known).
+
+    `sizes` are those of the codebooks; `hashes` may hold empty ones.
     """
-    if missing := [name for name in COLUMNS if name not in sample]:
-        raise ValueError(f"A coded sample needs the columns {', '.join(COLUMNS)}; {', '.join(missing)} is missing.")
+    known = sorted(set(sizes))
+    if known not in ([], [config.visual_codebook_size]):
+        raise ValueError(
+            f"The codes come from codebook{'s' * (len(known) > 1)} of {', '.join(map(str, known))} codes, but the "
+            f"model's has {config.visual_codebook_size}. Extract all codes with the model's own image tokenizer."
+        )
+    theirs, ours = sorted({value for value in hashes if value}), getattr(config, "image_tokenizer_hash", None)
+    if len({*theirs, ours} - {None}) > 1:
+        raise ValueError(
+            f"The codes come from the image tokenizer {', '.join(theirs)}"
+            + (f", but the model was trained on codes of {ours}" if ours else "")
+            + ". The same number means another picture: extract all codes with the model's own image tokenizer."
+        )
+    return theirs[0] if theirs else ours
+
+
+def check_sample(sample: CodedSample, config: NextFlowConfig) -> list[tuple[list[int], list[int], list[int]]]:
+    """Codes, targets and grid of each image of a sample; refuses one that does not fit together or to the model."""
+    check_columns(sample)
     tokens, mask, *parts = (sample[name] for name in COLUMNS[:5])
     counts = [list(tokens).count(config.image_token_id), *map(len, parts)]
     if len(set(counts)) > 1:
@@ -197,17 +225,8 @@ def check_sample(sample: CodedSample, config: NextFlowConfig) -> list[tuple[list
             "The sample has {} image marks, codes of {} images, targets of {}, grids of {}.".format(*counts)
         )
     images = list(zip(*parts, strict=True))
-    if images and sample["codebook_size"] != config.visual_codebook_size:
-        raise ValueError(
-            f"The codes come from a codebook of {sample['codebook_size']} codes, but the model's has "
-            f"{config.visual_codebook_size}. Extract the codes with the model's own image tokenizer."
-        )
-    ours, theirs = getattr(config, "image_tokenizer_hash", None), sample.get("image_tokenizer_hash")
-    if images and ours and theirs and ours != theirs:
-        raise ValueError(
-            f"The codes come from the image tokenizer {theirs}, but the model was trained on codes of {ours}: the same "
-            "number means another picture. Extract the codes with the model's own image tokenizer."
-        )
+    if images:
+        check_codes([sample["codebook_size"]], [sample.get("image_tokenizer_hash")], config)
     if not len(tokens) or len(mask) != len(tokens):
         raise ValueError(f"The sample has {len(tokens)} `token_ids` and a `completion_mask` of {len(mask)}.")
     _check_range("token_ids", tokens, config.text_vocab_size)
@@ -259,16 +278,3 @@ def expand_sample(
         labels += wanted if answer or not completion_only else [-100] * len(wanted)
     labels[:1] = [-100] * len(labels[:1])
     return {"input_ids": input_ids, "labels": labels, "image_grid_shw": [list(grid) for *_, grid in images]}
-
-
-__all__ = [
-    "COLUMNS",
-    "CodedSample",
-    "coded_features",
-    "drop_condition",
-    "encode_messages",
-    "expand_sample",
-    "hash_image_tokenizer",
-    "invert_task",
-    "load_coded_dataset",
-]

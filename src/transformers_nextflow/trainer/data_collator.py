@@ -8,6 +8,7 @@ import torch
 
 from ..configuration_nextflow import NextFlowConfig
 from .coded_dataset import CodedSample, check_sample, drop_condition, expand_sample, invert_task
+from .settings import SHARE, refuse
 
 
 @dataclass
@@ -41,14 +42,7 @@ class NextFlowDataCollator:
     return_ids: bool = False
 
     def __post_init__(self):
-        for name in ("condition_dropout", "task_inversion"):
-            if not 0 <= (probability := getattr(self, name)) <= 1:
-                raise ValueError(f"`{name}` must be between 0 and 1, but got {probability}.")
-
-    def _draws(self, sample: CodedSample) -> bool:
-        """Whether an answer has an image; questions are never dropped from answers in words."""
-        marks = zip(sample["token_ids"], sample["completion_mask"], strict=True)
-        return any(answer and token == self.config.image_token_id for token, answer in marks)
+        refuse(self, condition_dropout=SHARE, task_inversion=SHARE)
 
     def _expand(self, sample: CodedSample) -> dict[str, Any]:
         """The token view of a sample after the draws."""
@@ -56,8 +50,11 @@ class NextFlowDataCollator:
         generator = torch.Generator().manual_seed(sample["draw_seed"]) if "draw_seed" in sample else None
         if self.task_inversion and torch.rand((), generator=generator) < self.task_inversion:
             sample = invert_task(sample)
-        if self._draws(sample) and torch.rand((), generator=generator) < self.condition_dropout:
-            sample = drop_condition(sample, self.config.image_token_id)
+        marks, mark = zip(sample["token_ids"], sample["completion_mask"], strict=True), self.config.image_token_id
+        # Questions are never dropped from answers in words.
+        draws = any(answer and token == mark for token, answer in marks)
+        if draws and torch.rand((), generator=generator) < self.condition_dropout:
+            sample = drop_condition(sample, mark)
         row = expand_sample(sample, self.config, self.completion_only)
         length, limit = len(row["input_ids"]), self.max_length or self.config.max_position_embeddings
         if length > limit:
@@ -106,6 +103,3 @@ class NextFlowDataCollator:
             "labels": pad("labels", -100),
             **extras,
         }
-
-
-__all__ = ["NextFlowDataCollator"]

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from .sft_config import FIXED_IN_ALL, refuse
+from .settings import AT_LEAST_0, AT_LEAST_1, POSITIVE, name_activation_checkpointing, refuse
+from .sft_config import FIXED_IN_ALL
 
 # What TRL's trainer can do and images have no use for: (name, legal value, why).
 FIXED = (
@@ -28,16 +29,8 @@ FIXED = (
 )
 
 # Arguments of `generate` that the trainer gives itself.
-_OWN_ARGUMENTS = {
-    "generation_mode",
-    "generator",
-    "height",
-    "images_per_prefix",
-    "num_return_sequences",
-    "num_scales",
-    "prefix_scales",
-    "width",
-}
+_OWN_ARGUMENTS = {"generation_mode", "generator", "height", "width", "num_scales", "num_return_sequences"}
+_OWN_ARGUMENTS |= {"prefix_scales", "images_per_prefix"}
 
 
 @dataclass
@@ -88,25 +81,22 @@ class NextFlowGRPOConfig(GRPOConfig):
     use_bias_correction_kl: bool = field(default=False, metadata={"help": "Only False."})
 
     def __post_init__(self):
-        refuse(self, FIXED)
-        if self.scale_reweight_alpha < 0:
-            raise ValueError(f"`scale_reweight_alpha` must be at least 0, but got {self.scale_reweight_alpha}.")
-        if self.temperature <= 0:
-            raise ValueError(f"`temperature` must be positive, but got {self.temperature}.")
-        for name in ("num_trained_scales", "middle_return_scale", "num_middle_rollouts", "prefix_updates_per_suffix"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, but got {value}.")
-        for name in ("middle_return_temperature", "reward_timeout"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"`{name}` must be positive, but got {value}.")
+        refuse(
+            self,
+            FIXED,
+            scale_reweight_alpha=AT_LEAST_0,
+            temperature=POSITIVE,
+            num_trained_scales=AT_LEAST_1,
+            middle_return_scale=AT_LEAST_1,
+            num_middle_rollouts=AT_LEAST_1,
+            prefix_updates_per_suffix=AT_LEAST_1,
+            middle_return_temperature=POSITIVE,
+            reward_timeout=POSITIVE,
+        )
+        name_activation_checkpointing(self)
         super().__post_init__()
         if taken := sorted(_OWN_ARGUMENTS & (self.generation_kwargs or {}).keys()):  # type: ignore[union-attr]
             raise ValueError(
                 f"`generation_kwargs` can't hold {', '.join(f'`{name}`' for name in taken)}: sizes are settings of "
                 "their own, and the rest is the trainer's."
             )
-
-
-__all__ = ["NextFlowGRPOConfig"]

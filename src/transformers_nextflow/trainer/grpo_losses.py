@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 
 from ..scale_schedule import ScaleSchedule
-from ..token_layout import scale_weights
 
 
 class PolicyLoss(NamedTuple):
@@ -172,14 +171,3 @@ def policy_loss(
     loss = (weights * losses).sum(1).mean() / losses.shape[1]
     is_clipped = (ratios < 1 - epsilon[0]) & (advantage < 0) | (ratios > 1 + epsilon[1]) & (advantage > 0)
     return PolicyLoss(loss, ratios.detach(), is_clipped, kl.detach())
-
-
-__all__ = [
-    "PolicyLoss",
-    "code_log_probs",
-    "group_advantages",
-    "middle_returns",
-    "policy_loss",
-    "propagate_mask",
-    "scale_weights",
-]

@@ -1,6 +1,5 @@
 """GRPO with prefix-tuning on TRL."""
 
-import copy
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,34 +9,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather_object
+from datasets.fingerprint import Hasher
 from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
-from trl.trainer.utils import RepeatSampler, use_adapter
+from trl.trainer.utils import use_adapter
 
-from ..codebook import check_same_codebook
 from ..generation_config_nextflow import SIZE, NextFlowGenerationConfig
-from ..generation_nextflow import NextFlowGenerateOutput
-from ..modeling_nextflow import NextFlowForCausalLM
 from ..processing_nextflow import NextFlowProcessor
-from ..scale_schedule import ScaleSchedule
-from ..token_layout import split_grids
-from .checkpoints import NextFlowTrainerMixin, check_start, own_config
+from ..token_layout import scale_weights, split_grids
+from .checkpoints import NextFlowTrainerMixin, copy_settings, load_model
 from .grpo_config import NextFlowGRPOConfig
-from .grpo_losses import (
-    code_log_probs,
-    group_advantages,
-    middle_returns,
-    policy_loss,
-    propagate_mask,
-    scale_weights,
-)
+from .grpo_losses import code_log_probs, group_advantages, middle_returns, policy_loss, propagate_mask
 from .reward_call import make_reward_call
 
-STATE_FILE = "grpo_state_{}.pt"  # one a process
+STATE_FILE = "grpo_state_{}.pt"  # one per process
 
 Row = dict[str, Any]
 _GRPOTrainer: Any = GRPOTrainer  # its attributes are declared as unions of what other trainers have, too
@@ -113,46 +103,34 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         peft_config: Any = None,
         **kwargs,
     ):
-        args = args or NextFlowGRPOConfig("nextflow-grpo")
-        if not isinstance(args, NextFlowGRPOConfig):
-            raise TypeError(f"`args` must be a `NextFlowGRPOConfig`, but got {type(args).__name__}.")
-        args = copy.copy(args)  # what is filled in below is not the caller's
+        args = copy_settings(args, NextFlowGRPOConfig, "nextflow-grpo")
         for name in ("tools", "rollout_func", "environment_factory"):
             if kwargs.get(name):
                 raise ValueError(f"`{name}` is for text; NextFlowGRPOTrainer draws pictures itself.")
-        if isinstance(model, str):
-            if processing_class is None:
-                processing_class = NextFlowProcessor.from_pretrained(model)
-            settings: Any = args.model_init_kwargs or {}
-            model = NextFlowForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **settings})
-            args.model_init_kwargs = None
-        elif processing_class is None:
-            processing_class = NextFlowProcessor.from_pretrained(model.config._name_or_path)
-        if not isinstance(processing_class, NextFlowProcessor) or processing_class.image_tokenizer is None:
+        model, processor = load_model(model, args, processing_class, peft_config)
+        if processing_class not in (None, processor) or processor is None or processor.image_tokenizer is None:
             raise ValueError(
                 "Rewards judge pictures: pass `processing_class=NextFlowProcessor.from_pretrained(...)` with an image "
                 "tokenizer."
             )
-        check_same_codebook(model.config, processing_class.image_tokenizer)
-        check_start(model, processing_class.tokenizer, peft_config)
-        own_config(model)
         functions = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         if not functions:
             raise ValueError("`reward_funcs` is empty: pass at least one reward function.")
         size, _ = NextFlowGenerationConfig.merge({name: getattr(args, name) for name in SIZE}, None)
-        schedule = size.over(model.generation_config).schedule(model.config.num_scales)
-        self._check_scales(args, schedule)
+        self._first_visual_id = model.config.text_vocab_size
+        self.schedule = size.over(model.generation_config).schedule(model.config.num_scales)
+        self._check_scales(args)
         super().__init__(
             model,
             [make_reward_call(function, args.reward_timeout) for function in functions],
             args,
-            processing_class=processing_class,
+            processing_class=processor,
             peft_config=peft_config,
             **kwargs,
         )
-        self.schedule, self.processor = schedule, processing_class
+        self.processor: Any = processor
         self._card_facts = (f"Rewards: {', '.join(self.reward_func_names)}",)
-        processing_class.image_tokenizer.to(self.accelerator.device).eval()
+        self.processor.image_tokenizer.to(self.accelerator.device).eval()
         drawn = args.per_device_train_batch_size * (args.steps_per_generation or 1)
         if args.middle_return_scale and drawn % self.num_generations:
             raise ValueError(
@@ -164,30 +142,28 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         self._rollouts_at = {True: (-1, 0), False: (-1, 0)}
         self.add_callback(_StepTimes(self))
 
-    @staticmethod
-    def _check_scales(args: NextFlowGRPOConfig, schedule: ScaleSchedule):
-        trained = schedule.num_scales if args.num_trained_scales is None else args.num_trained_scales
-        if trained > schedule.num_scales:
+    def _check_scales(self, args: NextFlowGRPOConfig):
+        """Fills in `num_trained_scales`, and refuses scales that the images don't have."""
+        num_scales, middle = self.schedule.num_scales, args.middle_return_scale
+        trained = args.num_trained_scales = args.num_trained_scales or num_scales
+        if trained > num_scales:
             raise ValueError(
-                f"`num_trained_scales` is {trained}, but the images have {schedule.num_scales} scales. Choose 1 to "
-                f"{schedule.num_scales}, or None for all."
+                f"`num_trained_scales` is {trained}, but the images have {num_scales} scales. Choose 1 to "
+                f"{num_scales}, or None for all."
             )
-        middle = args.middle_return_scale
-        if middle is not None and not (middle <= trained and middle < schedule.num_scales):
+        if middle is not None and middle > min(trained, num_scales - 1):
             raise ValueError(
                 f"`middle_return_scale` is {middle}, but it must be at most `num_trained_scales` ({trained}) and leave "
-                f"scales to draw after it: choose 1 to {min(trained, schedule.num_scales - 1)}."
+                f"scales to draw after it: choose 1 to {min(trained, num_scales - 1)}."
             )
 
     def _stage(self) -> Stage:
         """What the current update trains. It follows from the number of updates, so resuming goes on with it."""
-        args, schedule = self.args, self.schedule
-        trained = schedule.num_scales if args.num_trained_scales is None else args.num_trained_scales
-        middle = args.middle_return_scale
+        args, trained, middle = self.args, self.args.num_trained_scales, self.args.middle_return_scale
         if middle is None or not self.model.training:
             return Stage(range(trained))
-        period, num_updates = args.steps_per_generation * self.num_iterations, args.gradient_accumulation_steps
-        index = self.state.global_step // max(1, period // num_updates)
+        updates_per_batch = args.steps_per_generation * self.num_iterations // args.gradient_accumulation_steps
+        index = self.state.global_step // max(1, updates_per_batch)
         if middle < trained and index % (args.prefix_updates_per_suffix + 1) == args.prefix_updates_per_suffix:
             return Stage(range(middle, trained), middle, self.num_generations)
         return Stage(range(middle), middle, args.num_middle_rollouts, args.num_middle_rollouts)
@@ -195,16 +171,12 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
     # Order and checkpoints
 
     def _get_train_sampler(self, dataset=None):
-        args = self.args
-        self._epoch_sampler = _EpochRepeatSampler(
-            self.train_dataset if dataset is None else dataset,
-            self.num_generations,
-            args.generation_batch_size // self.num_generations,
-            self.num_iterations * args.steps_per_generation,
-            self.shuffle_dataset,
-            args.seed,
-        )
-        return self._epoch_sampler
+        """TRL's, in an order that follows from seed and epoch alone."""
+        sampler = _GRPOTrainer._get_train_sampler(self, dataset)
+        if sampler.shuffle:
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + 1_000_003 * epoch)
+            self._epoch_sampler = sampler
+        return sampler
 
     def _save_run_state(self, folder: Path) -> None:
         """The pictures that later steps will learn from: they were drawn by weights that are no more."""
@@ -221,30 +193,43 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
     # Drawing
 
     def _read_prompts(self, rows: list[Row]) -> dict[str, torch.Tensor]:
-        """Token-view ids, left-padded, of one row a prompt."""
+        """Token-view ids, left-padded and ending with `<boi>`, of one row per prompt."""
         texts, pictures = zip(*map(self._read_prompt, rows), strict=True)
-        batch = self.processing_class(
-            list(texts),
-            list(pictures) if any(pictures) else None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
-        boi_token_id = self.processing_class.boi_token_id
-        boi = torch.full((len(rows), 1), boi_token_id)
-        return {
-            **batch,
-            "input_ids": torch.cat([batch["input_ids"].long(), boi], dim=1),
-            "attention_mask": torch.cat([batch["attention_mask"].long(), torch.ones_like(boi)], dim=1),
-        }
+        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        batch = self.processor(list(texts), list(pictures) if any(pictures) else None, **options)
+        for name, last in (("input_ids", self.processor.boi_token_id), ("attention_mask", 1)):
+            batch[name] = F.pad(batch[name].long(), (0, 1), value=last)
+        return batch
 
     def _read_prompt(self, row: Row) -> tuple[str, list[Any]]:
-        """Text and pictures of a row, prompted as the model was trained to be."""
-        styles = getattr(self.accelerator.unwrap_model(self.model).generation_config, "prompt_styles", None)
-        return read_prompt(row, self.processing_class, styles)
+        """Text with `<image>` marks and pictures of a row: `prompt` (text or messages) and `images` (or `image`).
+
+        A text becomes a chat turn where the model was trained on such for drawing (or, with pictures, for editing).
+        """
+        processor, prompt, images, image = self.processor, row["prompt"], row.get("images"), row.get("image")
+        pictures = list(images) if images is not None and len(images) else [] if image is None else [image]
+        styles = getattr(self.accelerator.unwrap_model(self.model).generation_config, "prompt_styles", None) or {}
+        if isinstance(prompt, str) and styles.get("edit" if pictures else "image") == "chat":
+            prompt = [{"role": "user", "content": prompt}]
+        if not isinstance(prompt, str):
+            remaining = iter(pictures)
+            parts = [part for message in prompt for part in message["content"] if isinstance(part, dict)]
+            pictures = [
+                part["image"] if part.get("image") is not None else next(remaining, None)
+                for part in parts
+                if part.get("type") == "image"
+            ] + list(remaining)
+            prompt = processor.apply_chat_template(prompt, add_generation_prompt=True)
+        marks, number = prompt.count(processor.image_token), sum(picture is not None for picture in pictures)
+        if not marks == number == len(pictures):
+            raise ValueError(
+                f"The prompt {prompt!r} has {marks} `{processor.image_token}` marks, but its row has {number} "
+                "pictures. Put one picture per mark into the column `images`."
+            )
+        return prompt, pictures
 
     def _seeds(self, num_images: int) -> list[int]:
-        """One a picture, by update, batch of that update and place in the whole batch: for any number of processes."""
+        """One per picture, by update, batch of that update and place in the batch of all processes."""
         training, now = self.model.training, self.state.global_step
         step, calls = self._rollouts_at[training]
         self._rollouts_at[training] = (now, calls + 1 if step == now else 0)
@@ -257,7 +242,8 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
     def _roll_out(self, rows: list[Row], stage: Stage) -> Rollout:
         """Draws pictures; equal prompts in a row are read once and share their prompt's cache."""
         device, is_training = self.accelerator.device, self.model.training
-        runs = [list(run) for _, run in groupby(range(len(rows)), key=_run_keys(rows).__getitem__)]
+        keys = [Hasher.hash([row["prompt"], row.get("images"), row.get("image")]) for row in rows]
+        runs = [list(run) for _, run in groupby(range(len(rows)), key=keys.__getitem__)]
         batch = self._read_prompts([rows[run[0]] for run in runs])
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         grids_of_prompts: Any = [ids.new_empty(0, 3)] * len(runs)
@@ -307,17 +293,6 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         grids_of_rows = [torch.cat([grids_of_prompts[index], drawn]) for index in run_of_row]
         return Rollout(ids[run_of_row], mask[run_of_row], grids_of_rows, codes)
 
-    @property
-    def _first_visual_id(self) -> int:
-        """The first visual id."""
-        return self.model.config.text_vocab_size
-
-    @torch.no_grad()
-    def _decode(self, codes: torch.Tensor) -> list[Image.Image]:
-        grids = torch.tensor([self.schedule.grid_shw]).repeat(len(codes), 1)
-        output = NextFlowGenerateOutput(image_codes=codes, image_grid_shw=grids)
-        return self.processing_class.post_process_multimodal_output(output, generation_mode="image")
-
     # Scoring
 
     def _reward(
@@ -336,7 +311,7 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
             for row, source in zip(inputs, sources, strict=True):
                 row["source_images"] = source
         prompts = [row["prompt"] for row in rows]
-        completions: list[Any] = [self.processing_class.image_token] * len(rows)
+        completions: list[Any] = [self.processor.image_token] * len(rows)
         if not isinstance(prompts[0], str):
             completions = [
                 [{"role": "assistant", "content": [{"type": "image", "image": picture}]}] for picture in pictures
@@ -352,7 +327,7 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
         start = time.perf_counter()
         rollout = self._roll_out(inputs, stage)
-        pictures = self._decode(rollout.codes)
+        pictures = self.processor.decode_codes(rollout.codes, [self.schedule.grid_shw] * len(rollout.codes))
         drawn = time.perf_counter()
         rows = [row for row in inputs for _ in range(stage.num_images)]
         rewards_per_function, masks = self._reward(rows, pictures, rollout.codes)
@@ -366,7 +341,7 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
             values = middle_returns(rewards.view(-1, stage.num_images), self.args.middle_return_temperature)
         if group_size > 1:
             advantages = group_advantages(values, group_size, self.scale_rewards)
-        else:  # an evaluation with one picture a prompt compares nothing
+        else:  # an evaluation with one picture per prompt compares nothing
             advantages = torch.zeros_like(values)
         self._log_rewards(mode, rewards_per_function, rewards, values, group_size)
         self._log_pictures(rows, pictures, rewards_per_function, advantages.repeat_interleave(stage.num_images))
@@ -393,22 +368,20 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
             # A batch that is used within one update is scored by its first pass; see `_compute_loss`.
             if self.args.gradient_accumulation_steps % self.args.steps_per_generation:
                 output["old_log_probs"] = self._log_probs_of_all(self.model, output)
-            if self.beta != 0:
-                output["reference_log_probs"] = self._reference_log_probs(output)
+            if self.beta != 0 and self.ref_model is not None:
+                output["reference_log_probs"] = self._log_probs_of_all(self.ref_model, output)
+            elif self.beta != 0:
+                policy: Any = self.accelerator.unwrap_model(self.model)
+                with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
+                    output["reference_log_probs"] = self._log_probs_of_all(self.model, output)
         return output
-
-    def _reference_log_probs(self, inputs: dict[str, Any]) -> torch.Tensor:
-        if self.ref_model is not None:
-            return self._log_probs_of_all(self.ref_model, inputs)
-        model: Any = self.accelerator.unwrap_model(self.model)
-        with use_adapter(model, "ref" if "ref" in model.peft_config else None):
-            return self._log_probs_of_all(self.model, inputs)
 
     def _log_probs_of_all(self, model, inputs: dict[str, Any]) -> torch.Tensor:
         """Log-probabilities of a whole batch, a part of the size of a training batch at a time."""
         size = self.args.per_device_train_batch_size
-        parts = range(0, len(inputs["prompt_ids"]), size)
-        return torch.cat([self._log_probs(model, _rows(inputs, slice(i, i + size)))[0] for i in parts])
+        starts = range(0, len(inputs["prompt_ids"]), size)
+        parts = ({name: value[i : i + size] for name, value in inputs.items()} for i in starts)
+        return torch.cat([self._log_probs(model, part)[0] for part in parts])
 
     def _log_probs(self, model, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropies of the trained codes, `(B, n)` both: teacher forcing, without guidance."""
@@ -487,7 +460,7 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
                 picture.save(file)
         texts = [self._read_prompt(row)[0] for row in rows]
         self._logs["prompt"].extend(gather_object(texts))
-        self._logs["completion"].extend(gather_object([self.processing_class.image_token] * len(rows)))
+        self._logs["completion"].extend(gather_object([self.processor.image_token] * len(rows)))
         self._logs["extra"]["image"].extend(gather_object(files))
         for name, column in zip(self.reward_func_names, per_function.unbind(1), strict=True):
             self._logs["rewards"][name].extend(column.tolist())
@@ -518,84 +491,11 @@ class _StepTimes(TrainerCallback):
         self.trainer._metrics["train"]["time/update"].append(update)
 
 
-class _EpochRepeatSampler(RepeatSampler):
-    """TRL's sampler with an order that follows from seed and epoch alone."""
-
-    def set_epoch(self, epoch: int) -> None:
-        if self.shuffle:
-            self.generator.manual_seed((self.seed or 0) + 1_000_003 * epoch)
-
-
-def read_prompt(row: Row, processor: NextFlowProcessor, styles: dict[str, str] | None = None) -> tuple[str, list[Any]]:
-    """Text with `<image>` marks and pictures of a row: `prompt` (text or messages) and `images` (or `image`).
-
-    A text becomes a chat turn where `styles`, the model's `prompt_styles`, say so for drawing (or, with pictures,
-    for editing).
-    """
-    images, image = row.get("images"), row.get("image")
-    pictures = list(images) if images is not None and len(images) else [] if image is None else [image]
-    prompt = row["prompt"]
-    if isinstance(prompt, str) and (styles or {}).get("edit" if pictures else "image") == "chat":
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, str):
-        parts = [part for message in prompt for part in message["content"] if isinstance(part, dict)]
-        remaining = iter(pictures)
-        pictures = [
-            part["image"] if part.get("image") is not None else next(remaining, None)
-            for part in parts
-            if part.get("type") == "image"
-        ] + list(remaining)
-        prompt = processor.tokenizer.apply_chat_template(
-            prompt, chat_template=processor.chat_template, tokenize=False, add_generation_prompt=True
-        )
-    marks = prompt.count(processor.image_token)
-    if marks != len(pictures) or any(picture is None for picture in pictures):
-        number = sum(picture is not None for picture in pictures)
-        raise ValueError(
-            f"The prompt {prompt!r} has {marks} `{processor.image_token}` marks, but its row has {number} pictures. "
-            "Put one picture a mark into the column `images`."
-        )
-    return prompt, list(pictures)
-
-
-def _run_keys(rows: list[Row]) -> list[int]:
-    """The same number for rows next to each other whose prompts and pictures are equal."""
-    keys: list[int] = []
-    previous: list[Any] = []
-    for row in rows:
-        content = [row["prompt"], row.get("images"), row.get("image")]
-        keys.append(keys[-1] + (not _equal(content, previous)) if keys else 0)
-        previous = content
-    return keys
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two values are equal, whatever arrays they hold."""
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
-    if isinstance(a, np.ndarray | torch.Tensor) or isinstance(b, np.ndarray | torch.Tensor):
-        return type(a) is type(b) and a.shape == b.shape and bool((a == b).all())
-    return a == b
-
-
-def _rows(inputs: dict[str, Any], rows: slice) -> dict[str, Any]:
-    return {name: value[rows] for name, value in inputs.items()}
-
-
 def _mask_of_size(mask: Any, size: tuple[int, int]) -> torch.Tensor:
     """A mask of any resolution, bool `(H, W)`; ones for None."""
     if mask is None:
         return torch.ones(size, dtype=torch.bool)
-    mask = torch.as_tensor(np.asarray(mask)).bool()
+    mask = torch.as_tensor(np.asarray(mask))
     if mask.ndim != 2:
         raise ValueError(f"A mask must have shape (height, width), but got shape {tuple(mask.shape)}.")
-    if tuple(mask.shape) == size:
-        return mask
-    # No pixel that is in may be lost.
-    pooled = torch.nn.functional.adaptive_max_pool2d(mask[None, None].float(), size)
-    return pooled[0, 0] > 0
-
-
-__all__ = ["NextFlowGRPOTrainer", "read_prompt"]
+    return F.adaptive_max_pool2d(mask[None].bool().float(), size)[0] > 0  # no pixel that is in may be lost

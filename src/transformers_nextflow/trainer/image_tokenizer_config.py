@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .settings import AT_LEAST_1, SHARE, one_of, refuse
+
 STAGES = ("pixel", "joint", "decoder")
 
 
@@ -44,15 +46,6 @@ class NextFlowImageTokenizerTrainingConfig(TrainingArguments):
     num_logged_images: int = field(default=4, metadata={"help": "Reconstructions that are written at every save."})
 
     def __post_init__(self):
-        if self.stage not in STAGES:
-            raise ValueError(f"`stage` must be one of {', '.join(STAGES)}, but got {self.stage!r}.")
-        for name in ("scale_dropout", "revive_until"):
-            if not 0 <= (share := getattr(self, name)) <= 1:
-                raise ValueError(f"`{name}` must be between 0 and 1, but got {share}.")
-        if self.revive_steps < 1:
-            raise ValueError(f"`revive_steps` must be at least 1, but got {self.revive_steps}.")
+        refuse(self, stage=one_of(*STAGES), scale_dropout=SHARE, revive_until=SHARE, revive_steps=AT_LEAST_1)
         self.remove_unused_columns = False  # the signature of the tokenizer says nothing of `pixel_values`' source
         super().__post_init__()
-
-
-__all__ = ["NextFlowImageTokenizerTrainingConfig"]

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast
-from PIL import Image
 from torch import nn
+from torchvision.utils import save_image
 from transformers import Trainer, TrainerCallback
 
 from ..modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
-from .checkpoints import NextFlowTrainerMixin, check_start
+from .checkpoints import NextFlowTrainerMixin, check_start, copy_settings
 from .image_tokenizer_config import NextFlowImageTokenizerTrainingConfig
 
 STATE_FILE = "image_tokenizer_trainer.pt"
@@ -115,16 +115,14 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
         discriminator: nn.Module | None = None,
         **kwargs,
     ):
-        args = args or NextFlowImageTokenizerTrainingConfig("nextflow-image-tokenizer")
-        if not isinstance(args, NextFlowImageTokenizerTrainingConfig):
-            raise TypeError(f"`args` must be a `NextFlowImageTokenizerTrainingConfig`, but got {type(args).__name__}.")
+        args = copy_settings(args, NextFlowImageTokenizerTrainingConfig, "nextflow-image-tokenizer")
         if args.stage == "joint" and teacher is None:
             raise ValueError(
                 'The stage "joint" needs a `teacher`, whose features the semantic codes learn. Pass one, or train the '
                 'stage "pixel".'
             )
         trainable_parameters(model, args.stage)
-        check_start(model, None)
+        check_start(model)
         super().__init__(model, args, **kwargs)
         self.teacher, self.perceptual_loss = teacher, perceptual_loss
         self.discriminator: Any = None
@@ -136,8 +134,6 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
                 discriminator.parameters(), lr=args.learning_rate, betas=(0.5, 0.9)
             )
         self._counts = torch.zeros(model.config.codebook_size, device=args.device)
-        # Of training and of evaluation, by name: sums over images, and how many.
-        self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
         self._shown: tuple[torch.Tensor, torch.Tensor] | None = None
         self.add_callback(_Codebook(self))
 
@@ -184,16 +180,13 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
             used = torch.bincount(codes.flatten(), minlength=len(self._counts))
             self._counts = USAGE_DECAY * self._counts + self.accelerator.reduce(used, "sum")  # the same on every rank
             self._counts[self._counts < 0.5] = 0
+            parts["codes_in_use"] = (self._counts > 0).float().mean()
             self._shown = (pixels.detach(), prediction.detach())
         parts["psnr"] = psnr(prediction.detach(), pixels).mean()
         for name, value in parts.items():
-            self._add(model.training, name, value, len(pixels))
+            self._count(model.training, name, torch.tensor([float(value), 1.0], device=args.device) * len(pixels))
         outputs = {"loss": loss, "pixel_values": prediction, "codes": codes}
         return (loss, outputs) if return_outputs else loss
-
-    def _add(self, training: bool, name: str, value: Any, number: int = 1) -> None:
-        entry = torch.tensor([float(value) * number, number], device=self.args.device)
-        self._sums[training][name] = self._sums[training].get(name, 0) + entry
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss, which the stock trainer does not find, for there are no labels."""
@@ -222,18 +215,8 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
         self._discriminator_optimizer.zero_grad()
         return loss
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the terms of the loss, PSNR and the share of codes in use since the last time."""
-        names = [name for name in logs if name == "loss" or (name.endswith("_loss") and name != "train_loss")]
-        if names:
-            sums, prefix = self._sums[names[0] == "loss"], names[0].removesuffix("loss")
-            for name, entry in sums.items():
-                total, number = self.accelerator.reduce(entry, "sum").tolist()
-                logs[prefix + name] = round(total / number, 5)
-            sums.clear()
-            if not prefix:
-                logs["codes_in_use"] = round(float((self._counts > 0).float().mean()), 4)
-        super().log(logs, start_time)
+    def _run_facts(self) -> dict[str, Any]:
+        return super()._run_facts() | {"discriminator": self.discriminator is not None}
 
     def _save_run_state(self, folder: Path) -> None:
         state: dict[str, Any] = {"counts": self._counts}
@@ -248,24 +231,15 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
         if self.args.should_save and self._shown is not None and self.args.num_logged_images:
             folder = Path(self.args.output_dir, "reconstructions")
             folder.mkdir(parents=True, exist_ok=True)
-            rows = torch.cat(
-                [torch.cat(list(batch[: self.args.num_logged_images]), dim=-1) for batch in self._shown], 1
-            )
-            pixels = ((rows.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-            Image.fromarray(pixels).save(folder / f"{self.state.global_step:06d}.png")
+            pictures = torch.cat([batch[: self.args.num_logged_images] for batch in self._shown]).float().clamp(-1, 1)
+            file = folder / f"{self.state.global_step:06d}.png"
+            save_image((pictures + 1) / 2, file, nrow=len(pictures) // 2, padding=0)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Weights, what was counted, and the discriminator: without the counts live codes would be taken for dead."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint, STATE_FILE)
-        if not path.exists():
-            raise ValueError(f'"{path}" is missing: without it the run would go on as another one. Take an older one.')
-        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        state = torch.load(Path(resume_from_checkpoint, STATE_FILE), map_location=self.args.device, weights_only=True)
         self._counts = state["counts"]
-        if (self.discriminator is not None) != ("discriminator" in state):
-            raise ValueError(
-                "The run had a discriminator and has none now, or the other way round: resume it as it was."
-            )
         if self.discriminator is not None:
             self.discriminator.load_state_dict(state["discriminator"])
             self._discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
@@ -284,13 +258,4 @@ class _Codebook(TrainerCallback):
             return
         generator = torch.Generator(trainer._counts.device).manual_seed(args.seed + state.global_step)
         moved = revive_dead_codes(trainer.accelerator.unwrap_model(trainer.model), trainer._counts, generator)
-        trainer._add(True, "revived", moved)
-
-
-__all__ = [
-    "NextFlowImageTokenizerTrainer",
-    "draw_kept_scales",
-    "psnr",
-    "revive_dead_codes",
-    "trainable_parameters",
-]
+        trainer._count(True, "revived", torch.tensor([moved, 1.0], device=args.device))

@@ -10,6 +10,7 @@ Samples are never cut. Everything is a function of the costs, the budget, the nu
 
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -100,37 +101,53 @@ def _fill(costs: np.ndarray, order: np.ndarray, budget: float, num_packs: int) -
     return packs
 
 
-class PackSampler(Sampler[list[int]]):
-    """
-    A batch sampler whose batches are packs, in another order each epoch. Packs of one step stand together, one a rank,
-    as accelerate deals them out.
+class EpochSampler(Sampler):
+    """Indices in an order that is a function of seed and epoch alone; `run_length` of them in a row stay together.
 
-    Args:
-        packs (`list[list[int]]`): From [`make_packs`].
-        num_ranks (`int`, *optional*, defaults to 1): Packs of a step.
-        seed (`int`, *optional*, defaults to 0): Of the order.
-        numbered (`int`, *optional*, defaults to 0): Added to indices once an epoch, so that they tell their epoch.
+    With `numbered`, `epoch * num_samples + index` stands in place of the index.
     """
 
-    batch_size = None  # it varies; what accelerate reads
-
-    def __init__(self, packs: list[list[int]], num_ranks: int = 1, seed: int = 0, numbered: int = 0):
-        if len(packs) % num_ranks:
-            raise ValueError(f"{len(packs)} packs can't be dealt out evenly to {num_ranks} ranks.")
-        self.packs, self.num_ranks, self.seed, self.numbered, self.epoch = packs, num_ranks, seed, numbered, 0
+    def __init__(
+        self, num_samples: int, seed: int = 0, shuffle: bool = True, numbered: bool = False, run_length: int = 1
+    ):
+        self.num_samples, self.seed, self.shuffle, self.epoch = num_samples, seed, shuffle, 0
+        self.numbered, self.run_length = numbered, run_length
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.packs)
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[Any]:
+        runs = np.arange(self.num_samples).reshape(-1, self.run_length)
+        if self.shuffle:
+            runs = runs[np.random.default_rng((self.seed, self.epoch)).permutation(len(runs))]
+        yield from (runs.flatten() + self.numbered * self.epoch * self.num_samples).tolist()
+
+
+class PackSampler(EpochSampler):
+    """
+    A batch sampler whose batches are packs, in another order each epoch. Packs of one step stand together, one per
+    rank, as accelerate deals them out.
+
+    Args:
+        packs (`list[list[int]]`): From [`make_packs`].
+        num_ranks (`int`, *optional*, defaults to 1): Packs of a step.
+        seed (`int`, *optional*, defaults to 0): Of the order.
+    """
+
+    batch_size = None  # it varies; what accelerate reads
+
+    def __init__(self, packs: list[list[int]], num_ranks: int = 1, seed: int = 0):
+        if len(packs) % num_ranks:
+            raise ValueError(f"{len(packs)} packs can't be dealt out evenly to {num_ranks} ranks.")
+        super().__init__(len(packs), seed, run_length=num_ranks)
+        self.packs = packs
 
     def __iter__(self) -> Iterator[list[int]]:
-        steps = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.packs) // self.num_ranks)
-        for step in steps.tolist():
-            for pack in self.packs[step * self.num_ranks : (step + 1) * self.num_ranks]:
-                yield [self.epoch * self.numbered + index for index in pack]
+        return (self.packs[index] for index in super().__iter__())
 
 
 def rank_imbalance(flops: Sequence[float] | np.ndarray, num_ranks: int) -> float:
@@ -140,14 +157,3 @@ def rank_imbalance(flops: Sequence[float] | np.ndarray, num_ranks: int) -> float
     """
     steps = np.asarray(flops, dtype=np.float64).reshape(-1, num_ranks)
     return float((steps.max(1) / steps.mean(1)).mean())
-
-
-__all__ = [
-    "PACKING_STRATEGIES",
-    "PackSampler",
-    "block_lengths",
-    "make_packs",
-    "rank_imbalance",
-    "sample_costs",
-    "sequence_flops",
-]

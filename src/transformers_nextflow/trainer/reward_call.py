@@ -4,7 +4,9 @@ import asyncio
 import inspect
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,36 +51,29 @@ class RewardCall:
         self.__name__ = get_callable_name(function)
         parameters = inspect.signature(function).parameters
         self.takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        bound = function.keywords if isinstance(function, partial) else {}
-        self.names = parameters.keys() - bound.keys()
-
-    def takes(self, name: str) -> bool:
-        return self.takes_all or name in self.names
+        self.bound = function.keywords if isinstance(function, partial) else {}
+        self.names = parameters.keys() - self.bound.keys()
 
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
-        bound = self.function.keywords if isinstance(self.function, partial) else {}
-        if any(given.get("source_images") or ()) and not self.takes("source_images"):
+        """What the function gets of what is there."""
+        if any(given.get("source_images") or ()) and not (self.takes_all or "source_images" in self.names):
             raise ValueError(
                 f"The prompts have images, but the reward function `{self.__name__}` can't see them: give it a "
                 "parameter `source_images` (or `**kwargs`)."
             )
-        hidden = {"masks_of", *bound}
-        return {name: value for name, value in given.items() if self.takes(name) and name not in hidden}
+        hidden = {"masks_of", *self.bound}
+        return {n: v for n, v in given.items() if (self.takes_all or n in self.names) and n not in hidden}
 
     def check(self, output: Any, given: dict[str, Any]) -> list[float | None]:
         """Rewards as TRL takes them."""
         num_images = len(given["images"])
-        rewards: Any
-        masks: Any
         rewards, masks = output if isinstance(output, RewardOutput) else (output, None)
-        for what, values in (("rewards", rewards), ("masks", masks)):
-            if what == "masks" and values is None:
-                continue
-            if not hasattr(values, "__len__") or len(values) != num_images:
-                number = len(values) if hasattr(values, "__len__") else type(values).__name__
+        for what, values in {"rewards": rewards, "masks": [()] * num_images if masks is None else masks}.items():
+            number = len(values) if hasattr(values, "__len__") else type(values).__name__
+            if number != num_images:
                 raise ValueError(
                     f"The reward function `{self.__name__}` returned {number} {what} for {num_images} images. It must "
-                    "return one an image (None where it can't tell)."
+                    "return one per image (None where it can't tell)."
                 )
         rewards = [None if reward is None else float(reward) for reward in rewards]
         for index, reward in enumerate(rewards):
@@ -91,26 +86,25 @@ class RewardCall:
             given["masks_of"][0].append(list(masks))  # TRL makes a column of it, one and the same list a row
         return rewards
 
-    def explain(self, error: BaseException, num_images: int) -> RuntimeError:
-        return RuntimeError(
-            f"The reward function `{self.__name__}` failed on {num_images} images: {type(error).__name__}: {error}"
-        )
-
-    def late(self, num_images: int) -> TimeoutError:
-        return TimeoutError(
-            f"The reward function `{self.__name__}` took longer than {self.timeout} seconds for {num_images} images. "
-            "Raise `reward_timeout` if it may; or see why it hangs."
-        )
+    @contextmanager
+    def explaining(self, num_images: int, timeout_error: type[Exception]) -> Iterator[None]:
+        """Names the function in what it raises."""
+        try:
+            yield
+        except timeout_error as error:
+            raise TimeoutError(
+                f"The reward function `{self.__name__}` took longer than {self.timeout} seconds for {num_images} "
+                "images. Raise `reward_timeout` if it may; or see why it hangs."
+            ) from error
+        except Exception as error:
+            raise RuntimeError(
+                f"The reward function `{self.__name__}` failed on {num_images} images: {type(error).__name__}: {error}"
+            ) from error
 
     def __call__(self, **given) -> list[float | None]:
-        arguments, num_images = self.arguments(given), len(given["images"])
-        try:
-            with torch.no_grad():
-                output = call_with_timeout(partial(self.function, **arguments), self.timeout)
-        except CallTimeout as error:
-            raise self.late(num_images) from error
-        except Exception as error:
-            raise self.explain(error, num_images) from error
+        call = partial(self.function, **self.arguments(given))
+        with self.explaining(len(given["images"]), CallTimeout), torch.no_grad():
+            output = call_with_timeout(call, self.timeout)
         return self.check(output, given)
 
 
@@ -118,13 +112,9 @@ class AsyncRewardCall(RewardCall):
     """The same for a coroutine function; TRL runs all of these at once."""
 
     async def __call__(self, **given) -> list[float | None]:  # type: ignore[override]  # what tells TRL to await
-        arguments, num_images = self.arguments(given), len(given["images"])
-        try:
-            output = await asyncio.wait_for(self.function(**arguments), self.timeout)
-        except (TimeoutError, asyncio.TimeoutError) as error:  # two classes before Python 3.11
-            raise self.late(num_images) from error
-        except Exception as error:
-            raise self.explain(error, num_images) from error
+        call = partial(self.function, **self.arguments(given))
+        with self.explaining(len(given["images"]), asyncio.TimeoutError):
+            output = await asyncio.wait_for(call(), self.timeout)
         return self.check(output, given)
 
 
@@ -138,7 +128,7 @@ def call_with_timeout(function: Callable[[], Any], timeout: float | None) -> Any
     """What a function returns; CallTimeout if that takes longer than `timeout` seconds (it is left behind)."""
     if timeout is None:
         return function()
-    outcome: dict[str, Any] = {}
+    outcome: Future[Any] = Future()
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def run():
@@ -147,18 +137,11 @@ def call_with_timeout(function: Callable[[], Any], timeout: float | None) -> Any
             if gpu is not None:
                 torch.cuda.set_device(gpu)
             with torch.no_grad():
-                outcome["value"] = function()
+                outcome.set_result(function())
         except BaseException as error:
-            outcome["error"] = error
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)  # one that hangs must not keep the process alive
-    thread.start()
-    thread.join(timeout)
-    if thread.is_alive():
+    threading.Thread(target=run, daemon=True).start()  # one that hangs must not keep the process alive
+    if not wait([outcome], timeout).done:
         raise CallTimeout
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["value"]
-
-
-__all__ = ["AsyncRewardCall", "RewardCall", "RewardOutput", "call_with_timeout", "make_reward_call"]
+    return outcome.result()

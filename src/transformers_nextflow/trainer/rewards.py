@@ -6,12 +6,10 @@ They get `images` (PIL, one a sample), `prompts` and the columns of the data set
 """
 
 import json
-import queue
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from .reward_call import RewardOutput
+from .reward_call import CallTimeout, RewardOutput, call_with_timeout
 
 POSITIONS = ("left of", "right of", "above", "below")
 
@@ -108,12 +106,10 @@ def read_with_rapidocr(image: Image.Image) -> list[Word]:
     pixels = np.asarray(image.convert("RGB"))[..., ::-1]
     # Its flags are sticky: a call that leaves one out gets the last call's.
     result = _rapidocr()(np.ascontiguousarray(pixels), use_det=True, use_cls=False, use_rec=True)
-    fields = (getattr(result, name, None) for name in ("txts", "scores", "boxes"))
-    texts, scores, boxes = (() if field is None else field for field in fields)
-    return [
-        Word(text, float(score), tuple((float(x), float(y)) for x, y in box))
-        for text, score, box in zip(texts, scores, boxes, strict=True)
-    ]
+    if result.txts is None:
+        return []
+    rows = zip(result.txts, result.scores, np.asarray(result.boxes).tolist(), strict=True)
+    return [Word(text, float(score), box) for text, score, box in rows]
 
 
 @lru_cache
@@ -313,65 +309,16 @@ def remote_reward(
         `RuntimeError`: naming the first sample whose call failed, and why.
     """
     samples = sample_columns(columns, len(images))
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for index in range(len(images)):
-        waiting.put(index)
-    outcomes: dict[int, Any] = {}
-    started: dict[int, float] = {}
-    changed = threading.Condition()
 
-    def work():
-        while True:
-            try:
-                index = waiting.get_nowait()
-            except queue.Empty:
-                return
-            with changed:
-                started[index] = time.monotonic()
-            try:
-                outcome = function(images[index], prompt_text(prompts[index]), **samples[index])
-            except Exception as error:
-                outcome = error
-            with changed:
-                outcomes[index] = outcome
-                changed.notify()
+    def ask(index: int) -> float | None:
+        name = f"Sample {index} ({prompts[index]!r})"
+        call = partial(function, images[index], prompt_text(prompts[index]), **samples[index])
+        try:
+            return call_with_timeout(call, timeout)
+        except CallTimeout as error:
+            raise TimeoutError(f"{name}: no reward within {timeout} seconds.") from error
+        except Exception as error:
+            raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
 
-    for _ in range(min(max_concurrency, len(images))):
-        threading.Thread(target=work, daemon=True).start()  # a call that hangs must not keep the process alive
-    with changed:
-        while True:
-            for index in sorted(started):
-                name = f"Sample {index} ({prompts[index]!r})"
-                outcome = outcomes.get(index)
-                if isinstance(outcome, Exception):
-                    _empty(waiting)
-                    raise RuntimeError(f"{name}: {type(outcome).__name__}: {outcome}") from outcome
-                if index not in outcomes and time.monotonic() - started[index] > timeout:
-                    _empty(waiting)
-                    raise TimeoutError(f"{name}: no reward within {timeout} seconds.")
-            if len(outcomes) == len(images):
-                return [outcomes[index] for index in range(len(images))]
-            changed.wait(0.05)
-
-
-def _empty(waiting: queue.SimpleQueue):
-    """Takes away what no thread has begun."""
-    try:
-        while True:
-            waiting.get_nowait()
-    except queue.Empty:
-        return
-
-
-__all__ = [
-    "DetectedObject",
-    "Word",
-    "condition_shares",
-    "detector_reward",
-    "image_text_reward",
-    "ocr_reward",
-    "read_with_rapidocr",
-    "remote_reward",
-    "scored_reward",
-    "text_score",
-]
+    with ThreadPoolExecutor(max_concurrency) as pool:
+        return list(pool.map(ask, range(len(images))))

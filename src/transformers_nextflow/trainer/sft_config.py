@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from .packing import PACKING_STRATEGIES
+from .settings import AT_LEAST_0, SHARE, name_activation_checkpointing, one_of, refuse
 
 STAGES = ("full", "alignment")
 
@@ -23,17 +24,6 @@ FIXED = (
     ("assistant_only_loss", False, "`completion_only_loss` learns the answers of coded samples"),
     ("chat_template_path", None, "coded samples have been through the template: give it to the extraction"),
 )
-
-
-def refuse(args, fixed) -> None:
-    """Refuses settings that could not do what they say, and uses the names that transformers has now."""
-    for name, legal, reason in fixed:
-        if getattr(args, name) != legal:
-            raise ValueError(f"`{name}` must be {legal!r}, but got {getattr(args, name)!r}: {reason}.")
-    # TRL still sets `gradient_checkpointing`.
-    for end in ("", "_kwargs"):
-        if getattr(args, f"activation_checkpointing{end}") is None:
-            setattr(args, f"activation_checkpointing{end}", getattr(args, f"gradient_checkpointing{end}"))
 
 
 @dataclass
@@ -89,21 +79,22 @@ class NextFlowSFTConfig(SFTConfig):
     max_length: int | None = field(default=None, metadata={"help": "Longest sample, or cost of a pack."})
 
     def __post_init__(self):
-        choices = {"stage": STAGES, "packing_strategy": PACKING_STRATEGIES, "overlong_samples": ("error", "skip")}
-        for name, legal in choices.items():
-            if getattr(self, name) not in legal:
-                raise ValueError(f"`{name}` must be one of {', '.join(legal)}, but got {getattr(self, name)!r}.")
-        refuse(self, FIXED)
+        refuse(
+            self,
+            FIXED,
+            stage=one_of(*STAGES),
+            packing_strategy=one_of(*PACKING_STRATEGIES),
+            overlong_samples=one_of("error", "skip"),
+            scale_reweight_alpha=AT_LEAST_0,
+            condition_dropout=SHARE,
+            task_inversion=SHARE,
+        )
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
                 f'`train_sampling_strategy` must be "random" or "sequential", but got '
                 f'"{self.train_sampling_strategy}": use `packing` for samples of different lengths.'
             )
-        if self.scale_reweight_alpha is not None and self.scale_reweight_alpha < 0:
-            raise ValueError(f"`scale_reweight_alpha` must be at least 0, but got {self.scale_reweight_alpha}.")
+        name_activation_checkpointing(self)
         self.remove_unused_columns = False  # the collator reads them all
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
-
-
-__all__ = ["NextFlowSFTConfig"]

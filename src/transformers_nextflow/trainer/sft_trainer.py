@@ -1,29 +1,28 @@
 """Supervised fine-tuning on TRL."""
 
-import copy
 import logging
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-import torch.nn.functional as F
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
-from ..codebook import check_same_codebook
+from ..configuration_nextflow import NextFlowConfig
 from ..modeling_nextflow import NextFlowForCausalLM
 from ..token_layout import TokenLayout
 from ..varlen_attention import SDPA_VARLEN
-from .checkpoints import EpochSampler, NextFlowTrainerMixin, check_start, find_processor, own_config
-from .coded_dataset import COLUMNS, hash_image_tokenizer, invert_task
+from .checkpoints import NextFlowTrainerMixin, copy_settings, load_model
+from .coded_dataset import check_codes, check_columns, hash_image_tokenizer, invert_task
 from .data_collator import NextFlowDataCollator
-from .packing import PackSampler, make_packs, sample_costs
+from .packing import make_packs, sample_costs
 from .sft_config import NextFlowSFTConfig
 
 logger = logging.getLogger(__name__)
@@ -77,41 +76,38 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
         peft_config=None,
         **kwargs,
     ):
-        args = args or NextFlowSFTConfig("nextflow-sft")
-        if not isinstance(args, NextFlowSFTConfig):
-            raise TypeError(f"`args` must be a `NextFlowSFTConfig`, but got {type(args).__name__}.")
-        args = copy.copy(args)  # what is filled in below is not the caller's
-        network: Any = model
-        if isinstance(model, str):
-            settings: Any = args.model_init_kwargs or {}
-            network = NextFlowForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **settings})
-            args.model_init_kwargs = None
-        self.processor = find_processor(network, processing_class)
-        tokenizer = self.processor.tokenizer if self.processor else processing_class
-        check_start(network, tokenizer, peft_config)
-        own_config(network)
+        args = copy_settings(args, NextFlowSFTConfig, "nextflow-sft")
+        network, self.processor = load_model(model, args, processing_class, peft_config)
+        config = network.config
         if self.processor is not None and self.processor.image_tokenizer is not None:
-            check_same_codebook(network.config, self.processor.image_tokenizer)
-            network.config.image_tokenizer_hash = hash_image_tokenizer(self.processor.image_tokenizer)
+            config.image_tokenizer_hash = hash_image_tokenizer(self.processor.image_tokenizer)
         if args.scale_reweight_alpha is not None:
-            network.config.scale_reweight_alpha = args.scale_reweight_alpha
-        if args.packing and network.config._attn_implementation == "sdpa":
+            config.scale_reweight_alpha = args.scale_reweight_alpha
+        if args.packing and config._attn_implementation == "sdpa":
             network.set_attn_implementation(SDPA_VARLEN)
         if args.stage == "alignment":
             if peft_config is not None:
                 raise ValueError('`stage="alignment"` trains weights of the model itself: leave `peft_config` out.')
             train_new_weights_only(network)
-        self._pack_sampler: PackSampler | None = None
-        self._loss_sums: torch.Tensor | None = None
-        train_dataset, self._packing_costs = self._prepare_samples(train_dataset, network.config, args)
-        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        for dataset in held_out.values():
-            if isinstance(dataset, datasets.Dataset):
-                _check_samples(dataset, network.config)
-                _check_lengths(dataset, network.config, args.max_length or network.config.max_position_embeddings)
+        args.max_length = args.max_length or config.max_position_embeddings
+        self.num_skipped_samples = 0
+        if isinstance(train_dataset, datasets.Dataset):
+            if "id" not in train_dataset.column_names:
+                train_dataset = train_dataset.add_column("id", [str(index) for index in range(len(train_dataset))])
+            fitting, self._packing_costs = fit_samples(train_dataset, config, args)
+            self.num_skipped_samples = len(train_dataset) - len(fitting)
+            train_dataset = fitting
+        elif args.packing or args.overlong_samples == "skip":
+            raise ValueError(
+                "`packing` and `overlong_samples` need a `datasets.Dataset`, whose samples can be measured, but "
+                f"`train_dataset` is a {type(train_dataset).__name__}."
+            )
+        for held_out in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+            if isinstance(held_out, datasets.Dataset):
+                fit_samples(held_out, config, args, held_out=True)
         if data_collator is None:
             data_collator = NextFlowDataCollator(
-                network.config,
+                config,
                 bool(args.completion_only_loss),
                 args.condition_dropout,
                 args.max_length,
@@ -125,14 +121,15 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizer,
+            processing_class=self.processor.tokenizer if self.processor else processing_class,
             peft_config=peft_config,
             **kwargs,
         )
-        self._model_config = network.config
+        self._model_config, self._packs = config, None
         self._refuse_sharded_rows()
         if args.packing:
-            self._pack_sampler = self._make_pack_sampler()
+            num_ranks = self.accelerator.num_processes
+            self._packs = make_packs(self._packing_costs, args.max_length, num_ranks, self._data_seed)
         if isinstance(train_dataset, datasets.Dataset):
             self._note_how_it_was_prompted(network, train_dataset)
 
@@ -145,81 +142,16 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
 
     # Data
 
-    def _prepare_samples(self, dataset, config, args: NextFlowSFTConfig):
-        """The samples to train on, each with an id, without what is to be skipped; and their costs, for packing."""
-        self.num_skipped_samples = 0
-        if not isinstance(dataset, datasets.Dataset):
-            if args.packing or args.overlong_samples == "skip":
-                raise ValueError(
-                    f"`packing` and `overlong_samples` need a `datasets.Dataset`, whose samples can be measured, but "
-                    f"`train_dataset` is a {type(dataset).__name__}."
-                )
-            return dataset, None
-        _check_samples(dataset, config)
-        if "id" not in dataset.column_names:
-            dataset = dataset.add_column("id", [str(index) for index in range(len(dataset))])
-        args.max_length = args.max_length or config.max_position_embeddings
-        costs = self._measure(dataset, config, args)
-        overlong = (costs > args.max_length).nonzero()[0]
-        if not len(overlong):
-            return dataset, costs
-        longest = int(costs.argmax())
-        if args.overlong_samples == "error" or len(overlong) == len(dataset):
-            unit = "of linear work" if args.packing and args.packing_strategy == "compute" else "with its images"
-            raise ValueError(
-                f"{len(overlong)} of {len(dataset)} samples are over `max_length` ({args.max_length}): the longest, "
-                f"{dataset[longest]['id']}, takes {costs[longest]:.0f} tokens {unit}. Raise `max_length`, encode their "
-                'images with fewer scales, or leave them out with `overlong_samples="skip"`.'
-            )
-        self.num_skipped_samples = len(overlong)
-        logger.warning("%d of %d samples are skipped: too long.", len(overlong), len(dataset))
-        fits = (costs <= args.max_length).nonzero()[0]
-        return dataset.select(fits), costs[fits]
-
-    @staticmethod
-    def _measure(dataset, config, args: NextFlowSFTConfig) -> np.ndarray:
-        """What each sample costs, whichever way round it is drawn."""
-        hidden_size = config.hidden_size if args.packing and args.packing_strategy == "compute" else None
-        columns = ["id", "token_ids", "image_grid_shw"]
-        if not args.task_inversion:
-            return sample_costs(dataset.select_columns(columns), config.image_token_id, hidden_size)
-        columns += ["completion_mask", "inverse_token_ids", "inverse_completion_mask"]
-        samples = dataset.select_columns([name for name in columns if name in dataset.column_names])
-        both = (sample_costs(rows, config.image_token_id, hidden_size) for rows in (samples, map(invert_task, samples)))
-        return np.maximum(*both)
-
-    def _make_pack_sampler(self) -> PackSampler:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        num_ranks, budget = self.accelerator.num_processes, self.args.max_length or 0  # set above
-        packs = make_packs(self._packing_costs, budget, num_ranks, seed)
-        return PackSampler(packs, num_ranks, seed, numbered=len(self._packing_costs))
-
     def get_train_dataloader(self) -> DataLoader:
         """A loader of packs or of batches; what is drawn for a sample follows from seed, epoch and its number."""
-        args, dataset = self.args, self.train_dataset
-        if not isinstance(dataset, datasets.Dataset):
+        if not isinstance(self.train_dataset, datasets.Dataset):
             return super().get_train_dataloader()
-        seed = args.seed if args.data_seed is None else args.data_seed
-        if self._pack_sampler is not None:
-            batches: dict[str, Any] = {"batch_sampler": self._pack_sampler}
-            self._epoch_sampler = self._pack_sampler
-        else:
-            shuffle = args.train_sampling_strategy == "random"
-            self._epoch_sampler = EpochSampler(len(dataset), seed, shuffle, numbered=True)
-            batches = {"batch_size": self._train_batch_size, "sampler": self._epoch_sampler}
-            batches["drop_last"] = args.dataloader_drop_last
-        loader = DataLoader(
-            _DrawnSamples(dataset, seed),
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            in_order=args.dataloader_in_order,
-            **batches,
-        )
-        return self.accelerator.prepare(loader)
+        drawn = _DrawnSamples(self.train_dataset, self._data_seed, self._packs)
+        batch_size, options = self._train_batch_size, {"numbered": True}
+        if self._packs is not None:  # a batch is a pack; those of a step stand together, one per rank
+            batch_size, options = 1, {"numbered": True, "shuffle": True, "run_length": self.accelerator.num_processes}
+        sampler = partial(self._get_train_sampler, **options)
+        return self._get_dataloader(drawn, "Training", batch_size, sampler, is_training=True)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """The stock loader, of samples as they are: what is measured must not depend on draws."""
@@ -244,45 +176,25 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
                 f"The loss is {float(loss)} at step {self.state.global_step} on the samples {sample_ids}. Look at "
                 "them, or lower the learning rate; the last checkpoint is from before."
             )
-        self._count_losses(inputs, outputs["token_losses"])
+        self._count_losses(model.training, inputs, outputs["token_losses"].detach())
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss alone; logits are never held."""
         return super().prediction_step(model, inputs, True, ignore_keys)
 
-    def evaluate(self, *args, **kwargs):
-        """As in transformers, with the cross-entropies by kind (`eval_loss_text`, ...) beside the loss."""
-        # What was counted in training since the last log is logged with it.
-        training, self._loss_sums = self._loss_sums, None
-        try:
-            return super().evaluate(*args, **kwargs)
-        finally:
-            self._loss_sums = training
-
-    def _count_losses(self, inputs: dict[str, torch.Tensor], token_losses: torch.Tensor) -> None:
-        """Adds up cross-entropies and numbers of text (first) and of each scale."""
+    def _count_losses(self, training: bool, inputs: dict[str, torch.Tensor], token_losses: torch.Tensor) -> None:
+        """Counts cross-entropies of text, of codes and of each scale."""
         config, ids, grids = self._model_config, inputs["input_ids"], inputs.get("image_grid_shw")
         kinds = TokenLayout.of(ids, grids, config, inputs.get("attention_mask")).scale_of_tokens() + 1
-        predicted = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100) != -100
-        kinds = F.pad(kinds[:, 1:], (0, 1))[predicted]
-        sums = token_losses.new_zeros(2, config.num_scales + 1)
-        sums[0].index_add_(0, kinds, token_losses[predicted])
-        sums[1] += torch.bincount(kinds, minlength=sums.shape[1])
-        self._loss_sums = sums if self._loss_sums is None else self._loss_sums + sums
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the cross-entropies of text, codes and each scale since the last time."""
-        names = [name for name in logs if name == "loss" or name.endswith("_loss")]  # "eval_loss", "eval_NAME_loss"
-        if self._loss_sums is not None and names:
-            totals, counts = self.accelerator.reduce(self._loss_sums, reduction="sum").cpu()
-            kinds = {"text": slice(1), "image": slice(1, None)}
-            kinds |= {f"scale_{scale}": slice(scale, scale + 1) for scale in range(1, len(counts))}
-            for kind, part in kinds.items():
-                if counts[part].sum():
-                    logs[f"{names[0]}_{kind}"] = round(float(totals[part].sum() / counts[part].sum()), 6)
-            self._loss_sums = None
-        super().log(logs, start_time)
+        predicted = inputs["labels"][:, 1:] != -100
+        losses = token_losses[:, :-1][predicted]
+        sums = losses.new_zeros(config.num_scales + 1, 2)
+        sums.index_add_(0, kinds[:, 1:][predicted], torch.stack([losses, torch.ones_like(losses)], dim=1))
+        self._count(training, "loss_text", sums[0])
+        self._count(training, "loss_image", sums[1:].sum(0))
+        for scale in range(1, len(sums)):
+            self._count(training, f"loss_scale_{scale}", sums[scale])
 
     # Optimizer and checkpoints
 
@@ -295,32 +207,29 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
 
     def _run_facts(self) -> dict[str, Any]:
         facts = super()._run_facts()
-        if self._pack_sampler is not None:
-            facts |= {"num_packs": len(self._pack_sampler), "max_length": self.args.max_length}
+        if self._packs is not None:
+            facts |= {"num_packs": len(self._packs), "max_length": self.args.max_length}
         return facts
 
     def _note_how_it_was_prompted(self, model: Any, dataset: datasets.Dataset) -> None:
         """Writes into the generation config, for every task of the data, whether its prompts are chat turns."""
         every = max(1, len(dataset) // 10_000)
-        samples = dataset.select_columns(["token_ids", "completion_mask"])
-        samples = samples if every == 1 else samples.select(range(0, len(dataset), every))
+        samples = dataset.select_columns(["token_ids", "completion_mask"]).select(range(0, len(dataset), every))
         found = (prompt_style(sample, model.config.image_token_id, self.processing_class) for sample in samples)
-        kinds = Counter(style for style in found if style is not None)
+        counts = Counter(style for style in found if style is not None)
         styles = dict(getattr(model.generation_config, "prompt_styles", None) or {})
-        for task in sorted({task for task, _ in kinds}):
-            counts = {style: kinds[task, style] for style in ("bare", "chat")}
-            styles[task] = max(counts, key=counts.__getitem__)
-            if min(counts.values()):
+        for task in sorted({task for task, _ in counts}):
+            bare, chat = counts[task, "bare"], counts[task, "chat"]
+            styles[task] = "bare" if bare >= chat else "chat"
+            if bare and chat:
                 logger.warning(
                     'Of the samples of the task "%s" %d have bare prompts and %d chat turns; pipelines will prompt '
                     'the model by the majority, "%s".',
-                    *(task, counts["bare"], counts["chat"], styles[task]),
+                    *(task, bare, chat, styles[task]),
                 )
         model.generation_config.prompt_styles = styles
-        self._card_facts = (
-            f"Samples: {len(dataset)}" + "".join(f", {n * every} {style} {task}" for (task, style), n in kinds.items()),
-            f"Prompt styles: {styles}",
-        )
+        kinds = "".join(f", {number * every} {style} {task}" for (task, style), number in counts.items())
+        self._card_facts = (f"Samples: {len(dataset)}{kinds}", f"Prompt styles: {styles}")
 
 
 def prompt_style(sample: dict[str, Any], image_token_id: int, tokenizer: Any) -> tuple[str, str] | None:
@@ -341,60 +250,56 @@ def prompt_style(sample: dict[str, Any], image_token_id: int, tokenizer: Any) ->
 
 
 class _DrawnSamples(Dataset):
-    """Samples by `epoch * len(self) + index`, each with a seed for what the collator draws, in any worker."""
+    """Samples (or packs of them) by `epoch * len(self) + index`, each with a seed for what the collator draws."""
 
-    def __init__(self, dataset: datasets.Dataset, seed: int):
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: datasets.Dataset, seed: int, packs: list[list[int]] | None):
+        self.dataset, self.seed, self.packs = dataset, seed, packs
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.packs or self.dataset)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        epoch, index = divmod(number, len(self.dataset))
-        source = np.random.SeedSequence([self.seed, epoch, index])
-        return {**self.dataset[index], "draw_seed": int(source.generate_state(1, np.uint64)[0] >> 1)}
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        samples = []
+        for epoch, place in (divmod(number, len(self)) for number in numbers):
+            for index in self.packs[place] if self.packs else [place]:
+                source = np.random.SeedSequence([self.seed, epoch, index])
+                draw_seed = int(source.generate_state(1, np.uint64)[0] >> 1)
+                samples.append({**self.dataset[index], "draw_seed": draw_seed})
+        return samples
 
 
-def _check_samples(dataset: datasets.Dataset, config) -> None:
-    """Refuses what is not a data set of coded samples, or holds codes of another image tokenizer than the model's."""
-    if missing := [name for name in COLUMNS if name not in dataset.column_names]:
-        raise ValueError(
-            f"Coded samples need the columns {', '.join(COLUMNS)}, but the data set has "
-            f"{', '.join(dataset.column_names)}: {', '.join(missing)} is missing. `encode_messages` makes them of "
-            "conversations, examples/extract_codes.py of data sets."
-        )
+def fit_samples(
+    dataset: datasets.Dataset, config: NextFlowConfig, args: NextFlowSFTConfig, held_out: bool = False
+) -> tuple[datasets.Dataset, np.ndarray]:
+    """The samples that are not too long, and what each costs; refuses those that can't be trained or evaluated on."""
+    check_columns(dataset.column_names)
     if not len(dataset):
         raise ValueError("The data set has no samples.")
-    sizes = {size for size in dataset.unique("codebook_size") if size}  # 0: text, without an image tokenizer
-    if sizes - {config.visual_codebook_size}:
+    hashes = dataset.unique("image_tokenizer_hash") if "image_tokenizer_hash" in dataset.column_names else []
+    sizes = [size for size in dataset.unique("codebook_size") if size]  # 0: text, without an image tokenizer
+    if (found := check_codes(sizes, hashes, config)) is not None:
+        config.image_tokenizer_hash = found  # saved with the model, for the next training
+    by_compute = args.packing and args.packing_strategy == "compute" and not held_out
+    options = (config.image_token_id, config.hidden_size if by_compute else None)
+    samples = dataset.remove_columns(["codes", "target_codes"])
+    costs = sample_costs(samples, *options)
+    if args.task_inversion and not held_out:
+        costs = np.maximum(costs, sample_costs(map(invert_task, samples), *options))
+    overlong = costs > args.max_length
+    if not overlong.any():
+        return dataset, costs
+    if held_out or args.overlong_samples == "error" or overlong.all():
+        longest = int(costs.argmax())
+        task = " to evaluate on" if held_out else ""
+        unit = "of linear work" if by_compute else "with its images"
+        way_out = "" if held_out else ' with `overlong_samples="skip"`'
         raise ValueError(
-            f"The codes of the data set come from codebooks of {', '.join(map(str, sorted(sizes)))} codes, but the "
-            f"model's has {config.visual_codebook_size}. Extract all codes with the model's own image tokenizer."
+            f"{overlong.sum()} of {len(dataset)} samples{task} are over `max_length` ({args.max_length}): the longest, "
+            f"{dataset[longest].get('id', longest)}, takes {costs[longest]:.0f} tokens {unit}. Raise `max_length`, "
+            f"encode their images with fewer scales, or leave them out{way_out}."
         )
-    if "image_tokenizer_hash" in dataset.column_names:
-        hashes = {value for value in dataset.unique("image_tokenizer_hash") if value}
-        ours = getattr(config, "image_tokenizer_hash", None)
-        if len(hashes | ({ours} if ours else set())) > 1:
-            raise ValueError(
-                f"The codes of the data set come from the image tokenizer {', '.join(sorted(hashes))}"
-                + (f", but the model was trained on codes of {ours}" if ours else "")
-                + ". The same number means another picture: extract all codes with the model's own image tokenizer."
-            )
-        if hashes:
-            config.image_tokenizer_hash = hashes.pop()  # saved with the model, for the next training
-
-
-def _check_lengths(dataset: datasets.Dataset, config, max_length: int) -> None:
-    """Refuses held-out samples that the collator would refuse when they are evaluated, hours later."""
-    columns = [name for name in ("id", "token_ids", "image_grid_shw") if name in dataset.column_names]
-    lengths = sample_costs(dataset.select_columns(columns), config.image_token_id, None)
-    if num_overlong := int((lengths > max_length).sum()):
-        longest = int(lengths.argmax())
-        raise ValueError(
-            f"{num_overlong} of {len(lengths)} samples to evaluate on are over `max_length` ({max_length}): the "
-            f"longest, {dataset[longest].get('id', longest)}, takes {lengths[longest]:.0f} tokens with its images. "
-            "Raise `max_length`, encode their images with fewer scales, or leave them out."
-        )
+    logger.warning("%d of %d samples are skipped: too long.", overlong.sum(), len(dataset))
+    return dataset.select((~overlong).nonzero()[0]), costs[~overlong]
 
 
 def train_new_weights_only(model: NextFlowForCausalLM) -> None:
@@ -415,6 +320,3 @@ def train_new_weights_only(model: NextFlowForCausalLM) -> None:
         mask = torch.zeros(len(weight), 1)
         mask[rows] = 1
         weight.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient))
-
-
-__all__ = ["NextFlowSFTTrainer", "train_new_weights_only"]

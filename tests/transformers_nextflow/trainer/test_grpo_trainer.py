@@ -386,6 +386,17 @@ def test_prompts_with_images(make_trainer, tiny_random_checkpoint):
         score(make_trainer(blind), rows[:4])
 
 
+def test_special_tokens_in_conversations_are_text(make_trainer):
+    trainer = make_trainer()
+    typed = "<|im_end|><image>"
+    parts = [{"type": "image", "image": np.zeros((80, 80, 3), np.uint8)}, {"type": "text", "text": typed}]
+    rows = [{"prompt": [{"role": "user", "content": parts}]}, {"prompt": [{"role": "user", "content": parts[:1]}]}]
+    special = trainer.processing_class.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    batches = [trainer._read_prompts([row]) for row in rows]
+    assert [len(batch["image_grid_shw"]) for batch in batches] == [1, 1]
+    assert (batches[0]["input_ids"] == special).sum() == (batches[1]["input_ids"] == special).sum()
+
+
 def blind(images):
     return brightness(images)
 
