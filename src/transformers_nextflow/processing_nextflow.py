@@ -4,11 +4,9 @@ Token view: an image stands in a sequence as `<boi>` and its codes, each as the 
 """
 
 import copy
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from .chat_template import CHAT_TEMPLATE, read_messages
 from .codebook import check_same_codebook, check_schedules
@@ -31,6 +29,7 @@ from .scale_schedule import ScaleSchedule
 from .stream_decoding import StreamChunk, decode_stream
 from .strict_loading import HUB_ARGUMENTS, read_json
 from .token_fields import expand_marks, pad, tokenize, truncate
+from .token_layout import count_images, split_grids
 from .whole_folder import whole_folder
 
 logger = logging.get_logger(__name__)
@@ -39,10 +38,6 @@ IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json")
 PADDING_ARGUMENTS = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
 ENCODED_TOGETHER = 2**22  # pixels that the image tokenizer encodes at once
-CONFIG_FILES = (
-    *("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
-    f"{IMAGE_TOKENIZER_FOLDER}/config.json",
-)
 
 
 class NextFlowProcessor(ProcessorMixin):
@@ -181,15 +176,15 @@ class NextFlowProcessor(ProcessorMixin):
                 "`height` and `width` are for pictures that are given, and there are none. For the size of a picture "
                 'to be drawn pass them to `generate`; in a pipeline: `generate_kwargs={"height": ..., "width": ...}`.'
             )
-        codes, target_codes, grids = self._encode_images(pictures, self_correction, generator, images_kwargs)
+        rows = self._encode_images(pictures, self_correction, generator, images_kwargs)
         marks = (self.image_token_id, self.boi_token_id)
-        fields = expand_marks(encoded, codes, *marks)
+        fields = expand_marks(encoded, [ids for ids, _, _ in rows], *marks)
         if self_correction:
-            fields["labels"] = expand_marks(encoded, target_codes, *marks)["input_ids"]
+            fields["labels"] = expand_marks(encoded, [targets for _, targets, _ in rows], *marks)["input_ids"]
         truncate(fields, max_length, num_marks, self.tokenizer.truncation_side)
         batch = pad(self.tokenizer, fields, **{"padding": False, **padding})
         if pictures:
-            batch["image_grid_shw"] = grids
+            batch["image_grid_shw"] = [grid for _, _, grid in rows]
         return BatchFeature(batch, tensor_type=return_tensors)
 
     def _read_options(self, options: dict[str, Any]) -> dict[str, dict]:
@@ -206,18 +201,16 @@ class NextFlowProcessor(ProcessorMixin):
 
     def _encode_images(
         self, pictures: list[Any], self_correction: bool, generator: torch.Generator | None, images_kwargs: dict
-    ) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
-        """Visual ids, target ids and grids, one entry a picture."""
-        codes: list[list[int]] = []
-        targets: list[list[int]] = []
-        rows: list[list[int]] = []
+    ) -> list[tuple[list[int], list[int], list[int]]]:
+        """Visual ids, target ids and grid of each picture."""
         if not pictures:
-            return codes, targets, rows
+            return []
         image_tokenizer, offset = self._image_parts()
         options = {**vars(self.image_processor), **images_kwargs}
         schedule = ScaleSchedule((16, 16), options["num_scales"], options["stride"])  # no bucket has a larger area
         area = (options.get("height") or schedule.height) * (options.get("width") or schedule.width)
         number = max(1, ENCODED_TOGETHER // area)
+        rows = []
         for first in range(0, len(pictures), number):
             chosen = pictures[first : first + number]
             inputs = self.image_processor(chosen, **{**images_kwargs, "return_tensors": "pt"})
@@ -225,10 +218,9 @@ class NextFlowProcessor(ProcessorMixin):
             if len(grids.unique(dim=0)) > 1:
                 pixel_values = list(pixel_values)  # even if the sizes agree: several buckets share coarse grids
             encoded = image_tokenizer.encode(pixel_values, grids, self_correction=self_correction, generator=generator)
-            codes += [(image_codes + offset).tolist() for image_codes in encoded["codes"]]
-            targets += [(image_codes + offset).tolist() for image_codes in encoded["target_codes"]]
-            rows += grids.tolist()
-        return codes, targets, rows
+            for codes, targets, grid in zip(encoded["codes"], encoded["target_codes"], grids.tolist(), strict=True):
+                rows.append(((codes + offset).tolist(), (targets + offset).tolist(), grid))
+        return rows
 
     def _image_parts(self) -> tuple[NextFlowImageTokenizer, int]:
         if self.image_tokenizer is None:
@@ -316,8 +308,6 @@ class NextFlowProcessor(ProcessorMixin):
                 Options of the tokenizer's `decode`.
         """
         rows, is_batch = _to_rows(token_ids)
-        if any(token < 0 for ids in rows for token in ids):
-            raise ValueError("Ids must not be negative. (Labels have -100 where nothing is learned: leave those out.)")
         texts = [
             self.tokenizer.decode(self._collapse_images(ids), skip_special_tokens=skip_special_tokens, **kwargs)
             for ids in rows
@@ -333,9 +323,6 @@ class NextFlowProcessor(ProcessorMixin):
         offset = self.visual_token_offset
         for visual, run in groupby(ids, key=lambda token: offset is not None and token >= offset):
             yield visual, list(run)
-
-    def _count_images(self, ids: Sequence[int]) -> int:
-        return sum(visual for visual, _ in self._runs(ids))
 
     def _collapse_images(self, ids: list[int]) -> list[int]:
         """Ids with one `<image>` for every run of visual ids and the `<boi>` before it."""
@@ -365,13 +352,9 @@ class NextFlowProcessor(ProcessorMixin):
             `ValueError`: if images and grids differ in number, if an image stops inside a scale, or if its codes are
                 not in the image tokenizer's codebook.
         """
-        offset = self._image_parts()[1]
-        codes_of_rows = [
-            [[token - offset for token in run] for visual, run in self._runs(ids) if visual]
-            for ids in _to_rows(token_ids)[0]
-        ]
-        pictures = iter(self.decode_codes([codes for row in codes_of_rows for codes in row], image_grid_shw))
-        return [[next(pictures) for _ in row] for row in codes_of_rows]
+        self._image_parts()  # needed even for text alone
+        rows = self.decode_segments(token_ids, image_grid_shw)
+        return [[segment for segment in row if not isinstance(segment, str)] for row in rows]
 
     def decode_codes(self, codes: Sequence[Any], image_grid_shw) -> list[Image.Image]:
         """The pictures of codes.
@@ -428,19 +411,17 @@ class NextFlowProcessor(ProcessorMixin):
         Raises:
             `ValueError`: as for [`~NextFlowProcessor.decode_images`].
         """
-        rows = _to_rows(token_ids)[0]
-        has_images = len(image_grid_shw) or any(self._count_images(ids) for ids in rows)
-        pictures = self.decode_images(rows, image_grid_shw) if has_images else [[] for _ in rows]
-        segments: list[list[str | Image.Image]] = []
-        for ids, of_row in zip(rows, pictures, strict=True):
-            remaining = iter(of_row)
-            segments.append([])
-            for visual, run in self._runs(ids):
-                if visual:
-                    segments[-1].append(next(remaining))
-                elif text := self.tokenizer.decode(run, skip_special_tokens=True).strip():
-                    segments[-1].append(text)
-        return segments
+        runs = [list(self._runs(ids)) for ids in _to_rows(token_ids)[0]]
+        codes = [[token - self.visual_token_offset for token in run] for row in runs for visual, run in row if visual]
+        pictures = iter(self.decode_codes(codes, image_grid_shw) if codes or len(image_grid_shw) else [])
+        segments = [
+            [
+                next(pictures) if visual else self.tokenizer.decode(run, skip_special_tokens=True).strip()
+                for visual, run in row
+            ]
+            for row in runs
+        ]
+        return [[segment for segment in row if segment != ""] for row in segments]
 
     def post_process_interleaved(self, generated_outputs, prompt_length: int) -> list[list[str | Image.Image]]:
         """Text and pictures that interleaved generation made, in order.
@@ -461,16 +442,12 @@ class NextFlowProcessor(ProcessorMixin):
                 'This takes what `generate(generation_mode="interleaved", return_dict_in_generate=True)` returns. For '
                 "the pictures of image mode use `decode_images(sequences, image_grid_shw)`."
             )
-        grids = iter(generated_outputs.image_grid_shw.tolist())
-        rows, kept = [], []
-        for ids, real in zip(generated_outputs.sequences, mask.bool(), strict=True):
-            before, new = (
-                ids[part][real[part]].tolist() for part in (slice(prompt_length), slice(prompt_length, None))
-            )
-            own = [next(grids) for _ in range(self._count_images(before) + self._count_images(new))]
-            kept += own[self._count_images(before) :]
-            rows.append(new)
-        return self.decode_segments(rows, torch.tensor(kept, dtype=torch.long).view(-1, 3))
+        sequences, offset = generated_outputs.sequences, self._image_parts()[1]
+        grids = split_grids(sequences, generated_outputs.image_grid_shw, offset, mask)
+        num_known = count_images(sequences[:, :prompt_length], offset, mask[:, :prompt_length])
+        new = [ids[prompt_length:][real[prompt_length:].bool()] for ids, real in zip(sequences, mask, strict=True)]
+        new_grids = torch.cat([own[number:] for own, number in zip(grids, num_known, strict=True)])
+        return self.decode_segments(new, new_grids)
 
     def decode_stream(self, events: Iterable[GenerationEvent], previews: bool = True) -> Iterator[StreamChunk]:
         """Text and pictures of a stream as they come; see [`decode_stream`]."""
@@ -527,23 +504,12 @@ class NextFlowProcessor(ProcessorMixin):
         return [os.path.join(save_directory, os.path.relpath(file, partial)) for file in files]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:  # they don't name a damaged file
-            for name in CONFIG_FILES:
-                file = _find_file(pretrained_model_name_or_path, name, kwargs.get("subfolder", ""), kwargs)
-                if file is not None and not _is_whole(file):
-                    raise ValueError(f"{file} is damaged. Copy or download it anew.") from error
-            raise
-
-    @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         path = pretrained_model_name_or_path
         if None in [read_json(path, name, **kwargs) for name in PROCESSOR_FILES]:
             raise ValueError(
-                f'"{path}" has no processor ({" and ".join(PROCESSOR_FILES)}), or saving it was interrupted. Save '
-                "or download it again."
+                f'"{path}" has no processor ({", ".join(PROCESSOR_FILES)}), or saving it was interrupted. Save or '
+                "download it again."
             )
         processor_dict, unused_kwargs = super().get_processor_dict(path, **kwargs)
         if "image_tokenizer" not in kwargs:
@@ -564,12 +530,12 @@ class NextFlowProcessor(ProcessorMixin):
             kwargs.pop(name, None)
         try:
             return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
-        except (OSError, TypeError):
+        except OSError:
             raise
         except Exception as error:  # the tokenizers library raises just that, and names no file
             raise ValueError(
-                f'The tokenizer in "{pretrained_model_name_or_path}" does not load: {error}. If tokenizer.json is '
-                "damaged, download or save it again."
+                f'"{pretrained_model_name_or_path}" does not load: {error}. If tokenizer.json or processor_config.json '
+                "is damaged, download or save it again."
             ) from error
 
     @classmethod
@@ -592,29 +558,6 @@ def _is_text(text: Any) -> bool:
     )
 
 
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-
-
-def _find_file(checkpoint: Any, name: str, subfolder: str, kwargs: dict[str, Any]) -> str | None:
-    return cached_file(
-        checkpoint,
-        name,
-        subfolder=subfolder,
-        _raise_exceptions_for_missing_entries=False,
-        **_hub_arguments(kwargs),
-    )
-
-
-def _is_whole(file: str) -> bool:
-    try:
-        content = json.loads(Path(file).read_text("utf-8"))
-        parts = content.get("image_processor", {}) if isinstance(content, dict) else None
-        return isinstance(parts, dict) and not (file.endswith("tokenizer.json") and "added_tokens" not in content)
-    except ValueError:
-        return False
-
-
 def _id_of(tokenizer, token: str) -> int:
     token_id = tokenizer.convert_tokens_to_ids(token)
     if token_id is None or token_id == tokenizer.unk_token_id:
@@ -631,6 +574,8 @@ def _to_rows(token_ids) -> tuple[list[list[int]], bool]:
     if isinstance(rows, int):
         return [[rows]], False
     rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
+    if any(token < 0 for ids in rows for token in (ids if isinstance(ids, list | tuple) else [ids])):
+        raise ValueError("Ids must not be negative. (Labels have -100 where nothing is learned: leave those out.)")
     is_batch = bool(rows) and not isinstance(rows[0], int)
     return (rows if is_batch else [rows]), is_batch
 
