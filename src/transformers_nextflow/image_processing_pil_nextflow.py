@@ -41,12 +41,9 @@ class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
     num_scales (`int`, *optional*, defaults to `self.num_scales`):
         Number of scales of every image, which with its aspect ratio decides its size.
-    height (`int`, *optional*):
-        Forces the height in pixels; goes with `width` and must be a schedule's size.
-    width (`int`, *optional*):
-        Forces the width in pixels.
-    stride (`int`, *optional*, defaults to `self.stride`):
-        Pixels a cell of the last grid; the image tokenizer's.
+    height (`int`, *optional*): Forces the height in pixels; goes with `width` and must be a schedule's size.
+    width (`int`, *optional*): Forces the width in pixels.
+    stride (`int`, *optional*, defaults to `self.stride`): Pixels a cell of the last grid; the image tokenizer's.
     do_pad (`bool`, *optional*, defaults to `self.do_pad`):
         Whether to fit the whole image in and pad it, instead of filling the frame and cropping the centre.
     background_color (`list[int]`, *optional*, defaults to `self.background_color`):

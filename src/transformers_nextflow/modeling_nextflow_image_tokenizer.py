@@ -35,25 +35,20 @@ class NextFlowImageTokenizerOutput(ModelOutput):
     batch axis) in `codes`, `target_codes` and `quantized`.
 
     Args:
-        codes (`torch.LongTensor` of shape `(B, N)`):
-            Codes, scale by scale, row-major within a scale.
+        codes (`torch.LongTensor` of shape `(B, N)`): Codes, scale by scale, row-major within a scale.
         target_codes (`torch.LongTensor` of shape `(B, N)`):
             Nearest codes. They differ from `codes` only under self-correction, and then are what is to be predicted.
-        quantized (`torch.FloatTensor` of shape `(B, D, h, w)`):
-            Sum of the upsampled code vectors, fp32.
+        quantized (`torch.FloatTensor` of shape `(B, D, h, w)`): Sum of the upsampled code vectors, fp32.
         image_grid_shw (`torch.LongTensor` of shape `(B, 3)`):
             Number of scales, bucket height, bucket width of each image.
-        pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`, *optional*):
-            Reconstruction (`forward` only).
+        pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`, *optional*): Reconstruction (`forward` only).
         semantic_features (`torch.FloatTensor` of shape `(B, h * w, C)`, *optional*):
             Prediction of the teacher's features (`forward` only).
         residual (`torch.FloatTensor` of shape `(B, D, h, w)`, *optional*):
             What the codes leave of the features, with gradients (`forward` only). Penalise its square in training: the
             codes hold directions only, and features that outgrow them cannot be told apart.
-        codebook_loss (`torch.FloatTensor`, *optional*):
-            Only in training mode.
-        commitment_loss (`torch.FloatTensor`, *optional*):
-            Only in training mode.
+        codebook_loss (`torch.FloatTensor`, *optional*): Only in training mode.
+        commitment_loss (`torch.FloatTensor`, *optional*): Only in training mode.
     """
 
     codes: torch.Tensor | list[torch.Tensor] | None = None
@@ -351,8 +346,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
                 The schedules to use. By default they follow from the images' sizes.
             self_correction (`bool`, *optional*, defaults to `False`):
                 Draw some codes among the nearest few (the config's `self_correction_*`).
-            generator (`torch.Generator`, *optional*):
-                Source of those draws, on the model's device.
+            generator (`torch.Generator`, *optional*): Source of those draws, on the model's device.
 
         Returns:
             [`NextFlowImageTokenizerOutput`]; lists in, lists out.
@@ -544,8 +538,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
         """Encodes, quantizes and decodes, with gradients.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
-                Images of one size, in [-1, 1].
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images of one size, in [-1, 1].
             image_grid_shw (`torch.LongTensor` of shape `(B, 3)`, *optional*):
                 Their schedule; by default it follows from the size.
             kept_scales (`Sequence[int]`, *optional*):

@@ -49,14 +49,12 @@ class NextFlowProcessor(ProcessorMixin):
     Args:
         image_processor ([`NextFlowImageProcessor`] or [`NextFlowImageProcessorPil`]):
             Brings pictures to the size of a scale schedule.
-        tokenizer (`PreTrainedTokenizerBase`):
-            The text tokenizer; it must know `<boi>` and `<image>`.
+        tokenizer (`PreTrainedTokenizerBase`): The text tokenizer; it must know `<boi>` and `<image>`.
         image_tokenizer ([`NextFlowImageTokenizer`], *optional*):
             Encodes and decodes pictures. Without it the processor handles text alone.
         visual_token_offset (`int`, *optional*):
             The first visual id, the model's `config.text_vocab_size`. Needed for pictures.
-        chat_template (`str`, *optional*):
-            A Jinja template; ChatML by default.
+        chat_template (`str`, *optional*): A Jinja template; ChatML by default.
 
     Example:
 
@@ -124,8 +122,7 @@ class NextFlowProcessor(ProcessorMixin):
                 As many as there are `<video>` marks in the texts, in reading order. A video is a list of frames, an
                 array `(T, H, W, 3)`, a path or a URL; `num_frames` of it are read, evenly spaced, as pictures.
             num_frames (`int`, *optional*, defaults to 4): Frames read of a video (all of a shorter one).
-            self_correction (`bool`, *optional*, defaults to `False`):
-                Encode with self-correction and add `labels`.
+            self_correction (`bool`, *optional*, defaults to `False`): Encode with self-correction and add `labels`.
             generator (`torch.Generator`, *optional*):
                 Source of self-correction's draws, on the image tokenizer's device.
             kwargs:
@@ -300,12 +297,10 @@ class NextFlowProcessor(ProcessorMixin):
         """Text of ids: a string for one sequence, a list for a batch. A whole image reads `<image>`.
 
         Args:
-            token_ids (`torch.Tensor`, `np.ndarray` or `list[int]`, of shape `(L,)` or `(B, L)`):
-                Ids in the token view.
+            token_ids (`torch.Tensor`, `np.ndarray` or `list[int]`, of shape `(L,)` or `(B, L)`): Ids in the token view.
             skip_special_tokens (`bool`, *optional*, defaults to `False`):
                 Leaves special tokens out; `<image>` is one of them.
-            kwargs:
-                Options of the tokenizer's `decode`.
+            kwargs: Options of the tokenizer's `decode`.
         """
         rows, is_batch = _to_rows(token_ids)
         texts = [
@@ -342,8 +337,7 @@ class NextFlowProcessor(ProcessorMixin):
         Args:
             token_ids (`torch.Tensor` or `list[int]`, of shape `(L,)` or `(B, L)`):
                 Ids in the token view. An image may stop after any whole scale; then it is a preview at full size.
-            image_grid_shw (`torch.Tensor` of shape `(num_images, 3)`):
-                Their grids, in reading order over the batch.
+            image_grid_shw (`torch.Tensor` of shape `(num_images, 3)`): Their grids, in reading order over the batch.
 
         Returns:
             `list[list[PIL.Image.Image]]`: for each sequence its pictures.
@@ -462,10 +456,8 @@ class NextFlowProcessor(ProcessorMixin):
             generated_outputs:
                 Text mode: ids `(B, L)`. Image mode: a [`NextFlowGenerateOutput`] with `image_codes` `(B, N)` and one
                 row of `image_grid_shw` a sequence, as the model's `decode_image_tokens` gives it.
-            skip_special_tokens (`bool`, *optional*, defaults to `True`):
-                Text mode: leave special tokens out.
-            generation_mode (`str`, *optional*, defaults to `"text"`):
-                `"text"` or `"image"`.
+            skip_special_tokens (`bool`, *optional*, defaults to `True`): Text mode: leave special tokens out.
+            generation_mode (`str`, *optional*, defaults to `"text"`): `"text"` or `"image"`.
 
         Returns:
             `list[str]` or `list[PIL.Image.Image]`, one entry a sequence.
