@@ -444,7 +444,12 @@ class NextFlowProcessor(ProcessorMixin):
         return self.decode_segments(new, new_grids)
 
     def decode_stream(self, events: Iterable[GenerationEvent], previews: bool = True) -> Iterator[StreamChunk]:
-        """Text and pictures of a stream as they come; see [`decode_stream`]."""
+        """Text and pictures of a stream as they come: text, then a preview per scale, then the picture.
+
+        Args:
+            events (iterable of [`GenerationEvent`]): From [`~NextFlowGenerationMixin.stream`].
+            previews (`bool`, *optional*, defaults to `True`): Decode every scale, not the last alone.
+        """
         return decode_stream(self, events, previews)
 
     def post_process_multimodal_output(
@@ -545,9 +550,8 @@ class NextFlowProcessor(ProcessorMixin):
 
 
 def _is_text(text: Any) -> bool:
-    return isinstance(text, str) or (
-        isinstance(text, list | tuple) and len(text) > 0 and all(isinstance(sample, str) for sample in text)
-    )
+    texts = [text] if isinstance(text, str) else text
+    return isinstance(texts, list | tuple) and len(texts) > 0 and all(isinstance(sample, str) for sample in texts)
 
 
 def _id_of(tokenizer, token: str) -> int:
