@@ -113,7 +113,7 @@ class NextFlowPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "model->image_tokenizer"  # type: ignore[assignment]
     _exclude_from_cpu_offload = ["image_tokenizer"]  # small, and used by other methods than `forward`
     _optional_components = ["diffusion_decoder", "scheduler"]
-    _callback_tensor_inputs = ("latents", "codes")
+    _callback_tensor_inputs = ("latents", "codes", "prompt_embeds")
 
     interrupt = _interrupt = _of_call("interrupt", False, "True in a callback stops; what there is so far is returned.")
     guidance_scale = _guidance_scale = _of_call("guidance_scale", None, "The strength of guidance from here on.")
@@ -250,8 +250,8 @@ class NextFlowPipeline(DiffusionPipeline):
                 in the `dict` that is returned. `pipe._guidance_scale` and `pipe._interrupt` may be set.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, *optional*, defaults to `("latents",)`):
                 Tensors the callback gets: `"latents"`, the accumulated map `(B, D, h, w)`, which
-                [`~NextFlowPipeline.decode_latents`] turns into a preview, to look at only; `"codes"`, all codes so far
-                `(B, n)`.
+                [`~NextFlowPipeline.decode_latents`] turns into a preview; `"codes"`, all codes so far `(B, n)`;
+                `"prompt_embeds"`, of the prompts `(prompts, L, hidden_size)`. All but the codes are to look at only.
             return_dict (`bool`, *optional*, defaults to `True`): `False` returns a plain tuple.
 
         Returns:
@@ -305,15 +305,17 @@ class NextFlowPipeline(DiffusionPipeline):
             self.schedule, strength = schedule, self.guidance_scale
             changes: Any = None
             if callback_on_step_end is not None:
-                tensors = {"codes": codes.clone()}
-                if "latents" in callback_on_step_end_tensor_inputs:
-                    tensors["latents"] = self._codes_to_latents(codes, schedule)
-                given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                returned = callback_on_step_end(self, step, step, given)
-                if not isinstance(returned, dict | None) or set(returned or ()) - set(self._callback_tensor_inputs):
-                    legal = sorted(self._callback_tensor_inputs)
-                    raise ValueError(f"A callback returns None or a dict of {legal}, not {returned!r:.80}.")
-                changed = (given | (returned or {})).get("codes", codes).to(codes)
+                text_ids = inputs["input_ids"].clamp(max=self.model.config.text_vocab_size - 1)  # codes have no row
+                makers = {
+                    "latents": lambda: self._codes_to_latents(codes, schedule),
+                    "codes": codes.clone,
+                    "prompt_embeds": lambda: self.model.get_input_embeddings()(text_ids),
+                }
+                tensors = {name: makers[name]() for name in callback_on_step_end_tensor_inputs}
+                returned = callback_on_step_end(self, step, step, tensors)
+                if not isinstance(returned, dict | None) or set(returned or ()) - set(makers):
+                    raise ValueError(f"A callback returns None or a dict of {sorted(makers)}, not {returned!r:.80}.")
+                changed = (tensors | (returned or {})).get("codes", codes).to(codes)
                 if changed.shape != codes.shape:
                     raise ValueError(f"A callback must not change shapes: codes {tuple(codes.shape)}.")
                 changes = codes = changed

@@ -32,7 +32,6 @@ class NextFlowImageProcessor(NextFlowBaseImageProcessor, TorchvisionBackend):  #
             What brings 0 ... 255 to [-1, 1] by default.
         max_pixels, max_aspect_ratio, allow_urls, allow_paths, max_download_bytes, max_download_seconds:
             What is opened, and how large it may be; see [`SourceLimits`].
-    max_pixels, max_aspect_ratio, ...: What is opened, and how large it may be; see [`SourceLimits`].
 
     Calling it returns a [`BatchFeature`] with:
         - **pixel_values** -- float `(num_images, 3, H, W)` if all come out in one size, else a list of `(3, H, W)`.

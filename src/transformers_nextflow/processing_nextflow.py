@@ -173,15 +173,15 @@ class NextFlowProcessor(ProcessorMixin):
                 "`height` and `width` are for pictures that are given, and there are none. For the size of a picture "
                 'to be drawn pass them to `generate`; in a pipeline: `generate_kwargs={"height": ..., "width": ...}`.'
             )
-        rows = self._encode_images(pictures, self_correction, generator, images_kwargs)
+        ids, target_ids, grids = self._encode_images(pictures, self_correction, generator, images_kwargs)
         marks = (self.image_token_id, self.boi_token_id)
-        fields = expand_marks(encoded, [ids for ids, _, _ in rows], *marks)
+        fields = expand_marks(encoded, ids, *marks)
         if self_correction:
-            fields["labels"] = expand_marks(encoded, [targets for _, targets, _ in rows], *marks)["input_ids"]
+            fields["labels"] = expand_marks(encoded, target_ids, *marks)["input_ids"]
         truncate(fields, max_length, num_marks, self.tokenizer.truncation_side)
         batch = pad(self.tokenizer, fields, **{"padding": False, **padding})
         if pictures:
-            batch["image_grid_shw"] = [grid for _, _, grid in rows]
+            batch["image_grid_shw"] = grids
         return BatchFeature(batch, tensor_type=return_tensors)
 
     def _read_options(self, options: dict[str, Any]) -> dict[str, dict]:
@@ -198,16 +198,18 @@ class NextFlowProcessor(ProcessorMixin):
 
     def _encode_images(
         self, pictures: list[Any], self_correction: bool, generator: torch.Generator | None, images_kwargs: dict
-    ) -> list[tuple[list[int], list[int], list[int]]]:
-        """Visual ids, target ids and grid of each picture."""
+    ) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+        """Visual ids, target ids and grids, one entry per picture."""
+        ids: list[list[int]] = []
+        target_ids: list[list[int]] = []
+        rows: list[list[int]] = []
         if not pictures:
-            return []
+            return ids, target_ids, rows
         image_tokenizer, offset = self._image_parts()
         options = {**vars(self.image_processor), **images_kwargs}
         schedule = ScaleSchedule((16, 16), options["num_scales"], options["stride"])  # no bucket has a larger area
         area = (options.get("height") or schedule.height) * (options.get("width") or schedule.width)
         number = max(1, ENCODED_TOGETHER // area)
-        rows = []
         for first in range(0, len(pictures), number):
             chosen = pictures[first : first + number]
             inputs = self.image_processor(chosen, **{**images_kwargs, "return_tensors": "pt"})
@@ -215,9 +217,10 @@ class NextFlowProcessor(ProcessorMixin):
             if len(grids.unique(dim=0)) > 1:
                 pixel_values = list(pixel_values)  # even if the sizes agree: several buckets share coarse grids
             encoded = image_tokenizer.encode(pixel_values, grids, self_correction=self_correction, generator=generator)
-            for codes, targets, grid in zip(encoded["codes"], encoded["target_codes"], grids.tolist(), strict=True):
-                rows.append(((codes + offset).tolist(), (targets + offset).tolist(), grid))
-        return rows
+            ids += [(codes + offset).tolist() for codes in encoded["codes"]]
+            target_ids += [(codes + offset).tolist() for codes in encoded["target_codes"]]
+            rows += grids.tolist()
+        return ids, target_ids, rows
 
     def _image_parts(self) -> tuple[NextFlowImageTokenizer, int]:
         if self.image_tokenizer is None:
