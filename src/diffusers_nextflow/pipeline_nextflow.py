@@ -267,8 +267,6 @@ class NextFlowPipeline(DiffusionPipeline):
                 f"Got {len(negative_prompts)} negative prompts for {len(prompts)} prompts; give one, or one each."
             )
         pictures = self._pictures(image, prompts)
-        if thinking and num_frames is not None:
-            raise ValueError("Pass `thinking` or `num_frames`, not both.")
         if negative_prompts is not None and (thinking or num_frames is not None):
             raise ValueError("`negative_prompt` can't be combined with `thinking` or `num_frames`.")
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
@@ -448,11 +446,7 @@ def _onload(module: torch.nn.Module) -> None:
 
 
 def _index_of_transformers_checkpoint(folder: Path) -> dict[str, Any]:
-    """What `model_index.json` would say of a transformers checkpoint: all flat but the image tokenizer's sub-folder.
-
-    Raises:
-        `ValueError`: if it is not such a folder.
-    """
+    """What `model_index.json` would say of a transformers checkpoint: all flat but the image tokenizer's sub-folder."""
     for name in ("config.json", "tokenizer_config.json", "image_tokenizer"):
         if not (folder / name).exists():
             raise ValueError(

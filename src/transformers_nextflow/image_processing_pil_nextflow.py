@@ -38,19 +38,7 @@ SIDEWAYS = [TURNS[tag] for tag in (5, 6, 7, 8)]
 
 
 class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
-    r"""
-    num_scales (`int`, *optional*, defaults to `self.num_scales`):
-        Number of scales of every image, which with its aspect ratio decides its size.
-    height (`int`, *optional*): Forces the height in pixels; goes with `width` and must be a schedule's size.
-    width (`int`, *optional*): Forces the width in pixels.
-    stride (`int`, *optional*, defaults to `self.stride`): Pixels a cell of the last grid; the image tokenizer's.
-    do_pad (`bool`, *optional*, defaults to `self.do_pad`):
-        Whether to fit the whole image in and pad it, instead of filling the frame and cropping the centre.
-    background_color (`list[int]`, *optional*, defaults to `self.background_color`):
-        Red, green and blue, 0 to 255: what shows behind transparent pixels and in the padding.
-    max_pixels, max_aspect_ratio, allow_urls, allow_paths, max_download_bytes, max_download_seconds (*optional*):
-        What is opened; see [`SourceLimits`].
-    """
+    """What [`NextFlowImageProcessor`] takes besides what every image processor does."""
 
     num_scales: int
     height: int | None
@@ -72,11 +60,7 @@ def choose_schedule(
     width: int | None = None,
     stride: int = 16,
 ) -> ScaleSchedule:
-    """The schedule of an image of `image_size` (height, width): the nearest aspect, or the size that is asked for.
-
-    Raises:
-        `ValueError`: if only one of `height` and `width` is given, or if no schedule has that size.
-    """
+    """The schedule of an image of `image_size` (height, width): the nearest aspect, or the size that is asked for."""
     if (height is None) != (width is None):
         raise ValueError(f"Give both `height` and `width`, or neither; got height={height} and width={width}.")
     if height is not None and width is not None:
@@ -125,17 +109,9 @@ def find_turn(image: Any) -> Image.Transpose | None:
 
 
 def to_eight_bits(image: ImageInput, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
-    """A PIL image of 8 bits.
+    """A PIL image of 8 bits, of a picture or an array with 1, 3 or 4 channels (first or last, or a plain `(H, W)`).
 
-    Args:
-        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            A picture, or an array with 1, 3 or 4 channels (first or last, or a plain `(H, W)`): integers of 8 or 16
-            bits (wider ones are taken for 8 bits if none is above 255), or floats in [0, 1].
-        input_data_format (`str`, *optional*):
-            `"channels_first"` or `"channels_last"`, where an array's shape leaves it open.
-
-    Raises:
-        `ValueError`: for an empty image, values out of range or a shape that is not an image's.
+    Arrays hold integers of 8 or 16 bits (wider ones are taken for 8 bits if none is above 255), or floats in [0, 1].
     """
     if isinstance(image, Image.Image) and image.mode[0] not in "IF":
         mode = plain_mode(image)

@@ -72,18 +72,10 @@ class SourceLimits:
 
 
 def open_picture(source: Any, limits: SourceLimits = SourceLimits()) -> Any:
-    """A picture that is loaded: a PIL image, or an array as it is.
+    """A picture that is loaded: a PIL image, or an array as it is. A `ValueError` names what cannot be opened.
 
-    Unlike `transformers.image_utils.load_image` it keeps transparency, so that the background shows through.
-
-    Args:
-        source (`str`, `os.PathLike`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            A path, an http(s) URL, a base64 string (`data:image/...` or bare), or a picture.
-        limits ([`SourceLimits`], *optional*): What may be opened.
-
-    Raises:
-        `ValueError`: names the source; if it cannot be read, is forbidden or is beyond the limits.
-        `TypeError`: for any other object.
+    Unlike `transformers.image_utils.load_image` it keeps transparency, so that the background shows through. A source
+    is a path, an http(s) URL, a base64 string (`data:image/...` or bare), or a picture.
     """
     if is_valid_image(source) and not isinstance(source, Image.Image):
         return source

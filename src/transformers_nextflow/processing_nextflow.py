@@ -379,7 +379,7 @@ class NextFlowProcessor(ProcessorMixin):
         grids = grids.reshape(-1, 3)
         if len(codes) != len(grids):
             raise ValueError(
-                f"There are codes of {len(codes)} images, but `image_grid_shw` has {len(grids)} rows; it needs one an "
+                f"There are codes of {len(codes)} images, but `image_grid_shw` has {len(grids)} rows; it needs one per "
                 "image."
             )
         if not len(codes):
