@@ -28,6 +28,7 @@ from transformers_nextflow import (
     NextFlowImageTokenizer,
     NextFlowImageTokenizerConfig,
     NextFlowProcessor,
+    hash_image_tokenizer,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -263,6 +264,7 @@ def convert_to_nextflow(
     plan = plan_nextflow(weights, config, new, dtype, str(source))
     config.dtype = next(tensor.dtype for tensor in plan if tensor.name == EMBEDDING)
     config.architectures = [NextFlowForCausalLM.__name__]
+    config.image_tokenizer_hash = hash_image_tokenizer(images)
 
     processor = NextFlowProcessor(
         image_processor=NextFlowImageProcessor(num_scales=config.num_scales),

@@ -13,16 +13,17 @@ MAX_IMAGES = 1000  # they are drawn in one batch
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what was wrong in one line, without repeating all options."""
+    """Says what was wrong in one line, without repeating all options, and takes no shortened ones."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (--help lists all options)\n")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(
-        PROGRAM, usage="%(prog)s PROMPT [options]", description="Draws images, scale by scale.", allow_abbrev=False
-    )
+    parser = OneLineParser(PROGRAM, usage="%(prog)s PROMPT [options]", description="Draws images, scale by scale.")
     parser.add_argument("prompt", help="what to draw")
     parser.add_argument(
         "--output",

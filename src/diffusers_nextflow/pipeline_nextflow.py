@@ -3,7 +3,6 @@
 Axes: B images (prompts x images per prompt), D channels of a code vector, (h, w) the last grid, H x W pixels.
 """
 
-import json
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from transformers_nextflow import (
     ScaleSchedule,
     check_same_codebook,
 )
+from transformers_nextflow.strict_loading import HUB_ARGUMENTS, read_json
 from transformers_nextflow.whole_folder import whole_folder
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -143,7 +143,6 @@ class NextFlowPipeline(DiffusionPipeline):
         )
         self._postprocessor = VaeImageProcessor()
         self._calls: dict[int, dict[str, Any]] = {}  # what is of each call, by its thread
-        self._processor: NextFlowProcessor | None = None
 
     # Loading and saving
 
@@ -162,11 +161,9 @@ class NextFlowPipeline(DiffusionPipeline):
         try:
             return super().download(pretrained_model_name, **kwargs)
         except EntryNotFoundError:
-            names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-            known = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-            return snapshot_download(
-                pretrained_model_name, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"], **known
-            )
+            known = {name: kwargs[name] for name in HUB_ARGUMENTS if name != "proxies" and kwargs.get(name) is not None}
+            patterns = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
+            return snapshot_download(pretrained_model_name, allow_patterns=patterns, **known)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As diffusers'; a `ValueError` where an adapter would be lost or saved without its base."""
@@ -213,8 +210,7 @@ class NextFlowPipeline(DiffusionPipeline):
         Draws images. What is left out comes from the model's generation config.
 
         Args:
-            prompt (`str` or `list[str]`):
-                What to draw.
+            prompt (`str` or `list[str]`): What to draw.
             image (a picture or a list of pictures, *optional*):
                 What the prompt is about: an edit of it, or a new scene with what it shows. One prompt takes one picture
                 or several; for a list of prompts give a list of one picture, or of one list, a prompt. A picture is
@@ -238,8 +234,7 @@ class NextFlowPipeline(DiffusionPipeline):
                 The model writes a thought before it draws; the output's `thoughts` hold it. Prompts become chat turns.
             num_frames (`int`, *optional*):
                 So many images in sequence for each prompt, a story; see the output's `frames`.
-            num_images_per_prompt (`int`, *optional*, defaults to 1):
-                Images a prompt.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): Images a prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of all draws: one, or one an image. The same seed gives an image its looks, whatever the batch.
             image_temperature, image_top_k, image_top_p (number or list of numbers, *optional*):
@@ -251,15 +246,13 @@ class NextFlowPipeline(DiffusionPipeline):
                 `"pil"`, `"np"`, `"pt"` or `"latent"`; see [`NextFlowPipelineOutput`].
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipe, step, step, tensors)` after each scale; scales count from 0. diffusers' own
-                callbacks work if `tensors` has what they ask for. What is changed in `tensors`, or in the `dict` that
-                is returned, is what the drawing goes on from: `"codes"`, or `"latents"`, whose last scale is then
-                quantized again. `pipe._guidance_scale` and `pipe._interrupt` may be set.
+                callbacks work if `tensors` has what they ask for. The drawing goes on from `tensors["codes"]`, or those
+                in the `dict` that is returned. `pipe._guidance_scale` and `pipe._interrupt` may be set.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, *optional*, defaults to `("latents",)`):
                 Tensors the callback gets: `"latents"`, the accumulated map `(B, D, h, w)`, which
                 [`~NextFlowPipeline.decode_latents`] turns into a preview; `"codes"`, all codes so far `(B, n)`;
-                `"prompt_embeds"`, of the prompts `(prompts, L, hidden_size)`, to look at only.
-            return_dict (`bool`, *optional*, defaults to `True`):
-                `False` returns a plain tuple.
+                `"prompt_embeds"`, of the prompts `(prompts, L, hidden_size)`. All but the codes are to look at only.
+            return_dict (`bool`, *optional*, defaults to `True`): `False` returns a plain tuple.
 
         Returns:
             [`NextFlowPipelineOutput`], or `(images,)`.
@@ -274,8 +267,6 @@ class NextFlowPipeline(DiffusionPipeline):
                 f"Got {len(negative_prompts)} negative prompts for {len(prompts)} prompts; give one, or one each."
             )
         pictures = self._pictures(image, prompts)
-        if thinking and num_frames is not None:
-            raise ValueError("Pass `thinking` or `num_frames`, not both.")
         if negative_prompts is not None and (thinking or num_frames is not None):
             raise ValueError("`negative_prompt` can't be combined with `thinking` or `num_frames`.")
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
@@ -322,7 +313,10 @@ class NextFlowPipeline(DiffusionPipeline):
                 returned = callback_on_step_end(self, step, step, tensors)
                 if not isinstance(returned, dict | None) or set(returned or ()) - set(makers):
                     raise ValueError(f"A callback returns None or a dict of {sorted(makers)}, not {returned!r:.80}.")
-                changes = codes = self._changed_codes(codes, tensors | (returned or {}), schedule, step)
+                changed = (tensors | (returned or {})).get("codes", codes).to(codes)
+                if changed.shape != codes.shape:
+                    raise ValueError(f"A callback must not change shapes: codes {tuple(codes.shape)}.")
+                changes = codes = changed
                 if self.guidance_scale != strength:
                     changes = {"codes": codes, "guidance_scale": _strength(self.guidance_scale)}
             drawn[len(drawn) - (step > 0) :] = [(codes, schedule)]
@@ -385,22 +379,6 @@ class NextFlowPipeline(DiffusionPipeline):
         _onload(self.image_tokenizer)
         return self.image_tokenizer.codes_to_latents(codes, torch.tensor([schedule.grid_shw]))
 
-    def _changed_codes(
-        self, codes: torch.Tensor, tensors: dict[str, torch.Tensor], schedule: ScaleSchedule, step: int
-    ) -> torch.Tensor:
-        """All codes `(B, n)` so far as a callback left them, by themselves or in the latents."""
-        changed, latents = tensors.get("codes", codes).to(codes), tensors.get("latents")
-        old = changed if latents is None else self._codes_to_latents(codes, schedule)
-        if changed.shape != codes.shape or (latents is not None and latents.shape != old.shape):
-            raise ValueError(f"A callback must not change shapes: codes {tuple(codes.shape)}, latents like before.")
-        if latents is not None and not torch.equal(latents, old):
-            # Earlier scales stay: what the model has read of them can't be taken back.
-            earlier = changed[:, : schedule.offsets[step]]
-            residual = latents.float() - self._codes_to_latents(earlier, schedule)
-            last = self.image_tokenizer.quantizer(residual, [schedule.grids[step]]).codes
-            changed = torch.cat([earlier, last.to(codes)], dim=1)
-        return changed
-
     def _pictures(self, image: Any, prompts: list[str]) -> list[list[Any]]:
         """The pictures of each prompt."""
         if image is None:
@@ -418,13 +396,14 @@ class NextFlowPipeline(DiffusionPipeline):
             )
         return [list(entry) if isinstance(entry, list | tuple) else [entry] for entry in image]
 
+    @property
+    def _processor(self) -> NextFlowProcessor:
+        parts = (self.image_processor, self.tokenizer, self.image_tokenizer)
+        return NextFlowProcessor(*parts, self.model.config.text_vocab_size, self.tokenizer.chat_template)
+
     def _encode(self, prompts: list[str], pictures: list[list[Any]], task: str, style: str | None) -> Any:
         """Prompts, as the model was trained to be prompted, behind their pictures; padded on the left."""
-        parts = (self.image_processor, self.tokenizer, self.image_tokenizer)
-        processor = self._processor  # one for all calls, until a component is another
-        if processor is None or parts != (processor.image_processor, processor.tokenizer, processor.image_tokenizer):
-            offset, template = self.model.config.text_vocab_size, self.tokenizer.chat_template
-            processor = self._processor = NextFlowProcessor(*parts, offset, template)
+        processor = self._processor
         processor.check_plain(prompts)
         styles = getattr(self.model.generation_config, "prompt_styles", None)
         texts = [
@@ -467,11 +446,7 @@ def _onload(module: torch.nn.Module) -> None:
 
 
 def _index_of_transformers_checkpoint(folder: Path) -> dict[str, Any]:
-    """What `model_index.json` would say of a transformers checkpoint: all flat but the image tokenizer's sub-folder.
-
-    Raises:
-        `ValueError`: if it is not such a folder.
-    """
+    """What `model_index.json` would say of a transformers checkpoint: all flat but the image tokenizer's sub-folder."""
     for name in ("config.json", "tokenizer_config.json", "image_tokenizer"):
         if not (folder / name).exists():
             raise ValueError(
@@ -479,7 +454,7 @@ def _index_of_transformers_checkpoint(folder: Path) -> dict[str, Any]:
                 "`NextFlowPipeline.save_pretrained` wrote (it has a `model_index.json`), or from one that both a "
                 "`NextFlowForCausalLM` and a `NextFlowProcessor` were saved to."
             )
-    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer_config: Any = read_json(folder, "tokenizer_config.json")
     return {
         "_class_name": NextFlowPipeline.__name__,
         "_diffusers_version": diffusers.__version__,

@@ -64,15 +64,7 @@ def break_up(text: str, special_tokens: Sequence[str]) -> str:
 def read_messages(messages: Any, special_tokens: Sequence[str], marks: Sequence[str]) -> list[dict[str, Any]]:
     """Messages of one chat, checked, with the special tokens in their texts broken up.
 
-    Args:
-        messages (list of `dict`): `role` and `content`, a text or a list of parts "text", "image" and "video".
-        special_tokens (`list[str]`): What is text in a message; none to leave texts as they are.
-        marks (`list[str]`):
-            Such tokens among them as stand for a picture or a video. Those typed in a chat without picture and video
-            parts still do.
-
-    Raises:
-        `ValueError`: for what is not a message.
+    Those of them that stand for a picture or a video (`marks`) still do in a chat without picture and video parts.
     """
     shape = 'A message is {"role": "user", "content": a text or a list of parts}'
     if not isinstance(messages, list | tuple) or not messages:
@@ -80,36 +72,32 @@ def read_messages(messages: Any, special_tokens: Sequence[str], marks: Sequence[
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not message["role"]:
             raise ValueError(f"{shape}; this one has no role: {message!r:.80}.")
-        parts = message.get("content")
-        if not isinstance(parts, str | list | tuple):
+        if not isinstance(message.get("content"), str | list | tuple):
             raise ValueError(f"{shape}; this one has no content: {message!r:.80}.")
-        for part in () if isinstance(parts, str) else parts:
-            kind = part.get("type") if isinstance(part, Mapping) else "text" if isinstance(part, str) else None
-            if kind not in ("text", "image", "video") or (kind == "text" and not isinstance(_text(part), str)):
+        for part in _parts(message):
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind not in ("text", "image", "video") or (kind == "text" and not isinstance(part.get("text"), str)):
                 raise ValueError(
                     'A message has parts {"type": "text", "text": ...}, {"type": "image", "image": ...} and '
                     f'{{"type": "video", "video": ...}}, not {part!r:.80}.'
                 )
             if kind != "text" and message["role"] == "system":
                 raise ValueError("A system message is text; put a picture into a message of the user.")
-    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    if all(isinstance(part, str) or part["type"] == "text" for part in parts):
+    if all(part["type"] == "text" for message in messages for part in _parts(message)):
         special_tokens = [token for token in special_tokens if token not in marks]
-
-    def read(content: Any) -> Any:
-        if isinstance(content, str):
-            return break_up(content, special_tokens)
-        return [
-            {"type": "text", "text": break_up(_text(part), special_tokens)} if _text(part) is not None else part
-            for part in content
+    read = []
+    for message in messages:
+        parts = [
+            {**part, "text": break_up(part["text"], special_tokens)} if part["type"] == "text" else part
+            for part in _parts(message)
         ]
-
-    return [
-        {**message, "role": break_up(message["role"], special_tokens), "content": read(message["content"])}
-        for message in messages
-    ]
+        content = parts[0]["text"] if isinstance(message["content"], str) else parts
+        read.append({**message, "role": break_up(message["role"], special_tokens), "content": content})
+    return read
 
 
-def _text(part: Any) -> Any:
-    """Of a text part; None for any other."""
-    return part if isinstance(part, str) else part.get("text") if part["type"] == "text" else None
+def _parts(message: Mapping[str, Any]) -> list[Any]:
+    """The content of a message as parts."""
+    content = message["content"]
+    parts = [content] if isinstance(content, str) else content
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]

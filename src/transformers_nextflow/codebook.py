@@ -10,7 +10,7 @@ from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
 
 STRIDE = 16  # pixels a cell, on which the language model's schedules rest
 
-_hashes: WeakKeyDictionary[NextFlowImageTokenizer, tuple[Any, str]] = WeakKeyDictionary()
+_hashes: WeakKeyDictionary[NextFlowImageTokenizer, tuple[Any, str]] = WeakKeyDictionary()  # by the tables' versions
 
 
 def hash_image_tokenizer(image_tokenizer: NextFlowImageTokenizer) -> str:
@@ -27,14 +27,7 @@ def hash_image_tokenizer(image_tokenizer: NextFlowImageTokenizer) -> str:
 
 
 def check_schedules(image_tokenizer: Any) -> None:
-    """Refuses an image tokenizer whose images have other sizes than a language model and an image processor plan with.
-
-    Args:
-        image_tokenizer ([`NextFlowImageTokenizer`] or `None`): The image tokenizer.
-
-    Raises:
-        `ValueError`: if it has schedules or a stride of its own.
-    """
+    """Refuses an image tokenizer whose images have other sizes than a language model plans with."""
     config = getattr(image_tokenizer, "config", None)
     foreign = [name for name in ("scale_sides", "image_size") if getattr(config, name, None) is not None]
     if foreign:

@@ -24,10 +24,8 @@ class NextFlowConfig(StrictConfigMixin, Qwen2_5_VLTextConfig):
             Rows of the text vocabulary, special tokens included; the first visual id.
         visual_codebook_size (`int`, *optional*, defaults to 32768):
             Number of codes of the image tokenizer. Visual ids are `text_vocab_size + code`.
-        visual_code_dim (`int`, *optional*, defaults to 40):
-            Width of a code vector, semantic and pixel parts together.
-        num_scales (`int`, *optional*, defaults to 18):
-            The largest number of scales an image may have.
+        visual_code_dim (`int`, *optional*, defaults to 40): Width of a code vector, semantic and pixel parts together.
+        num_scales (`int`, *optional*, defaults to 18): The largest number of scales an image may have.
         rope_parameters (`dict`, *optional*, defaults to Qwen2.5-VL's):
             As there, and `mrope_interleaved` (`True` in new configurations): the rotary pairs take the axes in turn, as
             in Qwen3-VL; with `False`, as in Qwen2.5-VL and in files without the key, each axis has a chunk of pairs.
@@ -38,8 +36,7 @@ class NextFlowConfig(StrictConfigMixin, Qwen2_5_VLTextConfig):
             `C` of the multi-scale 3D RoPE: spatial coordinates of every scale span `[0, C]` for a square image.
         scale_reweight_alpha (`float`, *optional*, defaults to 0.9):
             A vision token of scale s weighs `1 / (h_s * w_s) ** alpha` in the loss. 0 turns it off.
-        boi_token_id (`int`, *optional*, defaults to 151665):
-            `<boi>`: an image starts.
+        boi_token_id (`int`, *optional*, defaults to 151665): `<boi>`: an image starts.
         eoi_token_id (`int`, *optional*, defaults to 151666):
             `<eoi>`: only ever an input (its embedding stands in the slot of an image's last code).
         image_token_id (`int`, *optional*, defaults to 151667):
@@ -131,20 +128,14 @@ class NextFlowImageTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
     quantizer, after TokenFlow (arXiv 2412.03069) with NextFlow's changes.
 
     Args:
-        codebook_size (`int`, *optional*, defaults to 32768):
-            Number of codes. One index addresses both codebooks.
-        semantic_code_dim (`int`, *optional*, defaults to 32):
-            Width of the semantic half of a code vector.
-        pixel_code_dim (`int`, *optional*, defaults to 8):
-            Width of the pixel half of a code vector.
+        codebook_size (`int`, *optional*, defaults to 32768): Number of codes. One index addresses both codebooks.
+        semantic_code_dim (`int`, *optional*, defaults to 32): Width of the semantic half of a code vector.
+        pixel_code_dim (`int`, *optional*, defaults to 8): Width of the pixel half of a code vector.
         semantic_distance_weight (`float`, *optional*, defaults to 1.0):
             Weight of the semantic distance against the pixel distance when a code is looked up.
-        commitment_cost (`float`, *optional*, defaults to 0.25):
-            Weight of the commitment loss.
-        num_scales (`int`, *optional*, defaults to 18):
-            The largest number of scales that images are encoded to.
-        stride (`int`, *optional*, defaults to 16):
-            Pixels a cell of the last grid.
+        commitment_cost (`float`, *optional*, defaults to 0.25): Weight of the commitment loss.
+        num_scales (`int`, *optional*, defaults to 18): The largest number of scales that images are encoded to.
+        stride (`int`, *optional*, defaults to 16): Pixels a cell of the last grid.
         scale_sides (`list[int]`, *optional*):
             Sides of the square schedule's grids, one a scale, where they are not the paper's (TokenFlow's).
         image_size (`int`, *optional*):
@@ -161,14 +152,10 @@ class NextFlowImageTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
             Which of the semantic encoder's hidden states is used; None for its normalised output.
         semantic_feature_dim (`int`, *optional*):
             Width of the teacher's features that the semantic decoder predicts. Defaults to the encoder's width.
-        semantic_decoder_layers (`int`, *optional*, defaults to 3):
-            Depth of the semantic decoder (a ViT).
-        semantic_decoder_hidden_size (`int`, *optional*):
-            Its width. Defaults to the encoder's width.
-        semantic_decoder_num_heads (`int`, *optional*, defaults to 12):
-            Its number of heads.
-        semantic_decoder_intermediate_size (`int`, *optional*):
-            Width of its MLPs. Defaults to four times its width.
+        semantic_decoder_layers (`int`, *optional*, defaults to 3): Depth of the semantic decoder (a ViT).
+        semantic_decoder_hidden_size (`int`, *optional*): Its width. Defaults to the encoder's width.
+        semantic_decoder_num_heads (`int`, *optional*, defaults to 12): Its number of heads.
+        semantic_decoder_intermediate_size (`int`, *optional*): Width of its MLPs. Defaults to four times its width.
         semantic_decoder_grid_size (`int`, *optional*):
             Makes the semantic decoder TokenFlow's, with a class token and learned positions for a grid of this side
             (resized for others). By default it is a NaFlex ViT, which takes any grid as it is.
@@ -176,24 +163,21 @@ class NextFlowImageTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
             Pixels a side that the CNNs fold into channels at full resolution (space to depth); 1 folds none.
         encoder_hidden_sizes (`list[int]`, *optional*, defaults to `[128, 128, 256, 256, 512]`):
             CNN widths, from the highest resolution to the lowest; each level but the last halves the resolution.
-        encoder_num_res_blocks (`int`, *optional*, defaults to 2):
-            Residual blocks a level.
+        encoder_num_res_blocks (`int`, *optional*, defaults to 2): Residual blocks a level.
         decoder_hidden_sizes (`list[int]`, *optional*, defaults to `[128, 128, 256, 256, 512]`):
             As for the encoder, from the highest resolution to the lowest.
         decoder_num_res_blocks (`int`, *optional*, defaults to 2):
             Residual blocks a level; a decoder level has one more, as in VQGAN.
         latent_channels (`int`, *optional*, defaults to 256):
             Channels between the CNNs and the 1x1 convolutions to and from the codes.
-        cnn_norm_groups (`int`, *optional*, defaults to 32):
-            Groups of the CNNs' GroupNorm.
+        cnn_norm_groups (`int`, *optional*, defaults to 32): Groups of the CNNs' GroupNorm.
         self_correction_top_k (`int`, *optional*, defaults to 10):
             Self-correction encoding draws a code among this many nearest.
         self_correction_token_fraction (`float`, *optional*, defaults to 0.6):
             Fraction of the tokens of a scale for which a code is drawn.
         self_correction_temperature (`float`, *optional*, defaults to 1.0):
             Temperature of the softmax over negative distances.
-        initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of newly made linear weights.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of newly made linear weights.
     """
 
     model_type = "nextflow_image_tokenizer"

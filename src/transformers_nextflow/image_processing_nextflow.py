@@ -20,21 +20,18 @@ class NextFlowImageProcessor(NextFlowBaseImageProcessor, TorchvisionBackend):  #
             Number of scales of every image: 12 for 256-level images, 16 for 512, 18 for 1024.
         height (`int`, *optional*), width (`int`, *optional*):
             Force one size in pixels for all images; it must be a schedule's size.
-        stride (`int`, *optional*, defaults to 16):
-            Pixels a cell of the last grid.
+        stride (`int`, *optional*, defaults to 16): Pixels a cell of the last grid.
         do_pad (`bool`, *optional*, defaults to `False`):
             Fit the whole image in and pad it, instead of filling the frame and cropping.
         background_color (`list[int]`, *optional*, defaults to `[255, 255, 255]`):
             Red, green and blue behind transparent pixels and in the padding.
-        resample (`int`, *optional*, defaults to bicubic):
-            The `PIL.Image.Resampling` filter; resizing is antialiased.
+        resample (`int`, *optional*, defaults to bicubic): The `PIL.Image.Resampling` filter; resizing is antialiased.
         do_resize, do_rescale, do_normalize (`bool`, *optional*, defaults to `True`):
             The steps. Without `do_resize` an image must already have a schedule's size.
         rescale_factor, image_mean, image_std:
             What brings 0 ... 255 to [-1, 1] by default.
         max_pixels, max_aspect_ratio, allow_urls, allow_paths, max_download_bytes, max_download_seconds:
             What is opened, and how large it may be; see [`SourceLimits`].
-    max_pixels, max_aspect_ratio, ...: What is opened, and how large it may be; see [`SourceLimits`].
 
     Calling it returns a [`BatchFeature`] with:
         - **pixel_values** -- float `(num_images, 3, H, W)` if all come out in one size, else a list of `(3, H, W)`.

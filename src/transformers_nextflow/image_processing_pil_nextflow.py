@@ -20,39 +20,25 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, is_torch_tensor
 
-from .picture_sources import SourceLimits, flatten_pictures, open_picture
+from .picture_sources import SourceLimits, flatten_pictures, open_picture, plain_mode
 from .scale_schedule import ScaleSchedule, nearest_bucket
 
 WHITE = (255, 255, 255)
 LARGE = 2**22  # pixels above which a picture is averaged over cells first
-STRIP = 2**20  # pixels that are converted together
-SAME_AXES = (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM)
-TURNS = dict(  # by the EXIF tag
-    zip(
-        range(2, 9),
-        (*SAME_AXES, *(Image.Transpose[name] for name in ("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))),
-        strict=True,
-    )
-)
+TURNS = {  # what makes a picture upright, by its EXIF tag
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = [TURNS[tag] for tag in (5, 6, 7, 8)]
 
 
 class NextFlowImageProcessorKwargs(ImagesKwargs, total=False):
-    r"""
-    num_scales (`int`, *optional*, defaults to `self.num_scales`):
-        Number of scales of every image, which with its aspect ratio decides its size.
-    height (`int`, *optional*):
-        Forces the height in pixels; goes with `width` and must be a schedule's size.
-    width (`int`, *optional*):
-        Forces the width in pixels.
-    stride (`int`, *optional*, defaults to `self.stride`):
-        Pixels a cell of the last grid; the image tokenizer's.
-    do_pad (`bool`, *optional*, defaults to `self.do_pad`):
-        Whether to fit the whole image in and pad it, instead of filling the frame and cropping the centre.
-    background_color (`list[int]`, *optional*, defaults to `self.background_color`):
-        Red, green and blue, 0 to 255: what shows behind transparent pixels and in the padding.
-    max_pixels, max_aspect_ratio, allow_urls, allow_paths, max_download_bytes, max_download_seconds (*optional*):
-        What is opened; see [`SourceLimits`].
-    """
+    """What [`NextFlowImageProcessor`] takes besides what every image processor does."""
 
     num_scales: int
     height: int | None
@@ -74,11 +60,7 @@ def choose_schedule(
     width: int | None = None,
     stride: int = 16,
 ) -> ScaleSchedule:
-    """The schedule of an image of `image_size` (height, width): the nearest aspect, or the size that is asked for.
-
-    Raises:
-        `ValueError`: if only one of `height` and `width` is given, or if no schedule has that size.
-    """
+    """The schedule of an image of `image_size` (height, width): the nearest aspect, or the size that is asked for."""
     if (height is None) != (width is None):
         raise ValueError(f"Give both `height` and `width`, or neither; got height={height} and width={width}.")
     if height is not None and width is not None:
@@ -95,97 +77,46 @@ def resized_size(image_size: tuple[int, int], frame: tuple[int, int], cover: boo
     return h, w
 
 
-def shrinking(image_size: tuple[int, int], frame: tuple[int, int], cover: bool) -> tuple[int, int, int]:
-    """What a picture can lose before it is resized to a `frame`, so that memory follows the frame.
+def shrink(image: Image.Image, frame: tuple[int, int], cover: bool) -> Image.Image:
+    """Crops a long picture and averages a large one over cells, so that memory follows the `frame` (height, width).
 
-    Returns:
-        Rows to cut at the top and at the bottom, columns to cut at the left and at the right, and the side of the cells
-        that are averaged; `(0, 0, 1)` for usual pictures. It leaves twice as much as the frame shows on each axis.
+    It leaves twice as much as the frame shows on each axis; usual pictures stay as they are.
     """
-    (height, width), (rows, columns) = image_size, frame
-    cut_rows = max(0, height - 2 * width * rows // columns - 4) // 2 if cover else 0
-    cut_columns = max(0, width - 2 * height * columns // rows - 4) // 2 if cover else 0
-    if height * width <= LARGE:
-        return cut_rows, cut_columns, 1
-    return cut_rows, cut_columns, max(1, (min if cover else max)(height // rows, width // columns) // 2)
+    (width, height), (rows, columns) = image.size, frame
+    top = max(0, height - 2 * width * rows // columns - 4) // 2 if cover else 0
+    left = max(0, width - 2 * height * columns // rows - 4) // 2 if cover else 0
+    factor = (min if cover else max)(height // rows, width // columns) // 2 if width * height > LARGE else 1
+    box = (left, top, width - left, height - top)
+    return image if factor <= 1 and box == (0, 0, width, height) else image.reduce(max(1, factor), box)
 
 
-def to_rgb(
-    image: ImageInput,
-    background_color: tuple[int, ...] | list[int] = WHITE,
-    input_data_format: str | ChannelDimension | None = None,
-    shrink: Callable[[tuple[int, int]], tuple[int, int, int]] | None = None,
-) -> np.ndarray:
-    """Any image as `uint8` RGB `(H, W, 3)`: upright (EXIF), transparency composited, 16 bits brought down to 8.
-
-    Args:
-        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            A picture, or an array with 1, 3 or 4 channels (first or last, or a plain `(H, W)`): integers of 8 or 16
-            bits (wider ones are taken for 8 bits if none is above 255), or floats in [0, 1].
-        background_color (`list[int]`, *optional*, defaults to white):
-            What shows behind transparent pixels.
-        input_data_format (`str`, *optional*):
-            `"channels_first"` or `"channels_last"`, where an array's shape leaves it open.
-        shrink (function, *optional*):
-            Takes height and width of the upright picture and gives what [`shrinking`] does.
-
-    Raises:
-        `ValueError`: for an empty image, values out of range or a shape that is not an image's.
-    """
-    turn = _turn(image) if isinstance(image, Image.Image) else None
-    if isinstance(image, Image.Image):
-        height, width = image.height, image.width
-        deep = image.mode[0] in "IF"  # more than 8 bits: PIL would clip them
-        high = image.getextrema()[1] if deep else 255
-    else:
-        image = _with_channels(_to_numpy(image), input_data_format)
-        (height, width), high = image.shape[:2], image.max()
-
-    def read(left: int, top: int, right: int, bottom: int) -> np.ndarray:
-        if not isinstance(image, Image.Image):
-            return _array_to_rgb(image[top:bottom, left:right], high, background_color)
-        part = image.crop((left, top, right, bottom))
-        if deep:
-            return _array_to_rgb(np.asarray(part)[..., None], high, background_color)
-        if "A" in part.getbands() or "transparency" in part.info:
-            return _array_to_rgb(np.asarray(part.convert("RGBA")), high, background_color)
-        return np.asarray(part.convert("RGB"))
-
-    flat = turn in (None, *SAME_AXES)
-    cuts, factor = (0, 0), 1
-    if shrink is not None:
-        *cuts, factor = shrink((height, width) if flat else (width, height))  # type: ignore[assignment]
-    top, left = cuts if flat else cuts[::-1]
-    rows, columns = (height - 2 * top) // factor, (width - 2 * left) // factor
-    rgb = np.empty((rows, columns, 3), np.uint8)
-    step = max(1, STRIP // (columns * factor**2))
-    for row in range(0, rows, step):  # in strips, so that what lies between takes little
-        number = min(step, rows - row)
-        start = top + row * factor
-        strip = read(left, start, left + columns * factor, start + number * factor)
-        if factor > 1:
-            cells = strip.reshape(number, factor, columns, factor, 3)
-            strip = np.rint(cells.mean((1, 3), dtype=np.float32))  # type: ignore[assignment]
-        rgb[row : row + number] = strip
-    return rgb if turn is None else np.array(Image.fromarray(rgb).transpose(turn))
+def to_rgb(image: Image.Image, background_color: Sequence[int] = WHITE) -> np.ndarray:
+    """A picture of 8 bits as `uint8` RGB `(H, W, 3)`, on the background colour where it is transparent."""
+    if (mode := plain_mode(image)) == "RGBA":
+        opaque = Image.new("RGB", image.size, tuple(background_color))
+        image = image if image.mode == mode else image.convert(mode)
+        opaque.paste(image, mask=image.getchannel("A"))
+        image = opaque
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes a picture upright."""
+def find_turn(image: Any) -> Image.Transpose | None:
+    """What makes a picture upright, by its EXIF data."""
     try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))  # type: ignore[arg-type]
-    except Exception:  # a picture with damaged EXIF data is a picture still
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # an array has none, and a picture with damaged EXIF data is a picture still
         return None
 
 
-def _to_numpy(array: Any) -> np.ndarray:
-    if is_torch_tensor(array):
-        array = array.detach().cpu()
-        array = array.float() if array.is_floating_point() else array  # NumPy has no bfloat16
-    return np.asarray(array)
+def to_eight_bits(image: ImageInput, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
+    """A PIL image of 8 bits, of a picture or an array with 1, 3 or 4 channels (first or last, or a plain `(H, W)`).
 
-
-def _with_channels(array: np.ndarray, input_data_format: str | ChannelDimension | None) -> np.ndarray:
+    Arrays hold integers of 8 or 16 bits (wider ones are taken for 8 bits if none is above 255), or floats in [0, 1].
+    """
+    if isinstance(image, Image.Image) and image.mode[0] not in "IF":
+        mode = plain_mode(image)
+        return image if mode == image.mode else image.convert(mode)
+    array = _to_numpy(image)
     if array.ndim == 2:
         array = array[..., None]
     elif input_data_format is None:
@@ -194,36 +125,32 @@ def _with_channels(array: np.ndarray, input_data_format: str | ChannelDimension 
         array = np.moveaxis(array, 0, -1)
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or array.size == 0:
         raise ValueError(f"An image must have height, width and 1, 3 or 4 channels, but has the shape {array.shape}.")
-    return array
+    array = _to_uint8(array)
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
-def _array_to_rgb(array: np.ndarray, high: Any, background_color: tuple[int, ...] | list[int]) -> np.ndarray:
-    array = _to_uint8(array, high)
-    if array.shape[-1] == 4:
-        alpha = array[..., 3:] / np.float32(255)
-        array = np.rint(array[..., :3] * alpha + np.asarray(background_color, np.float32) * (1 - alpha)).astype(
-            np.uint8
-        )
-    return np.broadcast_to(array, (*array.shape[:2], 3))
-
-
-def _to_uint8(array: np.ndarray, high: Any) -> np.ndarray:
-    """8 bits of a part of a picture whose largest value is `high`."""
+def _to_uint8(array: np.ndarray) -> np.ndarray:
+    low, high, kind = array.min(), array.max(), array.dtype.kind
     if array.dtype == np.uint8:
         return array
-    if array.dtype == np.bool_:
+    if kind == "b":
         return array * np.uint8(255)
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
-        return np.rint(array / np.float32(257)).astype(np.uint8)
-    low, top = array.min(), array.max()
-    if np.issubdtype(array.dtype, np.floating) and 0 <= low <= top <= high <= 1:
+    if kind == "f" and 0 <= low <= high <= 1:
         return np.rint(array * 255).astype(np.uint8)
-    if np.issubdtype(array.dtype, np.integer) and 0 <= low <= high <= 65535:
-        return array.astype(np.uint8) if high <= 255 else _to_uint8(array.astype(np.uint16), high)
+    if kind in "iu" and 0 <= low <= high <= 65535:
+        deep = high > 255 or array.dtype == np.uint16
+        return np.rint(array / np.float32(257)).astype(np.uint8) if deep else array.astype(np.uint8)
     raise ValueError(
         f"An image must hold integers from 0 to 255, integers from 0 to 65535 (16 bits), or floats from 0 to 1, "
-        f"but this one is {array.dtype} from {low} to {max(top, high)}."
+        f"but this one is {array.dtype} from {low} to {high}."
     )
+
+
+def _to_numpy(array: Any) -> np.ndarray:
+    if is_torch_tensor(array):
+        array = array.detach().cpu()
+        array = array.float() if array.is_floating_point() else array  # NumPy has no bfloat16
+    return np.asarray(array)
 
 
 def to_pil(pixel_values) -> list[Image.Image]:
@@ -274,16 +201,18 @@ class NextFlowBaseImageProcessor(BaseImageProcessor):
 
     def _read(self, source, background_color=WHITE, input_data_format=None, **kwargs) -> np.ndarray:
         """A picture of any source as `uint8` RGB `(H, W, 3)`, not much larger than what it is resized to."""
-        picture = open_picture(source, SourceLimits.of(kwargs))
-
-        def shrink(size: tuple[int, int]) -> tuple[int, int, int]:
-            SourceLimits.of(kwargs).check_size(*size[::-1], copies=0)
-            if not kwargs["do_resize"]:
-                return 0, 0, 1
+        limits = SourceLimits.of(kwargs)
+        image = open_picture(source, limits)
+        turn = find_turn(image)
+        image = to_eight_bits(image, input_data_format)
+        limits.check_size(*image.size, copies=0)
+        if kwargs["do_resize"]:
+            order = 1 if turn in SIDEWAYS else -1  # what follows is (height, width) of the upright picture
+            size = image.size[::order]
             schedule = choose_schedule(size, *(kwargs[name] for name in ("num_scales", "height", "width", "stride")))
-            return shrinking(size, (schedule.height, schedule.width), cover=not kwargs["do_pad"])
-
-        return to_rgb(picture, background_color, input_data_format, shrink)
+            frame = (schedule.width, schedule.height)[::order]
+            image = shrink(image, frame, cover=not kwargs["do_pad"])
+        return to_rgb(image if turn is None else image.transpose(turn), background_color)
 
     def postprocess(self, pixel_values) -> list[Image.Image]:
         """PIL images of decoded pixels `(B, 3, H, W)` in [-1, 1], or of a list of `(3, H, W)`."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.utils.generic import TransformersKwargs
 
-from .token_layout import ScaleStep, TokenLayout, check_grids
+from .token_layout import ScaleStep, TokenLayout
 
 # What transformers' own models take in `**kwargs`.
 _PASSED_ON = frozenset(TransformersKwargs.__annotations__) | {"return_dict"}
@@ -129,9 +129,7 @@ def check_shapes(
 
 
 def _check_values(config, input_ids, image_grid_shw, position_ids) -> None:
-    """Refuses grids of a wrong shape, ids out of range and positions that are no numbers."""
-    if image_grid_shw is not None:
-        check_grids(image_grid_shw)
+    """Refuses ids out of range and positions that are no numbers."""
     if position_ids is not None and not position_ids.isfinite().all():
         raise ValueError("`position_ids` must be finite, but some are NaN or infinite.")
     if input_ids is None or not input_ids.numel():

@@ -35,25 +35,20 @@ class NextFlowImageTokenizerOutput(ModelOutput):
     batch axis) in `codes`, `target_codes` and `quantized`.
 
     Args:
-        codes (`torch.LongTensor` of shape `(B, N)`):
-            Codes, scale by scale, row-major within a scale.
+        codes (`torch.LongTensor` of shape `(B, N)`): Codes, scale by scale, row-major within a scale.
         target_codes (`torch.LongTensor` of shape `(B, N)`):
             Nearest codes. They differ from `codes` only under self-correction, and then are what is to be predicted.
-        quantized (`torch.FloatTensor` of shape `(B, D, h, w)`):
-            Sum of the upsampled code vectors, fp32.
+        quantized (`torch.FloatTensor` of shape `(B, D, h, w)`): Sum of the upsampled code vectors, fp32.
         image_grid_shw (`torch.LongTensor` of shape `(B, 3)`):
             Number of scales, bucket height, bucket width of each image.
-        pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`, *optional*):
-            Reconstruction (`forward` only).
+        pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`, *optional*): Reconstruction (`forward` only).
         semantic_features (`torch.FloatTensor` of shape `(B, h * w, C)`, *optional*):
             Prediction of the teacher's features (`forward` only).
         residual (`torch.FloatTensor` of shape `(B, D, h, w)`, *optional*):
             What the codes leave of the features, with gradients (`forward` only). Penalise its square in training: the
             codes hold directions only, and features that outgrow them cannot be told apart.
-        codebook_loss (`torch.FloatTensor`, *optional*):
-            Only in training mode.
-        commitment_loss (`torch.FloatTensor`, *optional*):
-            Only in training mode.
+        codebook_loss (`torch.FloatTensor`, *optional*): Only in training mode.
+        commitment_loss (`torch.FloatTensor`, *optional*): Only in training mode.
     """
 
     codes: torch.Tensor | list[torch.Tensor] | None = None
@@ -90,10 +85,7 @@ class NextFlowAttentionBlock(nn.Module):
     def __init__(self, channels: int, num_groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
-        self.q_proj = nn.Conv2d(channels, channels, 1)
-        self.k_proj = nn.Conv2d(channels, channels, 1)
-        self.v_proj = nn.Conv2d(channels, channels, 1)
-        self.out_proj = nn.Conv2d(channels, channels, 1)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         normed = self.norm(hidden_states)
@@ -293,9 +285,9 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
 
     def _grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         height, width = pixel_values.shape[-2:]
-        if self.config.image_size is None:
-            return height // self.config.stride, width // self.config.stride
-        return self._schedule_of_size(height, width).grids[-1]
+        if self.config.image_size is not None:
+            return self._schedule_of_size(height, width).grids[-1]
+        return height // self.config.stride, width // self.config.stride
 
     def encode_semantic(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Features `(B, C, h, w)` of the semantic encoder, for pixels `(B, 3, H, W)` in [-1, 1]."""
@@ -351,8 +343,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
                 The schedules to use. By default they follow from the images' sizes.
             self_correction (`bool`, *optional*, defaults to `False`):
                 Draw some codes among the nearest few (the config's `self_correction_*`).
-            generator (`torch.Generator`, *optional*):
-                Source of those draws, on the model's device.
+            generator (`torch.Generator`, *optional*): Source of those draws, on the model's device.
 
         Returns:
             [`NextFlowImageTokenizerOutput`]; lists in, lists out.
@@ -380,14 +371,17 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
         if schedule is None:
             height, width = (side * self.config.stride for side in features.shape[-2:])
             schedule = ScaleSchedule.from_size(height, width, stride=self.config.stride, sides=self.config.sides)
-        correction = self._self_correction() if self_correction else None
-        result = self.quantizer(features, schedule.grids, correction, generator)
-        return NextFlowImageTokenizerOutput(
-            codes=result.codes,
-            target_codes=result.target_codes,
-            quantized=result.quantized,
-            image_grid_shw=torch.tensor([schedule.grid_shw] * len(features), device=features.device),
-        )
+        config, correction = self.config, None
+        if self_correction:
+            correction = SelfCorrection(
+                config.self_correction_top_k, config.self_correction_token_fraction, config.self_correction_temperature
+            )
+        return self._output(self.quantizer(features, schedule.grids, correction, generator), schedule)
+
+    def _output(self, result: Any, schedule: ScaleSchedule, **more) -> NextFlowImageTokenizerOutput:
+        grids = torch.tensor([schedule.grid_shw] * len(result.codes), device=result.codes.device)
+        common = {name: getattr(result, name) for name in ("codes", "target_codes", "quantized")}
+        return NextFlowImageTokenizerOutput(**common, image_grid_shw=grids, **more)
 
     def _encode_list(self, images, image_grid_shw, self_correction, generator) -> NextFlowImageTokenizerOutput:
         if not images:
@@ -400,11 +394,9 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
         encoded: list[Any] = [
             self.encode(image[None], row, self_correction, generator) for image, row in zip(images, rows, strict=True)
         ]
+        lists = {name: [output[name][0] for output in encoded] for name in ("codes", "target_codes", "quantized")}
         return NextFlowImageTokenizerOutput(
-            codes=[output.codes[0] for output in encoded],
-            target_codes=[output.target_codes[0] for output in encoded],
-            quantized=[output.quantized[0] for output in encoded],
-            image_grid_shw=torch.cat([output.image_grid_shw for output in encoded]),
+            **lists, image_grid_shw=torch.cat([output.image_grid_shw for output in encoded])
         )
 
     def _check_images(self, pixel_values: torch.Tensor, image_grid_shw: torch.Tensor | None) -> ScaleSchedule:
@@ -428,12 +420,6 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
                 f"but this tokenizer has {self.config.num_scales}. Resize the images."
             )
         return schedule
-
-    def _self_correction(self) -> SelfCorrection:
-        config = self.config
-        return SelfCorrection(
-            config.self_correction_top_k, config.self_correction_token_fraction, config.self_correction_temperature
-        )
 
     # Decoding
 
@@ -544,8 +530,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
         """Encodes, quantizes and decodes, with gradients.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
-                Images of one size, in [-1, 1].
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images of one size, in [-1, 1].
             image_grid_shw (`torch.LongTensor` of shape `(B, 3)`, *optional*):
                 Their schedule; by default it follows from the size.
             kept_scales (`Sequence[int]`, *optional*):
@@ -571,11 +556,9 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
             nothing = pixel.new_zeros(len(pixel), self.config.semantic_code_dim, *pixel.shape[-2:])
             features = torch.cat([nothing, pixel], dim=1)
         result = self.quantizer(features, grids, pixel_only=not semantic)
-        return NextFlowImageTokenizerOutput(
-            codes=result.codes,
-            target_codes=result.target_codes,
-            quantized=result.quantized,
-            image_grid_shw=torch.tensor([schedule.grid_shw] * len(pixel_values), device=pixel_values.device),
+        return self._output(
+            result,
+            schedule,
             pixel_values=self.decode_latents(result.quantized, clamp=False),
             semantic_features=self._decode_semantic_latents(result.quantized) if semantic else None,
             residual=result.residual,

@@ -8,18 +8,21 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from io import BytesIO
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.request import Request, urlopen
 
+import numpy as np
 from PIL import Image
 from transformers.image_utils import is_valid_image
 from transformers.video_utils import load_video
 
 VIDEO_MARK = "<video>"
 
-# What decoders hold at once, in units of four bytes a pixel (measured on Pillow 13); 1 where it is not told.
+# What decoders hold at once, in units of four bytes per pixel (measured on Pillow 13); 1 where it is not told.
 COPIES = {"WEBP": 4, "JPEG2000": 5, "AVIF": 3}
+LONGEST_SIDE = 2048  # of the pictures that the model reads
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 
@@ -30,7 +33,7 @@ class SourceLimits:
     Args:
         max_pixels (`int`):
             Most pixels of a picture that is not decoded yet, read off its header; a format whose decoder holds several
-            copies counts so many times. A larger JPEG is decoded at a reduced size.
+            copies counts so many times, and so does what is converted. A large JPEG is decoded at a reduced size.
         max_aspect_ratio (`float`): Most that the long side may be of the short one.
         allow_urls (`bool`): Whether http(s) URLs are opened.
         allow_paths (`bool`): Whether local files are opened.
@@ -69,31 +72,21 @@ class SourceLimits:
 
 
 def open_picture(source: Any, limits: SourceLimits = SourceLimits()) -> Any:
-    """A picture that is loaded: a PIL image, or an array as it is.
+    """A picture that is loaded: a PIL image, or an array as it is. A `ValueError` names what cannot be opened.
 
-    Unlike `transformers.image_utils.load_image` it keeps transparency, so that the background shows through.
-
-    Args:
-        source (`str`, `os.PathLike`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            A path, an http(s) URL, a base64 string (`data:image/...` or bare), or a picture.
-        limits ([`SourceLimits`], *optional*): What may be opened.
-
-    Raises:
-        `ValueError`: names the source; if it cannot be read, is forbidden or is beyond the limits.
-        `TypeError`: for any other object.
+    Unlike `transformers.image_utils.load_image` it keeps transparency, so that the background shows through. A source
+    is a path, an http(s) URL, a base64 string (`data:image/...` or bare), or a picture.
     """
     if is_valid_image(source) and not isinstance(source, Image.Image):
         return source
     if not isinstance(source, str | os.PathLike | Image.Image):
-        raise TypeError(
-            f"An image must be a PIL image, an array, a tensor, a path, a URL or a base64 string, but got "
-            f"{type(source)}."
-        )
+        legal = "a PIL image, an array, a tensor, a path, a URL or a base64 string"
+        raise TypeError(f"An image must be {legal}, but got {type(source)}.")
     name = getattr(source, "filename", "") or "given" if isinstance(source, Image.Image) else os.fspath(source)
     try:
         image = source if isinstance(source, Image.Image) else _open_image(os.fspath(source), limits)
         is_decoded = not getattr(image, "tile", ())
-        limits.check_size(*image.size, 0 if is_decoded else _copies(image))
+        limits.check_size(*image.size, 0 if is_decoded else _count_copies(image))
         image.load()
         return image
     except Exception as error:  # decoders raise whatever they like
@@ -106,15 +99,23 @@ def open_picture(source: Any, limits: SourceLimits = SourceLimits()) -> Any:
 def _open_image(source: str, limits: SourceLimits) -> Image.Image:
     Image.init()
     image = Image.open(_open(source, "image", limits), formats=[name for name in FORMATS if name in Image.OPEN])
-    width, height = image.size
-    if width * height > limits.max_pixels and _copies(image) == 1:  # a JPEG's sides can be read at 1/2, 1/4 or 1/8
-        factor = next((factor for factor in (2, 4) if width * height <= factor**2 * limits.max_pixels), 8)
-        image.draft(None, (width // factor, height // factor))  # type: ignore[arg-type]  # None keeps the mode
+    if not image.info.get("progressive"):
+        image.draft("RGB", (LONGEST_SIDE, LONGEST_SIDE))  # a JPEG can be read at 1/2, 1/4 or 1/8 of its size
     return image
 
 
-def _copies(image: Image.Image) -> int:
-    return 2 if image.info.get("progressive") else COPIES.get(image.format or "", 1)
+def plain_mode(image: Image.Image) -> str:
+    """The mode of 8 bits in which a picture is averaged and composited."""
+    if image.has_transparency_data:
+        return "RGBA"
+    return image.mode if image.mode in ("L", "RGB", "CMYK") else "RGB"
+
+
+def _count_copies(image: Image.Image) -> int:
+    if image.mode[0] in "IF":  # more than 8 bits, which NumPy brings down
+        return 5
+    converted = 1 + (image.mode != plain_mode(image)) + (plain_mode(image) == "RGBA")
+    return max(2 if image.info.get("progressive") else COPIES.get(image.format or "", 1), converted)
 
 
 def shorten(text: str, length: int = 80) -> str:
@@ -141,7 +142,7 @@ def _open(source: str, kind: str, limits: SourceLimits) -> str | BytesIO:
 
 def _download(url: str, limits: SourceLimits) -> bytes:
     """The body of a URL. A thread reads it, since nothing else ends a server's slow lines of header in time."""
-    outcome: list[Any] = []
+    outcome: list[Any] = [ValueError(f"it took longer than `max_download_seconds` ({limits.max_download_seconds:g})")]
     deadline = time.monotonic() + limits.max_download_seconds
 
     def read() -> None:
@@ -149,16 +150,14 @@ def _download(url: str, limits: SourceLimits) -> bytes:
             request = Request(url, headers={"User-Agent": "transformers-nextflow"})
             with urlopen(request, timeout=limits.max_download_seconds) as response:
                 body = bytearray()
-                while len(body) <= limits.max_download_bytes and time.monotonic() < deadline:
-                    if not (piece := response.read1(2**16)):
-                        if response.length:  # http.client's own check is in `read` only
-                            raise ValueError(f"{response.length} bytes of its body are missing")
-                        break
+                while piece := response.read1(2**16):
                     body += piece
-                else:
                     if len(body) > limits.max_download_bytes:
                         raise ValueError(f"it sends more than `max_download_bytes` ({limits.max_download_bytes})")
-                    return
+                    if time.monotonic() > deadline:
+                        return
+                if response.length:  # http.client's own check is in `read` only
+                    raise ValueError(f"{response.length} bytes of its body are missing")
             outcome.append(bytes(body))
         except Exception as error:
             outcome.append(error)
@@ -166,11 +165,9 @@ def _download(url: str, limits: SourceLimits) -> bytes:
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     reader.join(limits.max_download_seconds)
-    if not outcome:
-        raise ValueError(f"it took longer than `max_download_seconds` ({limits.max_download_seconds:g})")
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+    if isinstance(outcome[-1], Exception):
+        raise outcome[-1]
+    return outcome[-1]
 
 
 def flatten_pictures(images: Any) -> list[Any]:
@@ -204,11 +201,7 @@ def sample_frames(video: Any, number: int, limits: SourceLimits = SourceLimits()
     def places(length: int) -> list[int]:
         if not length:
             raise ValueError("it has no frames")
-        return (
-            [round(i * (length - 1) / max(number - 1, 1)) for i in range(number)]
-            if length > number
-            else [*range(length)]
-        )
+        return np.linspace(0, length - 1, min(number, length)).round().astype(int).tolist()
 
     def choose(metadata, **_) -> list[int]:
         limits.check_size(metadata.width or 1, metadata.height or 1)
@@ -218,14 +211,13 @@ def sample_frames(video: Any, number: int, limits: SourceLimits = SourceLimits()
     try:
         if source is None:
             return [video[place] for place in places(len(video))]
-        opened: Any = _open(source, "video", limits)
-        if isinstance(opened, str):
-            return list(load_video(opened, sample_indices_fn=choose)[0])  # type: ignore[arg-type]
+        path = _open(source, "video", limits)
         with TemporaryDirectory() as folder:
-            path: Any = os.path.join(folder, "video")
-            with open(path, "wb") as file:
-                file.write(opened.getbuffer())
-            return list(load_video(path, sample_indices_fn=choose)[0])
+            if isinstance(path, BytesIO):
+                file = Path(folder, "video")
+                file.write_bytes(path.getbuffer())
+                path = str(file)
+            return list(load_video(path, sample_indices_fn=choose)[0])  # type: ignore[arg-type]
     except ImportError:  # says what to install
         raise
     except Exception as error:
@@ -249,18 +241,14 @@ def place_frames(
             "the text where each video stands."
         )
     pictures = iter(match_pictures(images, [text.count(image_token) for text in texts], image_token))
-    clips, merged, spread = iter(given), [], []
-    for text in texts:
-        parts = re.split(f"({re.escape(VIDEO_MARK)}|{re.escape(image_token)})", text)
-        for i, part in enumerate(parts):
-            if part == image_token:
-                merged.append(next(pictures))
-            elif part == VIDEO_MARK:
-                frames = sample_frames(next(clips), num_frames, limits)
-                merged += frames
-                parts[i] = image_token * len(frames)
-        spread.append("".join(parts))
-    return spread, merged
+    clips, merged = iter(given), []
+
+    def spread(mark: re.Match) -> str:
+        new = sample_frames(next(clips), num_frames, limits) if mark[0] == VIDEO_MARK else [next(pictures)]
+        merged.extend(new)
+        return image_token * len(new)
+
+    return [re.sub(f"{re.escape(VIDEO_MARK)}|{re.escape(image_token)}", spread, text) for text in texts], merged
 
 
 def match_pictures(images: Any, num_marks: list[int], image_token: str) -> list[Any]:

@@ -51,18 +51,14 @@ class NextFlowTextToImagePipeline(Pipeline):
         """Draws.
 
         Args:
-            inputs (`str` or `list[str]`):
-                The prompt or prompts.
-            negative_prompt (`str`, *optional*):
-                What guidance leads away from, instead of no text; one for all prompts.
-            num_images_per_prompt (`int`, *optional*, defaults to 1):
-                How many pictures of each prompt.
+            inputs (`str` or `list[str]`): The prompt or prompts.
+            negative_prompt (`str`, *optional*): What guidance leads away from, instead of no text; one for all prompts.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): How many pictures of each prompt.
             seed (`int`, *optional*):
                 Makes the pictures repeatable: picture j of any prompt is drawn with the seed `seed + j`.
             prompt_style (`str`, *optional*):
                 `"bare"` or `"chat"`; by default as the model was trained (`model.generation_config.prompt_styles`).
-            batch_size (`int`, *optional*, defaults to 1):
-                How many prompts are drawn together.
+            batch_size (`int`, *optional*, defaults to 1): How many prompts are drawn together.
             kwargs:
                 `height`, `width`, `guidance_scale`, `generator` and whatever else image generation takes, see
                 [`~NextFlowGenerationMixin.generate`].

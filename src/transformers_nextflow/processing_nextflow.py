@@ -4,11 +4,9 @@ Token view: an image stands in a sequence as `<boi>` and its codes, each as the 
 """
 
 import copy
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from .chat_template import CHAT_TEMPLATE, read_messages
 from .codebook import check_same_codebook, check_schedules
@@ -31,6 +29,7 @@ from .scale_schedule import ScaleSchedule
 from .stream_decoding import StreamChunk, decode_stream
 from .strict_loading import HUB_ARGUMENTS, read_json
 from .token_fields import expand_marks, pad, tokenize, truncate
+from .token_layout import count_images, split_grids
 from .whole_folder import whole_folder
 
 logger = logging.get_logger(__name__)
@@ -39,10 +38,6 @@ IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json")
 PADDING_ARGUMENTS = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
 ENCODED_TOGETHER = 2**22  # pixels that the image tokenizer encodes at once
-CONFIG_FILES = (
-    *("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
-    f"{IMAGE_TOKENIZER_FOLDER}/config.json",
-)
 
 
 class NextFlowProcessor(ProcessorMixin):
@@ -54,14 +49,12 @@ class NextFlowProcessor(ProcessorMixin):
     Args:
         image_processor ([`NextFlowImageProcessor`] or [`NextFlowImageProcessorPil`]):
             Brings pictures to the size of a scale schedule.
-        tokenizer (`PreTrainedTokenizerBase`):
-            The text tokenizer; it must know `<boi>` and `<image>`.
+        tokenizer (`PreTrainedTokenizerBase`): The text tokenizer; it must know `<boi>` and `<image>`.
         image_tokenizer ([`NextFlowImageTokenizer`], *optional*):
             Encodes and decodes pictures. Without it the processor handles text alone.
         visual_token_offset (`int`, *optional*):
             The first visual id, the model's `config.text_vocab_size`. Needed for pictures.
-        chat_template (`str`, *optional*):
-            A Jinja template; ChatML by default.
+        chat_template (`str`, *optional*): A Jinja template; ChatML by default.
 
     Example:
 
@@ -129,8 +122,7 @@ class NextFlowProcessor(ProcessorMixin):
                 As many as there are `<video>` marks in the texts, in reading order. A video is a list of frames, an
                 array `(T, H, W, 3)`, a path or a URL; `num_frames` of it are read, evenly spaced, as pictures.
             num_frames (`int`, *optional*, defaults to 4): Frames read of a video (all of a shorter one).
-            self_correction (`bool`, *optional*, defaults to `False`):
-                Encode with self-correction and add `labels`.
+            self_correction (`bool`, *optional*, defaults to `False`): Encode with self-correction and add `labels`.
             generator (`torch.Generator`, *optional*):
                 Source of self-correction's draws, on the image tokenizer's device.
             kwargs:
@@ -181,11 +173,11 @@ class NextFlowProcessor(ProcessorMixin):
                 "`height` and `width` are for pictures that are given, and there are none. For the size of a picture "
                 'to be drawn pass them to `generate`; in a pipeline: `generate_kwargs={"height": ..., "width": ...}`.'
             )
-        codes, target_codes, grids = self._encode_images(pictures, self_correction, generator, images_kwargs)
+        ids, target_ids, grids = self._encode_images(pictures, self_correction, generator, images_kwargs)
         marks = (self.image_token_id, self.boi_token_id)
-        fields = expand_marks(encoded, codes, *marks)
+        fields = expand_marks(encoded, ids, *marks)
         if self_correction:
-            fields["labels"] = expand_marks(encoded, target_codes, *marks)["input_ids"]
+            fields["labels"] = expand_marks(encoded, target_ids, *marks)["input_ids"]
         truncate(fields, max_length, num_marks, self.tokenizer.truncation_side)
         batch = pad(self.tokenizer, fields, **{"padding": False, **padding})
         if pictures:
@@ -207,12 +199,12 @@ class NextFlowProcessor(ProcessorMixin):
     def _encode_images(
         self, pictures: list[Any], self_correction: bool, generator: torch.Generator | None, images_kwargs: dict
     ) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
-        """Visual ids, target ids and grids, one entry a picture."""
-        codes: list[list[int]] = []
-        targets: list[list[int]] = []
+        """Visual ids, target ids and grids, one entry per picture."""
+        ids: list[list[int]] = []
+        target_ids: list[list[int]] = []
         rows: list[list[int]] = []
         if not pictures:
-            return codes, targets, rows
+            return ids, target_ids, rows
         image_tokenizer, offset = self._image_parts()
         options = {**vars(self.image_processor), **images_kwargs}
         schedule = ScaleSchedule((16, 16), options["num_scales"], options["stride"])  # no bucket has a larger area
@@ -225,10 +217,10 @@ class NextFlowProcessor(ProcessorMixin):
             if len(grids.unique(dim=0)) > 1:
                 pixel_values = list(pixel_values)  # even if the sizes agree: several buckets share coarse grids
             encoded = image_tokenizer.encode(pixel_values, grids, self_correction=self_correction, generator=generator)
-            codes += [(image_codes + offset).tolist() for image_codes in encoded["codes"]]
-            targets += [(image_codes + offset).tolist() for image_codes in encoded["target_codes"]]
+            ids += [(codes + offset).tolist() for codes in encoded["codes"]]
+            target_ids += [(codes + offset).tolist() for codes in encoded["target_codes"]]
             rows += grids.tolist()
-        return codes, targets, rows
+        return ids, target_ids, rows
 
     def _image_parts(self) -> tuple[NextFlowImageTokenizer, int]:
         if self.image_tokenizer is None:
@@ -308,16 +300,12 @@ class NextFlowProcessor(ProcessorMixin):
         """Text of ids: a string for one sequence, a list for a batch. A whole image reads `<image>`.
 
         Args:
-            token_ids (`torch.Tensor`, `np.ndarray` or `list[int]`, of shape `(L,)` or `(B, L)`):
-                Ids in the token view.
+            token_ids (`torch.Tensor`, `np.ndarray` or `list[int]`, of shape `(L,)` or `(B, L)`): Ids in the token view.
             skip_special_tokens (`bool`, *optional*, defaults to `False`):
                 Leaves special tokens out; `<image>` is one of them.
-            kwargs:
-                Options of the tokenizer's `decode`.
+            kwargs: Options of the tokenizer's `decode`.
         """
         rows, is_batch = _to_rows(token_ids)
-        if any(token < 0 for ids in rows for token in ids):
-            raise ValueError("Ids must not be negative. (Labels have -100 where nothing is learned: leave those out.)")
         texts = [
             self.tokenizer.decode(self._collapse_images(ids), skip_special_tokens=skip_special_tokens, **kwargs)
             for ids in rows
@@ -333,9 +321,6 @@ class NextFlowProcessor(ProcessorMixin):
         offset = self.visual_token_offset
         for visual, run in groupby(ids, key=lambda token: offset is not None and token >= offset):
             yield visual, list(run)
-
-    def _count_images(self, ids: Sequence[int]) -> int:
-        return sum(visual for visual, _ in self._runs(ids))
 
     def _collapse_images(self, ids: list[int]) -> list[int]:
         """Ids with one `<image>` for every run of visual ids and the `<boi>` before it."""
@@ -355,8 +340,7 @@ class NextFlowProcessor(ProcessorMixin):
         Args:
             token_ids (`torch.Tensor` or `list[int]`, of shape `(L,)` or `(B, L)`):
                 Ids in the token view. An image may stop after any whole scale; then it is a preview at full size.
-            image_grid_shw (`torch.Tensor` of shape `(num_images, 3)`):
-                Their grids, in reading order over the batch.
+            image_grid_shw (`torch.Tensor` of shape `(num_images, 3)`): Their grids, in reading order over the batch.
 
         Returns:
             `list[list[PIL.Image.Image]]`: for each sequence its pictures.
@@ -365,13 +349,9 @@ class NextFlowProcessor(ProcessorMixin):
             `ValueError`: if images and grids differ in number, if an image stops inside a scale, or if its codes are
                 not in the image tokenizer's codebook.
         """
-        offset = self._image_parts()[1]
-        codes_of_rows = [
-            [[token - offset for token in run] for visual, run in self._runs(ids) if visual]
-            for ids in _to_rows(token_ids)[0]
-        ]
-        pictures = iter(self.decode_codes([codes for row in codes_of_rows for codes in row], image_grid_shw))
-        return [[next(pictures) for _ in row] for row in codes_of_rows]
+        self._image_parts()  # needed even for text alone
+        rows = self.decode_segments(token_ids, image_grid_shw)
+        return [[segment for segment in row if not isinstance(segment, str)] for row in rows]
 
     def decode_codes(self, codes: Sequence[Any], image_grid_shw) -> list[Image.Image]:
         """The pictures of codes.
@@ -399,7 +379,7 @@ class NextFlowProcessor(ProcessorMixin):
         grids = grids.reshape(-1, 3)
         if len(codes) != len(grids):
             raise ValueError(
-                f"There are codes of {len(codes)} images, but `image_grid_shw` has {len(grids)} rows; it needs one an "
+                f"There are codes of {len(codes)} images, but `image_grid_shw` has {len(grids)} rows; it needs one per "
                 "image."
             )
         if not len(codes):
@@ -428,19 +408,17 @@ class NextFlowProcessor(ProcessorMixin):
         Raises:
             `ValueError`: as for [`~NextFlowProcessor.decode_images`].
         """
-        rows = _to_rows(token_ids)[0]
-        has_images = len(image_grid_shw) or any(self._count_images(ids) for ids in rows)
-        pictures = self.decode_images(rows, image_grid_shw) if has_images else [[] for _ in rows]
-        segments: list[list[str | Image.Image]] = []
-        for ids, of_row in zip(rows, pictures, strict=True):
-            remaining = iter(of_row)
-            segments.append([])
-            for visual, run in self._runs(ids):
-                if visual:
-                    segments[-1].append(next(remaining))
-                elif text := self.tokenizer.decode(run, skip_special_tokens=True).strip():
-                    segments[-1].append(text)
-        return segments
+        runs = [list(self._runs(ids)) for ids in _to_rows(token_ids)[0]]
+        codes = [[token - self.visual_token_offset for token in run] for row in runs for visual, run in row if visual]
+        pictures = iter(self.decode_codes(codes, image_grid_shw) if codes or len(image_grid_shw) else [])
+        segments = [
+            [
+                next(pictures) if visual else self.tokenizer.decode(run, skip_special_tokens=True).strip()
+                for visual, run in row
+            ]
+            for row in runs
+        ]
+        return [[segment for segment in row if segment != ""] for row in segments]
 
     def post_process_interleaved(self, generated_outputs, prompt_length: int) -> list[list[str | Image.Image]]:
         """Text and pictures that interleaved generation made, in order.
@@ -461,19 +439,20 @@ class NextFlowProcessor(ProcessorMixin):
                 'This takes what `generate(generation_mode="interleaved", return_dict_in_generate=True)` returns. For '
                 "the pictures of image mode use `decode_images(sequences, image_grid_shw)`."
             )
-        grids = iter(generated_outputs.image_grid_shw.tolist())
-        rows, kept = [], []
-        for ids, real in zip(generated_outputs.sequences, mask.bool(), strict=True):
-            before, new = (
-                ids[part][real[part]].tolist() for part in (slice(prompt_length), slice(prompt_length, None))
-            )
-            own = [next(grids) for _ in range(self._count_images(before) + self._count_images(new))]
-            kept += own[self._count_images(before) :]
-            rows.append(new)
-        return self.decode_segments(rows, torch.tensor(kept, dtype=torch.long).view(-1, 3))
+        sequences, offset = generated_outputs.sequences, self._image_parts()[1]
+        grids = split_grids(sequences, generated_outputs.image_grid_shw, offset, mask)
+        num_known = count_images(sequences[:, :prompt_length], offset, mask[:, :prompt_length])
+        new = [ids[prompt_length:][real[prompt_length:].bool()] for ids, real in zip(sequences, mask, strict=True)]
+        new_grids = torch.cat([own[number:] for own, number in zip(grids, num_known, strict=True)])
+        return self.decode_segments(new, new_grids)
 
     def decode_stream(self, events: Iterable[GenerationEvent], previews: bool = True) -> Iterator[StreamChunk]:
-        """Text and pictures of a stream as they come; see [`decode_stream`]."""
+        """Text and pictures of a stream as they come: text, then a preview per scale, then the picture.
+
+        Args:
+            events (iterable of [`GenerationEvent`]): From [`~NextFlowGenerationMixin.stream`].
+            previews (`bool`, *optional*, defaults to `True`): Decode every scale, not the last alone.
+        """
         return decode_stream(self, events, previews)
 
     def post_process_multimodal_output(
@@ -485,10 +464,8 @@ class NextFlowProcessor(ProcessorMixin):
             generated_outputs:
                 Text mode: ids `(B, L)`. Image mode: a [`NextFlowGenerateOutput`] with `image_codes` `(B, N)` and one
                 row of `image_grid_shw` a sequence, as the model's `decode_image_tokens` gives it.
-            skip_special_tokens (`bool`, *optional*, defaults to `True`):
-                Text mode: leave special tokens out.
-            generation_mode (`str`, *optional*, defaults to `"text"`):
-                `"text"` or `"image"`.
+            skip_special_tokens (`bool`, *optional*, defaults to `True`): Text mode: leave special tokens out.
+            generation_mode (`str`, *optional*, defaults to `"text"`): `"text"` or `"image"`.
 
         Returns:
             `list[str]` or `list[PIL.Image.Image]`, one entry a sequence.
@@ -527,23 +504,12 @@ class NextFlowProcessor(ProcessorMixin):
         return [os.path.join(save_directory, os.path.relpath(file, partial)) for file in files]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:  # they don't name a damaged file
-            for name in CONFIG_FILES:
-                file = _find_file(pretrained_model_name_or_path, name, kwargs.get("subfolder", ""), kwargs)
-                if file is not None and not _is_whole(file):
-                    raise ValueError(f"{file} is damaged. Copy or download it anew.") from error
-            raise
-
-    @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         path = pretrained_model_name_or_path
         if None in [read_json(path, name, **kwargs) for name in PROCESSOR_FILES]:
             raise ValueError(
-                f'"{path}" has no processor ({" and ".join(PROCESSOR_FILES)}), or saving it was interrupted. Save '
-                "or download it again."
+                f'"{path}" has no processor ({", ".join(PROCESSOR_FILES)}), or saving it was interrupted. Save or '
+                "download it again."
             )
         processor_dict, unused_kwargs = super().get_processor_dict(path, **kwargs)
         if "image_tokenizer" not in kwargs:
@@ -564,12 +530,12 @@ class NextFlowProcessor(ProcessorMixin):
             kwargs.pop(name, None)
         try:
             return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
-        except (OSError, TypeError):
+        except OSError:
             raise
         except Exception as error:  # the tokenizers library raises just that, and names no file
             raise ValueError(
-                f'The tokenizer in "{pretrained_model_name_or_path}" does not load: {error}. If tokenizer.json is '
-                "damaged, download or save it again."
+                f'"{pretrained_model_name_or_path}" does not load: {error}. If tokenizer.json or processor_config.json '
+                "is damaged, download or save it again."
             ) from error
 
     @classmethod
@@ -587,32 +553,8 @@ class NextFlowProcessor(ProcessorMixin):
 
 
 def _is_text(text: Any) -> bool:
-    return isinstance(text, str) or (
-        isinstance(text, list | tuple) and len(text) > 0 and all(isinstance(sample, str) for sample in text)
-    )
-
-
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-
-
-def _find_file(checkpoint: Any, name: str, subfolder: str, kwargs: dict[str, Any]) -> str | None:
-    return cached_file(
-        checkpoint,
-        name,
-        subfolder=subfolder,
-        _raise_exceptions_for_missing_entries=False,
-        **_hub_arguments(kwargs),
-    )
-
-
-def _is_whole(file: str) -> bool:
-    try:
-        content = json.loads(Path(file).read_text("utf-8"))
-        parts = content.get("image_processor", {}) if isinstance(content, dict) else None
-        return isinstance(parts, dict) and not (file.endswith("tokenizer.json") and "added_tokens" not in content)
-    except ValueError:
-        return False
+    texts = [text] if isinstance(text, str) else text
+    return isinstance(texts, list | tuple) and len(texts) > 0 and all(isinstance(sample, str) for sample in texts)
 
 
 def _id_of(tokenizer, token: str) -> int:
@@ -631,6 +573,8 @@ def _to_rows(token_ids) -> tuple[list[list[int]], bool]:
     if isinstance(rows, int):
         return [[rows]], False
     rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
+    if any(token < 0 for ids in rows for token in (ids if isinstance(ids, list | tuple) else [ids])):
+        raise ValueError("Ids must not be negative. (Labels have -100 where nothing is learned: leave those out.)")
     is_batch = bool(rows) and not isinstance(rows[0], int)
     return (rows if is_batch else [rows]), is_batch
 

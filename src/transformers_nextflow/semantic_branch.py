@@ -89,12 +89,7 @@ TOKENS: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def build_semantic_encoder(config: PreTrainedConfig) -> PreTrainedModel:
-    """A new vision encoder of any supported family.
-
-    Raises:
-        `ValueError`: for another family.
-        `ImportError`: for an encoder from timm, if timm is not there (`pip install "transformers-nextflow[timm]"`).
-    """
+    """A new vision encoder of any supported family; a `ValueError` for another one."""
     if config.model_type not in TOKENS:
         legal = ", ".join(f'"{name}"' for name in TOKENS)
         raise ValueError(f'The semantic encoder "{config.model_type}" is not supported; use one of {legal}.')
@@ -109,14 +104,8 @@ def semantic_tokens(
 ) -> torch.Tensor:
     """Features `(B, n, C)` of a vision encoder, row-major.
 
-    Args:
-        encoder (`PreTrainedModel`): From [`build_semantic_encoder`].
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): As the encoder wants them: sized and normalised.
-        grid (`tuple[int, int]`): Number of patches, (h, w).
-        layer (`int`, *optional*): Which of its hidden states; None for its normalised output.
-
-    Raises:
-        `ValueError`: if the encoder does not give one token a cell.
+    `pixel_values` `(B, 3, H, W)` are sized and normalised as the encoder wants them and hold `grid` (h, w) patches;
+    `layer` says which of its hidden states is used, None its normalised output.
     """
     tokens = TOKENS[encoder.config.model_type](encoder, pixel_values, grid, layer)
     if tokens.shape[1] != grid[0] * grid[1]:

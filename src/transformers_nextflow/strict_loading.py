@@ -16,15 +16,9 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 
 
 def read_json(path: Any, name: str, **kwargs) -> dict[str, Any] | None:
-    """The object in a JSON file of a folder or Hub repository; None if there is no such file.
+    """The object in a JSON file of a folder or Hub repository; None if there is no file, a `ValueError` for a bad one.
 
-    Args:
-        path (`str` or `os.PathLike`): The folder or repository.
-        name (`str`): The file's name.
-        kwargs: Arguments of `from_pretrained`; those that locate a file are used.
-
-    Raises:
-        `ValueError`: if the file does not hold a JSON object. The message names it.
+    Of `kwargs`, arguments of `from_pretrained`, those that locate a file are used.
     """
     known = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "subfolder") if kwargs.get(key) is not None}
     file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **known)

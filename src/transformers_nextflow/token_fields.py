@@ -11,11 +11,7 @@ from .chat_template import BREAK
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], **options) -> dict[str, list[Any]]:
-    """The tokenizer's fields of texts; what is broken up by [`BREAK`] is text.
-
-    Raises:
-        `ValueError`: for a text that is not valid Unicode.
-    """
+    """The tokenizer's fields of texts; what is broken up by [`BREAK`] is text."""
     for number, text in enumerate(texts):
         try:
             text.encode()
@@ -32,12 +28,14 @@ def tokenize(tokenizer: Any, texts: Sequence[str], **options) -> dict[str, list[
     for name, values in fields.items():
         remaining = iter(encoded[name])
         for row in pieces:
-            starts = [sum(len(piece) + len(BREAK) for piece in row[:index]) for index in range(len(row))]
-            joined = ((start, item) for start in starts for item in next(remaining))
-            if name == "offset_mapping":
-                values.append([(start + first, start + last) for start, (first, last) in joined])
-            else:
-                values.append([item for _, item in joined])
+            start, joined = 0, []
+            for piece in row:
+                items = next(remaining)
+                if name == "offset_mapping":
+                    items = [(start + first, start + last) for first, last in items]
+                joined += items
+                start += len(piece) + len(BREAK)
+            values.append(joined)
     return fields
 
 

@@ -19,9 +19,6 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[str]:
 
     A reader finds the old files or the new ones, never a mixture: for the moment of renaming, and after a kill in that
     moment, the files are there but do not load. Files of other names stay, except for weights beside new weights.
-
-    Args:
-        folder (`str` or `os.PathLike`): Where the files are wanted. It is made if it does not exist.
     """
     target = Path(folder)
     partial = target / PARTIAL

@@ -207,9 +207,10 @@ def test_limits_can_be_raised(tmp_path):
 
 def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(tmp_path):
     path = tmp_path / "picture.jpg"
-    path.write_bytes(as_bytes(Image.new("RGB", (400, 320), "teal"), "JPEG"))
-    assert open_picture(path, SourceLimits(max_pixels=40_000)).size == (200, 160)
-    assert open_picture(path).size == (400, 320)
+    path.write_bytes(as_bytes(Image.new("L", (8200, 4100)), "JPEG"))
+    assert open_picture(path, SourceLimits(max_pixels=10**7)).size == (4100, 2050)
+    path.write_bytes(as_bytes(Image.new("L", (4000, 3000)), "JPEG"))
+    assert open_picture(path).size == (4000, 3000)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak where Linux tells it")
@@ -219,7 +220,8 @@ def test_no_small_file_takes_much_memory(name, fresh_process, tmp_path):
     files = {
         ("PNG", "RGB"): [(65_000, 1), (1, 65_000), (8000, 3), (64, 1), (7000, 7000)],
         ("PNG", "1"): [(13_000, 13_000)],
-        ("PNG", "RGBA"): [(4095, 4095)],
+        ("PNG", "RGBA"): [(4095, 4095), (5000, 4990)],
+        ("PNG", "P"): [(5000, 4990)],
         ("WEBP", "RGB"): [(3500, 3500)],
     }
     if name.endswith("Pil"):
