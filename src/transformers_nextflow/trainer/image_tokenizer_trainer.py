@@ -244,7 +244,6 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
             torch.save(state, folder / STATE_FILE)
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
         if self.args.should_save and self._shown is not None and self.args.num_logged_images:
             folder = Path(self.args.output_dir, "reconstructions")
             folder.mkdir(parents=True, exist_ok=True)
@@ -253,6 +252,7 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
             )
             pixels = ((rows.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
             Image.fromarray(pixels).save(folder / f"{self.state.global_step:06d}.png")
+        super()._save_checkpoint(model, trial)  # last: a run that goes on from it makes no picture of this step
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Weights, what was counted, and the discriminator: without the counts live codes would be taken for dead."""
