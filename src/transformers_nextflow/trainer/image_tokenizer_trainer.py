@@ -187,7 +187,7 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
             self._shown = (pixels.detach(), prediction.detach())
         parts["psnr"] = psnr(prediction.detach(), pixels).mean()
         for name, value in parts.items():
-            self._add(model.training, name, value, len(pixels))
+            self._add(model.training, name, value.detach(), len(pixels))
         outputs = {"loss": loss, "pixel_values": prediction, "codes": codes}
         return (loss, outputs) if return_outputs else loss
 
