@@ -6,11 +6,12 @@ reads this file too, and needs none of them.
 
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from forks import Fresh, run
 
 # The tests' tensors are small: more threads only wait for each other. Before torch is imported, and for subprocesses.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -141,16 +142,28 @@ def save_tiny_random_checkpoint(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def fresh_process():
-    """Runs code in a new interpreter (imports happen once in each) and returns the last line that it prints."""
+    """Runs code where neither transformers nor the package was imported; returns the last line that it prints."""
+    fresh = Fresh()
 
-    def run(code: str, *arguments: str, **environment: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env={**os.environ, **environment}
-        )
+    def last_line(code: str, *arguments: str, **environment: str) -> str:
+        done = fresh.run(["-c", code, *arguments], environment)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip().rpartition("\n")[2]
 
-    return run
+    yield last_line
+    fresh.end()
+
+
+@pytest.fixture(scope="session")
+def forked_process():
+    """The same in a fork of this process, for what may have been imported before."""
+
+    def last_line(code: str, *arguments: str) -> str:
+        done = run([sys.executable, "-c", code, *arguments], capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip().rpartition("\n")[2]
+
+    return last_line
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""Scripts run in forks of this process: as apart as a process is, without importing torch anew for each."""
+"""Scripts and ranks in forks of this process: as apart as processes are, without importing torch anew for each."""
 
+import json
 import os
 import resource
 import runpy
@@ -84,6 +85,71 @@ def run(command: Sequence[str], **settings) -> subprocess.CompletedProcess:
     if code and settings.get("check"):
         raise subprocess.CalledProcessError(code, command, output, errors)
     return subprocess.CompletedProcess(command, code, output, errors)
+
+
+class Fresh:
+    """A process that has imported torch and torchvision, which take most of a start, and neither transformers nor us.
+
+    Its forks start as a new interpreter does, and sooner.
+    """
+
+    def __init__(self):
+        self.process: subprocess.Popen | None = None
+
+    def run(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
+        """`subprocess.run([sys.executable, *command])`, with its output as text."""
+        if self.process is None:
+            code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import forks; forks.serve()"
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            texts = [f"{folder}/stdout", f"{folder}/stderr"]
+            request = [list(command), os.getcwd(), *texts, {**os.environ, **(env or {})}]
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            code = int(self.process.stdout.readline())
+            output, errors = (Path(text).read_text(encoding="utf-8", errors="replace") for text in texts)
+        return subprocess.CompletedProcess(command, code, output, errors)
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait()
+
+
+def serve() -> None:
+    """What the process of [`Fresh`] does: a fork for each line that it reads."""
+    import torch  # noqa: F401
+    import torchvision  # noqa: F401
+
+    for line in sys.stdin:
+        command, folder, output, errors, env = json.loads(line)
+        os.chdir(folder)
+        _, status = os.waitpid(fork(as_script(command), output, errors, env), 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def fork_ranks(function: Callable[[], object], folder: Path, number: int = 2) -> None:
+    """Calls a function on each rank of a group, as torchrun does; if one fails, an AssertionError with their output."""
+
+    def rank(index: int) -> Callable[[], object]:
+        def run():
+            import torch.distributed as dist
+            from accelerate.state import AcceleratorState
+
+            AcceleratorState._reset_state(reset_partial_state=True)  # this process was alone until now
+            dist.init_process_group("gloo", f"file://{folder}/store", world_size=number, rank=index)
+            function()
+            dist.barrier()  # nobody may take the group away from another
+
+        ranks = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+        places = {**ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
+        return lambda: (os.environ.update({name: str(value) for name, value in places.items()}), run())
+
+    logs = [Path(folder) / f"rank{index}.log" for index in range(number)]
+    processes = [fork(rank(index), log) for index, log in enumerate(logs)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    assert not any(codes), "\n".join(log.read_text(errors="replace")[-3000:] for log in logs)
 
 
 def limit_memory(extra: int) -> None:

@@ -1,15 +1,8 @@
 """diffusers knows NextFlow whichever of the two packages is imported first."""
 
-import subprocess
-import sys
-
 import pytest
 
 import diffusers_nextflow
-
-
-def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.slow
@@ -20,14 +13,14 @@ def run(code: str) -> str:
         "from diffusers import DiffusionPipeline, AutoPipelineForText2Image; import diffusers_nextflow",
     ],
 )
-def test_diffusers_knows_the_pipeline(imports):
+def test_diffusers_knows_the_pipeline(imports, fresh_process):
     code = (
         f"{imports}; import diffusers; from diffusers.pipelines import auto_pipeline, pipeline_loading_utils as utils;"
         "pipeline = diffusers.NextFlowPipeline; assert pipeline is diffusers_nextflow.NextFlowPipeline;"
         "assert auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING['nextflow'] is pipeline;"
         "assert {'transformers_nextflow', 'diffusers_nextflow'} <= set(utils.LOADABLE_CLASSES)"
     )
-    run(code)
+    fresh_process(code)
 
 
 def test_unknown_names_are_attribute_errors():

@@ -54,7 +54,7 @@ PASSING = (
 class Job(NamedTuple):
     """A command whose `{output}` and `{inputs}` are folders; `prepare` fills the inputs, `old` what is saved over.
 
-    `resume` is added once there is a checkpoint.
+    `resume` is added once there is a whole checkpoint: before, the trainers say that there is nothing to go on from.
     """
 
     command: list[str]
@@ -87,6 +87,14 @@ def qwen(inputs: Path) -> None:
     from test_qwen2_5 import save_source
 
     save_source(inputs / "source", "untied", "20kB")
+
+
+def tokenflow(inputs: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+    from test_tokenflow import WEIGHTS
+
+    torch.save({"ema": load_file(WEIGHTS["siglip_tiny"]), "steps": 3}, inputs / "tokenflow.pt")
 
 
 def siglip(inputs: Path) -> None:
@@ -132,7 +140,7 @@ TOKENIZER = """
 import torch
 from transformers_nextflow import NextFlowImageTokenizer
 from transformers_nextflow.trainer import NextFlowImageTokenizerTrainer, NextFlowImageTokenizerTrainingConfig
-from transformers.trainer_utils import get_last_checkpoint
+from transformers_nextflow.trainer import find_last_checkpoint
 coarse = torch.rand(8, 3, 3, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
 images = torch.nn.functional.interpolate(coarse, (80, 80), mode="bilinear")
 torch.manual_seed(0)
@@ -144,9 +152,14 @@ trainer = NextFlowImageTokenizerTrainer(
     ),
     train_dataset=[{{"pixel_values": image}} for image in images],
 )
-import os
-trainer.train(resume_from_checkpoint=bool(os.path.isdir("{output}") and get_last_checkpoint("{output}")))
+trainer.train(resume_from_checkpoint=find_last_checkpoint("{output}") is not None)
 trainer.save_model()
+"""
+TOKENFLOW = """
+from test_tokenflow import GOLDEN_SETTINGS
+from conversion.tokenflow import convert_tokenflow
+settings = GOLDEN_SETTINGS["siglip_tiny"]  # smaller than what the command takes
+convert_tokenflow("{inputs}/tokenflow.pt", "{output}", max_shard_size="200kB", **settings)
 """
 RANKS = ROOT / "tests" / "fixtures" / "qwen" / "first_1024_ranks.tiktoken"
 TRAINER = "--model_name_or_path {inputs}/checkpoint --output_dir {output} "
@@ -175,6 +188,7 @@ JOBS: dict[str, Job] = {
         "--image-tokenizer {inputs}/checkpoint/image_tokenizer".split(),
         qwen,
     ),
+    "tokenflow": Job(["-c", TOKENFLOW], tokenflow),
     "siglip2": Job(f"conversion/siglip2.py {CONVERTER}".split(), siglip),
     "save": Job(["-c", SAVE], old=another_checkpoint),
 }
@@ -288,7 +302,9 @@ class Runner:
 
     def run(self, killer: Killer) -> tuple[int, str]:
         places = {"output": self.output, "inputs": self.inputs, "here": Path(__file__).parent}
-        words = [*self.job.command, *(self.job.resume if list(self.output.glob("checkpoint-*")) else ())]
+        from transformers_nextflow.trainer import find_last_checkpoint
+
+        words = [*self.job.command, *(self.job.resume if find_last_checkpoint(self.output) else ())]
         return self.forked(as_script([word.format(**places) for word in words]), killer)
 
     def moment(self, rng: random.Random) -> Killer:
@@ -306,7 +322,7 @@ class Runner:
             return "" if known else log.strip().splitlines()[-1]
         for _ in range(rng.randint(1, 3)):
             code, log = self.run(self.moment(rng))
-            if contents(self.output) == self.unbroken:
+            if contents(self.output) == self.unbroken and not self.beside():
                 return ""
             if code > 0:
                 return f"a restart fails: {_last_line(log)}"
@@ -317,8 +333,12 @@ class Runner:
         other = sorted(
             name for name in result.keys() | self.unbroken.keys() if result.get(name) != self.unbroken.get(name)
         )
-        beside = [path.name for path in self.folder.glob("output?*")]
+        beside = self.beside()
         return f"other than unbroken: {', '.join([*other, *beside][:4])}" if other or beside else ""
+
+    def beside(self) -> list[str]:
+        """What a run has left outside of its folder."""
+        return sorted(path.name for path in self.folder.glob("output?*"))
 
     def load(self) -> None:
         """Loads what was saved; what is neither the old nor the new checkpoint is an AssertionError."""

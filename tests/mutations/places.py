@@ -9,10 +9,17 @@ from mutate import Mutation, named
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path("src/transformers_nextflow")
 HOLDS = re.compile(
-    r"^(modeling_nextflow|.*(layout|decod|sampling|loss|cross_entropy|scale_cache|attention|generation_nextflow).*)$"
+    r"^(modeling_nextflow|model_inputs|padding"
+    r"|.*(layout|decod|sampling|loss|cross_entropy|scale_cache|attention|generation|compilation).*)$"
 )
-# Modules that the tests of another one are about.
-MIRRORED_BY = {"decoding_state": "interleaved_decoding", "varlen_attention": "trainer/packing"}
+# Modules that the tests of others are about.
+MIRRORED_BY = {
+    "decoding_settings": ["decoding", "generation_nextflow"],
+    "decoding_state": ["decoding", "generation_nextflow"],
+    "model_inputs": ["modeling_nextflow"],
+    "stream_decoding": ["session"],
+    "varlen_attention": ["trainer/packing"],
+}
 
 
 def modules() -> list[Path]:
@@ -23,8 +30,13 @@ def modules() -> list[Path]:
 
 def mirror_of(module: Path) -> list[str]:
     """The test files of a module: `test_<its name>.py` and `test_<its name>_*.py`, unless those mirror another one."""
-    if module.stem in MIRRORED_BY and not (ROOT / "tests" / PACKAGE.name / f"test_{module.stem}.py").is_file():
-        module = PACKAGE / f"{MIRRORED_BY[module.stem]}.py"
+    found = _own_tests(module)
+    if not found:
+        found = [test for name in MIRRORED_BY.get(module.stem, ()) for test in _own_tests(PACKAGE / f"{name}.py")]
+    return found
+
+
+def _own_tests(module: Path) -> list[str]:
     folder = ROOT / "tests" / PACKAGE.name / module.relative_to(PACKAGE).parent
     others = {path.stem for path in (ROOT / module).parent.glob("*.py")} - {module.stem}
     tests = [folder / f"test_{module.stem}.py", *sorted(folder.glob(f"test_{module.stem}_*.py"))]

@@ -1,14 +1,13 @@
 """Ranks whose batches have images, text, or nothing to learn: none waits, and together they are one."""
 
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from test_modeling_nextflow import BOI, SCHEDULE, build, grids, loss_batch, random_codes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+
+from forks import fork_ranks
 
 TEXT_IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 IMAGE_IDS = torch.tensor([[5, BOI, *random_codes(SCHEDULE), 9, 10]])
@@ -30,9 +29,8 @@ def batches() -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def train(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank, timeout=timedelta(seconds=60))
-    mesh, results = init_device_mesh("cpu", (2,)), {}
+def train_on_a_rank() -> None:
+    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
     for name, batch in batches().items():
         for wrapper in ("ddp", "fsdp"):
             pair = (batches()["images"], batch)
@@ -56,16 +54,11 @@ def train(rank: int, folder: str) -> None:
                 torch.testing.assert_close(
                     ours, theirs.grad, atol=1e-5, rtol=1e-4, msg=f"{name}, {wrapper}: {parameter}"
                 )
-            results[name, wrapper] = True
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_ranks_without_images_are_waited_for_by_none(tmp_path):
-    multiprocessing.spawn(train, (str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        assert len(torch.load(tmp_path / f"{rank}.pt")) == 2 * len(batches())
+    fork_ranks(train_on_a_rank, tmp_path)
 
 
 @pytest.mark.parametrize("name", batches())

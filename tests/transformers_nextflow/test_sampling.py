@@ -295,6 +295,18 @@ def test_guided_drawing_in_slices_is_drawing_both_branches_at_once(monkeypatch, 
     assert torch.equal(unguided.flatten(), sample_codes(conditional.flatten(0, 1), sampling, seeds))
 
 
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (2.0, 2.0), (2.0, 1.0), (1.0, 2.0), (0.0, 0.0)])
+def test_drawing_guides_by_both_scales(scales):
+    """Branches are left out where both scales are 1, and nowhere else."""
+    sampling, head = ScaleSampling(guidance_scale=scales[0], image_guidance_scale=scales[1]), torch.nn.Linear(12, 16)
+    hidden_states, seeds = torch.randn(6, 25, 12, generator=seeded(0)), seeds_of(1, 50)
+    guided = guide(head(hidden_states).chunk(3), sampling).flatten(0, 1)
+    sizes = []
+    head.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    drawn = draw_codes(head, hidden_states, sampling, seeds.view(2, 25, 2), num_codes=16, num_branches=3)
+    assert torch.equal(drawn.flatten(), sample_codes(guided, sampling, seeds)) and sizes == [50]
+
+
 def test_text_and_images_guided_apart():
     everything, images, neither = torch.randn(3, 5, 16, generator=seeded(0))
     guided = guide([everything, images, neither], ScaleSampling(guidance_scale=3.0, image_guidance_scale=1.5))

@@ -80,8 +80,8 @@ print(json.dumps(results))
 """
 
 
-def check_killed_saves(fresh_process, source, folder, step):
-    results = json.loads(fresh_process(KILLED_SAVES, str(source), str(folder), str(step)))
+def check_killed_saves(forked_process, source, folder, step):
+    results = json.loads(forked_process(KILLED_SAVES, str(source), str(folder), str(step)))
     for old, died, found in results:
         before = 1.0 if old == "/old" else 2.0
         for door, versions in found.items():
@@ -94,13 +94,13 @@ def check_killed_saves(fresh_process, source, folder, step):
     return results
 
 
-def test_a_killed_save_leaves_no_mixture(fresh_process, tiny_random_checkpoint, tmp_path):
-    assert len(check_killed_saves(fresh_process, tiny_random_checkpoint, tmp_path, step=9)) > 5
+def test_a_killed_save_leaves_no_mixture(forked_process, tiny_random_checkpoint, tmp_path):
+    assert len(check_killed_saves(forked_process, tiny_random_checkpoint, tmp_path, step=9)) > 5
 
 
 @pytest.mark.slow
-def test_a_save_killed_anywhere_leaves_no_mixture(fresh_process, tiny_random_checkpoint, tmp_path):
-    assert len(check_killed_saves(fresh_process, tiny_random_checkpoint, tmp_path, step=1)) > 60
+def test_a_save_killed_anywhere_leaves_no_mixture(forked_process, tiny_random_checkpoint, tmp_path):
+    assert len(check_killed_saves(forked_process, tiny_random_checkpoint, tmp_path, step=1)) > 60
 
 
 def test_files_come_at_the_end_and_their_marker_last(tmp_path, monkeypatch):

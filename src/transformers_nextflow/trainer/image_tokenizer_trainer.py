@@ -227,13 +227,13 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
             torch.save(state, folder / STATE_FILE)
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
         if self.args.should_save and self._shown is not None and self.args.num_logged_images:
             folder = Path(self.args.output_dir, "reconstructions")
             folder.mkdir(parents=True, exist_ok=True)
             pictures = torch.cat([batch[: self.args.num_logged_images] for batch in self._shown]).float().clamp(-1, 1)
             file = folder / f"{self.state.global_step:06d}.png"
             save_image((pictures + 1) / 2, file, nrow=len(pictures) // 2, padding=0)
+        super()._save_checkpoint(model, trial)  # last: a run that goes on from it makes no picture of this step
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Weights, what was counted, and the discriminator: without the counts live codes would be taken for dead."""

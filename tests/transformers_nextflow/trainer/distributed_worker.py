@@ -1,7 +1,6 @@
-"""What both processes of test_distributed.py do: `torchrun --nproc_per_node 2 distributed_worker.py FOLDER`."""
+"""What both ranks of test_distributed.py do."""
 
 import json
-import sys
 from pathlib import Path
 
 import datasets
@@ -86,8 +85,7 @@ def split_tensors(folder: Path, batch: dict[str, torch.Tensor]) -> dict[str, obj
     return {"losses": losses, "norms": norms, "same_codes": codes[0] == codes[1]}
 
 
-def main():
-    folder = Path(sys.argv[1])
+def main(folder: Path):
     samples = json.loads((folder / "samples.json").read_text())
     results: dict[str, object] = {
         f"ddp-{packing}": train_on_two_ranks(folder, samples, packing) for packing in (False, True)
@@ -98,9 +96,3 @@ def main():
     results["tp"] = split_tensors(folder, batch)
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

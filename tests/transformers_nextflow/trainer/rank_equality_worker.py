@@ -1,16 +1,15 @@
-"""Trains every stage of every trainer: `torchrun --nproc_per_node 2 rank_equality_worker.py FOLDER`, or alone with one
-process and batches of twice the size. Each rank writes its weights after the last step.
+"""Trains every stage of every trainer, on each of two ranks, or on one with batches of twice the size.
+
+Each rank writes its weights after the last step.
 """
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-import torch.distributed as dist
 from peft import LoraConfig
 
 from transformers_nextflow import NextFlowImageTokenizer
@@ -77,10 +76,3 @@ def main(folder: Path):
             result["counts"] = trainer._counts
             result["discriminator"] = {name: value.detach() for name, value in trainer.discriminator.named_parameters()}
         torch.save(result, folder / f"{kind}-{num_processes}-{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # torch's own threads now and then abort an interpreter that is taken down in order

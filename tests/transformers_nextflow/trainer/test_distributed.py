@@ -1,18 +1,18 @@
 """Two processes give what one gives: DDP padded and packed, FSDP2, tensor parallelism; on the CPU, with gloo."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import datasets
 import pytest
 
+from forks import fork_ranks
 from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, NextFlowProcessor
 from transformers_nextflow.trainer import NextFlowSFTConfig, NextFlowSFTTrainer
 
-SRC = Path(__file__).parents[3] / "src"
+sys.path.insert(0, str(Path(__file__).parent))
+import distributed_worker
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,7 @@ def folder(tmp_path_factory, samples, tiny_random_checkpoint) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder) -> dict:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
-    worker = [str(Path(__file__).with_name("distributed_worker.py")), str(folder)]
-    done = subprocess.run([*command, *worker], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-5000:]
+    fork_ranks(lambda: distributed_worker.main(folder), folder)
     return json.loads((folder / "results.json").read_text())
 
 

@@ -1,12 +1,18 @@
 """The image tokenizer's trainer: what each stage trains, scale dropout, revival, the optional terms, resuming."""
 
+from unittest import mock
+
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 from transformers_nextflow import NextFlowImageTokenizer
-from transformers_nextflow.trainer import NextFlowImageTokenizerTrainer, NextFlowImageTokenizerTrainingConfig
+from transformers_nextflow.trainer import (
+    NextFlowImageTokenizerTrainer,
+    NextFlowImageTokenizerTrainingConfig,
+    find_last_checkpoint,
+)
 from transformers_nextflow.trainer.image_tokenizer_trainer import draw_kept_scales, psnr, revive_dead_codes
 
 SIDE = 80
@@ -126,6 +132,16 @@ def test_pictures_are_written_and_a_resumed_run_goes_on(make_trainer, tmp_path):
         assert picture.size == (4 * SIDE, 2 * SIDE)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert logged(resumed, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-4)
+
+
+def test_a_kill_before_a_checkpoint_is_whole_loses_no_picture(make_trainer, tmp_path, monkeypatch):
+    """A run that goes on from a checkpoint makes no picture of its step."""
+    trainer = make_trainer("pixel", save_strategy="steps", save_steps=1, max_steps=1)
+    monkeypatch.setattr(type(trainer), "_save_rng_state", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert find_last_checkpoint(tmp_path / "run") is None
+    assert (tmp_path / "run" / "reconstructions" / "000001.png").is_file()
 
 
 def test_revival_and_the_discriminator_go_on_too(make_trainer, tmp_path):

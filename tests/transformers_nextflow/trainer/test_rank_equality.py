@@ -1,18 +1,16 @@
 """Every stage of every trainer on two ranks: both have the same weights, those of one rank over both batches."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from forks import fork_ranks
+
 sys.path.insert(0, str(Path(__file__).parent))
 import rank_equality_worker as worker
-
-SRC = Path(__file__).parents[3] / "src"
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +20,7 @@ def folder(tmp_path_factory, samples, tiny_random_checkpoint) -> Path:
     # A picture in each: a rank without any is the model's affair.
     rows = [{**samples[index % 2], "id": str(index)} for index in range(8)]
     (folder / "samples.json").write_text(json.dumps(rows))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(Path(worker.__file__)), str(folder)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    fork_ranks(lambda: worker.main(folder), folder)
     worker.main(folder)
     return folder
 
