@@ -1,4 +1,4 @@
-"""Imports go one way: every module of the packages imports only what stands before it in one list, so there is no circle.
+"""Imports go one way: a module imports only what stands before it in one list, so there is no circle.
 
 A newcomer can read the modules in this order. A new module needs a place in it.
 """
@@ -20,17 +20,17 @@ ORDER = """
     picture_sources image_processing_pil_nextflow image_processing_nextflow
     chat_template token_fields stream_decoding processing_nextflow
     session pipelines _registration
-""".split()
+"""
 TRAINER_ORDER = """
     coded_dataset data_collator packing checkpoints
     sft_config sft_trainer
     grpo_config grpo_losses reward_call rewards grpo_trainer
     image_tokenizer_config image_tokenizer_trainer
-""".split()
+"""
 MODULES = [
-    *(f"transformers_nextflow.{name}" for name in ORDER),
+    *(f"transformers_nextflow.{name}" for name in ORDER.split()),
     *("transformers_nextflow", "transformers_nextflow.nextflow_remote_code"),
-    *(f"transformers_nextflow.trainer.{name}" for name in TRAINER_ORDER),
+    *(f"transformers_nextflow.trainer.{name}" for name in TRAINER_ORDER.split()),
     "transformers_nextflow.trainer",
     *("diffusers_nextflow.pipeline_nextflow", "diffusers_nextflow", "diffusers_nextflow.__main__"),
 ]
