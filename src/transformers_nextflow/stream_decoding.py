@@ -1,4 +1,4 @@
-"""What a model generates, as text and pictures while it comes."""
+"""Streams of a model's output as text and pictures."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ class StreamChunk(NamedTuple):
         kind (`str`): `"text"`, `"preview"` or `"image"`.
         value (`str` or `PIL.Image.Image`): The piece.
         row (`int`): Which row of the batch.
-        step (`int`, *optional*): Of a preview: the scale, from 0.
+        step (`int`, *optional*): The scale of a preview, from 0.
     """
 
     kind: str
@@ -25,11 +25,11 @@ class StreamChunk(NamedTuple):
 
 
 def decode_stream(processor: Any, events: Iterable[GenerationEvent], previews: bool = True) -> Iterator[StreamChunk]:
-    """Text and pictures of a stream as they come: text, then a preview a scale, then the picture.
+    """Decodes a stream as it comes: text, then a preview per scale, then the picture.
 
     Args:
         events (iterable of [`GenerationEvent`]): From [`~NextFlowGenerationMixin.stream`].
-        previews (`bool`, *optional*, defaults to `True`): Decode every scale, not the last alone.
+        previews (`bool`, *optional*, defaults to `True`): Decode every scale, not only the last.
 
     Yields:
         [`StreamChunk`]: `kind` is `"text"` (a piece of text), `"preview"` or `"image"` (a PIL image).

@@ -219,7 +219,7 @@ def check_grids(image_grid_shw: torch.Tensor, num_images: int | None = None) -> 
     if image_grid_shw.ndim != 2 or image_grid_shw.shape[-1] != 3:
         raise ValueError(
             "`image_grid_shw` must have shape (num_images, 3), one row (number of scales, bucket height, bucket width) "
-            f"an image, but got shape {tuple(image_grid_shw.shape)}."
+            f"per image, but got shape {tuple(image_grid_shw.shape)}."
         )
     if num_images is not None and len(image_grid_shw) != num_images:
         raise ValueError(
