@@ -75,7 +75,7 @@ def unconditional_prompts(
     """
     (ids, mask), (negative_ids, negative_mask) = prompts, negative
     if len(negative_ids) not in (1, len(ids)):
-        raise ValueError(f"Got {len(negative_ids)} negative prompts for {len(ids)} prompts. Pass one, or one per prompt.")
+        raise ValueError(f"Got {len(negative_ids)} negative prompts for {len(ids)} prompts. Pass one, or one each.")
     if (negative_ids >= text_vocab_size).any():
         raise ValueError("`negative_prompt_ids` must be text: the prompt's own images are kept anyway.")
     negative_ids, negative_mask = (rows.expand(len(ids), -1) for rows in negative)
