@@ -138,11 +138,11 @@ class NextFlowGenerationMixin(_GenerationMixin):
         Args:
             inputs (`torch.LongTensor` of shape `(B, L)`, *optional*):
                 Prompts in the token view, padded on the left; the same as `input_ids=`.
-            generation_config (`GenerationConfig`, *optional*): Ranks between the keyword arguments and the model's own.
+            generation_config (`GenerationConfig`, *optional*): Stands between the arguments and the model's own.
             generator (`torch.Generator` or a list with one for each row, *optional*):
-                Randomness of images, and of text that is sampled with them. In float32 the same seed gives the same
-                image in any batch; in bfloat16 other batch sizes round otherwise. A single one serves row 0 and seeds
-                the others'. Without it a fresh seed is taken; the global random state is never touched.
+                Randomness of the images, and of text that is sampled in their modes: the same seed gives the same image
+                in any batch. A single one serves row 0 and seeds the others'. Without it a fresh seed is taken; the
+                global random state is never touched.
             negative_prompt_ids (`torch.LongTensor` of shape `(B, M)` or `(1, M)`, *optional*):
                 Text of the unconditional branch, padded on the left. By default it has none: the prompt's images, if
                 any, and `<boi>`. For single images, with or without `thinking`.

@@ -235,10 +235,10 @@ def _xor_shift(numbers: torch.Tensor, places: int) -> torch.Tensor:
 
 
 def sample_codes(logits: torch.Tensor, sampling: ScaleSampling, seeds: torch.Tensor | None) -> torch.Tensor:
-    """Draws codes, in float32.
+    """Draw codes, in float32.
 
     The Gumbel-max trick: the noise belongs to (position, code), so logits that differ by rounding alone (another batch,
-    another kernel) seldom give other codes, and settings can be compared on the same noise.
+    another kernel) give the same codes, and settings can be compared on the same noise.
 
     Args:
         logits (`torch.Tensor` of shape `(m, K)`): Guided logits.
