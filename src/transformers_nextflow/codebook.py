@@ -27,13 +27,13 @@ def hash_image_tokenizer(image_tokenizer: NextFlowImageTokenizer) -> str:
 
 
 def check_schedules(image_tokenizer: Any) -> None:
-    """Refuses an image tokenizer whose images have other sizes than language models and image processors assume.
+    """Refuses an image tokenizer whose images have other sizes than a language model and an image processor plan with.
 
     Args:
         image_tokenizer ([`NextFlowImageTokenizer`] or `None`): The image tokenizer.
 
     Raises:
-        `ValueError`: if its schedules or its stride differ from the paper's.
+        `ValueError`: if it has schedules or a stride of its own.
     """
     config = getattr(image_tokenizer, "config", None)
     foreign = [name for name in ("scale_sides", "image_size") if getattr(config, name, None) is not None]

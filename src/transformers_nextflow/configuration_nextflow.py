@@ -144,7 +144,7 @@ class NextFlowImageTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
         num_scales (`int`, *optional*, defaults to 18):
             The largest number of scales that images are encoded to.
         stride (`int`, *optional*, defaults to 16):
-            Pixels per cell of the last grid.
+            Pixels a cell of the last grid.
         scale_sides (`list[int]`, *optional*):
             Sides of the square schedule's grids, one per scale, where they differ from the paper's (as TokenFlow's do).
         image_size (`int`, *optional*):
@@ -177,7 +177,7 @@ class NextFlowImageTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
         encoder_hidden_sizes (`list[int]`, *optional*, defaults to `[128, 128, 256, 256, 512]`):
             CNN widths, from the highest resolution to the lowest; each level but the last halves the resolution.
         encoder_num_res_blocks (`int`, *optional*, defaults to 2):
-            Residual blocks per level.
+            Residual blocks a level.
         decoder_hidden_sizes (`list[int]`, *optional*, defaults to `[128, 128, 256, 256, 512]`):
             As for the encoder, from the highest resolution to the lowest.
         decoder_num_res_blocks (`int`, *optional*, defaults to 2):

@@ -116,7 +116,7 @@ def semantic_tokens(
         layer (`int`, *optional*): Which of its hidden states; None for its normalised output.
 
     Raises:
-        `ValueError`: if the encoder does not give one token per cell.
+        `ValueError`: if the encoder does not give one token a cell.
     """
     tokens = TOKENS[encoder.config.model_type](encoder, pixel_values, grid, layer)
     if tokens.shape[1] != grid[0] * grid[1]:

@@ -25,11 +25,11 @@ class StreamChunk(NamedTuple):
 
 
 def decode_stream(processor: Any, events: Iterable[GenerationEvent], previews: bool = True) -> Iterator[StreamChunk]:
-    """Decodes a stream as it comes: text, then a preview per scale, then the picture.
+    """Text and pictures of a stream as they come: text, then a preview a scale, then the picture.
 
     Args:
         events (iterable of [`GenerationEvent`]): From [`~NextFlowGenerationMixin.stream`].
-        previews (`bool`, *optional*, defaults to `True`): Decode every scale, not only the last.
+        previews (`bool`, *optional*, defaults to `True`): Decode every scale, not the last alone.
 
     Yields:
         [`StreamChunk`]: `kind` is `"text"` (a piece of text), `"preview"` or `"image"` (a PIL image).
