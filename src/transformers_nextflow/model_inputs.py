@@ -61,7 +61,7 @@ def check_names(forward: Callable, kwargs: dict[str, Any]) -> None:
 
 
 def check_labels(labels, slots, scale_step: ScaleStep | None, num_items: int | torch.Tensor | None) -> None:
-    """Refuses labels that don't fit the ids or embeddings, and a number of items that is negative or not finite."""
+    """Refuses labels that don't fit the ids or embeddings, and numbers of items that are none."""
     if scale_step is not None or (slots is not None and labels.shape != slots.shape[:2]):
         raise ValueError(
             f"`labels` must have the shape of `input_ids`, but got {tuple(labels.shape)}; scale steps have none. They "
@@ -129,7 +129,7 @@ def check_shapes(
 
 
 def _check_values(config, input_ids, image_grid_shw, position_ids) -> None:
-    """Refuses grids of a wrong shape, ids out of range and positions that are not finite."""
+    """Refuses grids of a wrong shape, ids out of range and positions that are no numbers."""
     if image_grid_shw is not None:
         check_grids(image_grid_shw)
     if position_ids is not None and not position_ids.isfinite().all():

@@ -198,7 +198,7 @@ def _one_row_an_image(image_grid_shw: torch.Tensor, num_images: int) -> torch.Te
     rows = torch.as_tensor(image_grid_shw).reshape(-1, 3)
     if len(rows) != num_images:
         raise ValueError(
-            f"Got {num_images} images but {len(rows)} rows of `image_grid_shw`; a list needs one per image."
+            f"Got {num_images} images but {len(rows)} rows of `image_grid_shw`; a list needs one an image."
         )
     return rows
 
@@ -438,7 +438,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
     # Decoding
 
     def _shared_schedule(self, image_grid_shw: torch.Tensor, num_images: int) -> ScaleSchedule:
-        """The schedule of a batch, from one row for all or one per image."""
+        """The schedule of a batch, from one row for all or one an image."""
         rows = torch.as_tensor(image_grid_shw).reshape(-1, 3).tolist()
         if len(rows) not in (1, num_images):
             raise ValueError(

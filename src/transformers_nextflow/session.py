@@ -270,7 +270,7 @@ class NextFlowSession:
         return _states_of(self._decoding)
 
     def undo(self, num_turns: int = 1) -> None:
-        """Drops the last turns and the answers to them."""
+        """Forgets the last turns, the answers to them included."""
         if not 1 <= num_turns <= self.num_turns:
             raise ValueError(f"There are {self.num_turns} turns, so {num_turns} can't be undone.")
         self._end_turn()
