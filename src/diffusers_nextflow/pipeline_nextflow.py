@@ -1,4 +1,4 @@
-"""The NextFlow pipeline for diffusers: a prompt in, images out, one step a scale.
+"""The NextFlow pipeline for diffusers: a prompt in, images out, one step per scale.
 
 Axes: B images (prompts x images per prompt), D channels of a code vector, (h, w) the last grid, H x W pixels.
 """
@@ -58,7 +58,7 @@ class NextFlowPipelineOutput(BaseOutput):
 
 
 def _of_call(name: str, default: Any, doc: str) -> Any:
-    """A property that each call has for itself, as threads may share a pipeline."""
+    """A property of which each call has its own, since threads may share a pipeline."""
 
     def read(pipe: Any) -> Any:
         return pipe._calls.get(threading.get_ident(), {}).get(name, default)
@@ -213,12 +213,12 @@ class NextFlowPipeline(DiffusionPipeline):
             prompt (`str` or `list[str]`): What to draw.
             image (a picture or a list of pictures, *optional*):
                 What the prompt is about: an edit of it, or a new scene with what it shows. One prompt takes one picture
-                or several; for a list of prompts give a list of one picture, or of one list, a prompt. A picture is
-                whatever the image processor takes. The result has the size of the (last) picture, unless `height` and
-                `width` say otherwise.
+                or several; a list of prompts takes a list with one picture, or one list, per prompt. A picture is
+                anything that the image processor takes. The result has the size of the (last) picture, unless `height`
+                and `width` say otherwise.
             negative_prompt (`str` or `list[str]`, *optional*):
                 What guidance leads away from, in the style of the prompts; by default, and for an empty one, from no
-                prompt at all. One for all prompts, or one a prompt.
+                prompt at all. One for all prompts, or one per prompt.
             height, width (`int`, *optional*):
                 Pixels; they choose the schedule (see [`~transformers_nextflow.ScaleSchedule.from_size`]).
             num_scales (`int`, *optional*):
@@ -236,12 +236,12 @@ class NextFlowPipeline(DiffusionPipeline):
                 So many images in sequence for each prompt, a story; see the output's `frames`.
             num_images_per_prompt (`int`, *optional*, defaults to 1): Images a prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of all draws: one, or one an image. The same seed gives an image its looks, whatever the batch.
+                Source of all draws: one, or one per image. In float32 the same seed gives the same image in any batch.
             image_temperature, image_top_k, image_top_p (number or list of numbers, *optional*):
-                How codes are sampled; one for all scales, or one a scale.
+                How codes are sampled; one for all scales, or one per scale.
             prompt_style (`str`, *optional*):
                 `"bare"`, the prompt is given to the model as it is, or `"chat"`, as a user's turn. By default as the
-                model was trained: `model.generation_config.prompt_styles` tells for each task.
+                model was trained: `model.generation_config.prompt_styles` has it for each task.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"`, `"pt"` or `"latent"`; see [`NextFlowPipelineOutput`].
             callback_on_step_end (`Callable`, *optional*):

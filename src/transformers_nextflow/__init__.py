@@ -98,7 +98,7 @@ def __dir__() -> list[str]:
 def tiny_checkpoint() -> Path:
     """The folder of nextflow-tiny, the small trained checkpoint that ships with the package.
 
-    It is a plain transformers checkpoint: 128 x 128 pixels, text to image, for trying things out and for tests.
+    It is a plain transformers checkpoint of a model that draws 128 x 128 pixels, for trying things out and for tests.
 
     Raises:
         `FileNotFoundError`: if the package was installed without its data.

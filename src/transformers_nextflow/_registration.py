@@ -17,7 +17,7 @@ IMAGE_TOKENIZER_TYPE = "nextflow_image_tokenizer"
 
 
 def announce(package: ModuleType) -> None:
-    """Enters the names of what is loaded first; transformers resolves them as attributes of `package`."""
+    """Enters the names of the classes that are loaded first; transformers looks them up as attributes of `package`."""
     from transformers.models.auto import auto_mappings
 
     sys.modules[f"transformers.models.{MODEL_TYPE}"] = package  # where transformers looks the names up

@@ -1,4 +1,4 @@
-"""What ties a language model to its image tokenizer: both must mean the same picture by the same codes."""
+"""What ties a language model to its image tokenizer: the same codes must mean the same picture to both."""
 
 import hashlib
 from typing import Any
@@ -8,13 +8,13 @@ import torch
 
 from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
 
-STRIDE = 16  # pixels a cell, on which the language model's schedules rest
+STRIDE = 16  # pixels per cell, on which the language model's schedules rest
 
 _hashes: WeakKeyDictionary[NextFlowImageTokenizer, tuple[Any, str]] = WeakKeyDictionary()  # by the tables' versions
 
 
 def hash_image_tokenizer(image_tokenizer: NextFlowImageTokenizer) -> str:
-    """SHA-256, its first 16 digits, of both codebooks in fp32: tells whether two data sets speak of the same codes."""
+    """The first 16 digits of the SHA-256 of both codebooks in fp32, which identify what codes mean."""
     tables = [image_tokenizer.quantizer.semantic_codebook.weight, image_tokenizer.quantizer.pixel_codebook.weight]
     versions = tuple((table._version, table.data_ptr()) for table in tables)
     known = _hashes.get(image_tokenizer)
@@ -44,17 +44,17 @@ def check_schedules(image_tokenizer: Any) -> None:
 
 
 def check_same_codebook(config: Any, image_tokenizer: NextFlowImageTokenizer | None) -> None:
-    """Refuses an image tokenizer to which the model's codes mean other pictures.
+    """Refuses an image tokenizer for which the model's codes mean other pictures.
 
-    Everything that brings a model and an image tokenizer together calls it. [`reseat_codebook`] is the way out where
-    another image tokenizer is wanted.
+    It is called wherever a model and an image tokenizer meet. [`reseat_codebook`] is the way out where another image
+    tokenizer is wanted.
 
     Args:
         config ([`NextFlowConfig`]): The model's.
         image_tokenizer ([`NextFlowImageTokenizer`], *optional*): The processor's.
 
     Raises:
-        `ValueError`: if sizes, stride or, where the model's configuration states one, hash of the codebooks differ.
+        `ValueError`: if sizes, stride or the hash of the codebooks (where the model's configuration has one) differ.
     """
     if image_tokenizer is None:
         return
@@ -77,16 +77,16 @@ def check_same_codebook(config: Any, image_tokenizer: NextFlowImageTokenizer | N
 def reseat_codebook(model: Any, image_tokenizer: NextFlowImageTokenizer) -> None:
     """Puts another image tokenizer's code vectors into a model, in place, and its hash into the model's configuration.
 
-    It is right before the model is trained on codes of that image tokenizer. Nothing else of the model knows the new
-    codes: until it is trained it draws noise. It is also right where the codes are the same and only their vectors
-    changed a little (the image tokenizer was trained on); then it draws at once, as well as the vectors agree.
+    Use it before the model is trained on codes of that image tokenizer: nothing else of the model knows the new codes,
+    so until then it draws noise. Use it also where the codes are the same and only their vectors have changed a little
+    (the image tokenizer was trained further): then the model draws at once, as well as the vectors agree.
 
     Args:
         model ([`NextFlowForCausalLM`]): The model.
-        image_tokenizer ([`NextFlowImageTokenizer`]): As many codes, and of the same width, as the model's.
+        image_tokenizer ([`NextFlowImageTokenizer`]): It must have as many codes as the model, of the same width.
 
     Raises:
-        `ValueError`: if the codebooks differ in size, or the image tokenizer has schedules or a stride of its own.
+        `ValueError`: if the codebooks differ in size, or its schedules or stride differ from the paper's.
     """
     check_schedules(image_tokenizer)
     codebook, weight = image_tokenizer.quantizer.codebook(), model.base_model.visual_codebook.weight

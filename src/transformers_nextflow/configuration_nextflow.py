@@ -28,7 +28,7 @@ class NextFlowConfig(StrictConfigMixin, Qwen2_5_VLTextConfig):
         num_scales (`int`, *optional*, defaults to 18): The largest number of scales an image may have.
         rope_parameters (`dict`, *optional*, defaults to Qwen2.5-VL's):
             As there, and `mrope_interleaved` (`True` in new configurations): the rotary pairs take the axes in turn, as
-            in Qwen3-VL; with `False`, as in Qwen2.5-VL and in files without the key, each axis has a chunk of pairs.
+            in Qwen3-VL. With `False`, as in Qwen2.5-VL and in files without the key, each axis has a chunk of pairs.
         visual_feature_mode (`str`, *optional*, defaults to `"residual"`):
             How the input features of a scale are made: `"residual"` from the codes of the scale before alone (the
             paper's choice), `"accumulated"` from all scales before.
@@ -40,9 +40,9 @@ class NextFlowConfig(StrictConfigMixin, Qwen2_5_VLTextConfig):
         eoi_token_id (`int`, *optional*, defaults to 151666):
             `<eoi>`: only ever an input (its embedding stands in the slot of an image's last code).
         image_token_id (`int`, *optional*, defaults to 151667):
-            `<image>`: the mark in text that a processor replaces by an image.
+            `<image>`: the mark in text that the processor replaces with an image.
         image_tokenizer_hash (`str`, *optional*):
-            [`hash_image_tokenizer`] of the image tokenizer whose codes the model was trained on; others are refused.
+            [`hash_image_tokenizer`] of the image tokenizer whose codes the model was trained on; any other is refused.
     """
 
     model_type = "nextflow"
@@ -137,10 +137,10 @@ class NextFlowImageTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
         num_scales (`int`, *optional*, defaults to 18): The largest number of scales that images are encoded to.
         stride (`int`, *optional*, defaults to 16): Pixels a cell of the last grid.
         scale_sides (`list[int]`, *optional*):
-            Sides of the square schedule's grids, one a scale, where they are not the paper's (TokenFlow's).
+            Sides of the square schedule's grids, one per scale, where they differ from the paper's (as TokenFlow's do).
         image_size (`int`, *optional*):
-            Side of the only, square, images that the tokenizer takes, where it is not `stride` times that of the last
-            grid. The semantic encoder gets them as they are, the CNNs resized.
+            Side of the only (square) images that the tokenizer takes, where it is not `stride` times that of the last
+            grid. The semantic encoder gets them as they are, the CNNs get them resized.
         semantic_config (`dict` or `PreTrainedConfig`, *optional*):
             The semantic encoder: a configuration of the model type `"siglip2_vision_model"`, `"siglip_vision_model"`,
             `"clip_vision_model"` or `"timm_wrapper"` (this one with `hidden_size` and `patch_size` added). Defaults to
@@ -160,14 +160,14 @@ class NextFlowImageTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
             Makes the semantic decoder TokenFlow's, with a class token and learned positions for a grid of this side
             (resized for others). By default it is a NaFlex ViT, which takes any grid as it is.
         pixel_patch_size (`int`, *optional*, defaults to 1):
-            Pixels a side that the CNNs fold into channels at full resolution (space to depth); 1 folds none.
+            Pixels per side that the CNNs fold into channels at full resolution (space to depth); 1 folds none.
         encoder_hidden_sizes (`list[int]`, *optional*, defaults to `[128, 128, 256, 256, 512]`):
             CNN widths, from the highest resolution to the lowest; each level but the last halves the resolution.
         encoder_num_res_blocks (`int`, *optional*, defaults to 2): Residual blocks a level.
         decoder_hidden_sizes (`list[int]`, *optional*, defaults to `[128, 128, 256, 256, 512]`):
             As for the encoder, from the highest resolution to the lowest.
         decoder_num_res_blocks (`int`, *optional*, defaults to 2):
-            Residual blocks a level; a decoder level has one more, as in VQGAN.
+            Residual blocks per level; a decoder level has one more, as in VQGAN.
         latent_channels (`int`, *optional*, defaults to 256):
             Channels between the CNNs and the 1x1 convolutions to and from the codes.
         cnn_norm_groups (`int`, *optional*, defaults to 32): Groups of the CNNs' GroupNorm.

@@ -27,17 +27,17 @@ Grids = Sequence[Sequence[Sequence[int]]]  # for each row the grids of its image
 
 @dataclass
 class DecodingStep:
-    """Something that happened to some rows. Whoever reads a step of kind `"scale"` may change what follows.
+    """What happened to some rows. The reader of a step of kind `"scale"` may change what follows.
 
     Args:
         kind (`str`): `"token"`, `"scale"` (of an image that is being drawn) or `"image"` (it is whole).
         rows (`list[int]`): Which rows of the batch.
         ids (`torch.LongTensor`):
-            Tokens `(rows, 1)`, or all codes so far `(rows, n)` (one row for each prefix as long as images share it).
-            After a scale, other codes of that scale may be put here.
+            Tokens `(rows, 1)`, or all codes so far `(rows, n)` (one row per prefix as long as images share it). After a
+            scale, the reader may put other codes of that scale here.
         schedule (`ScaleSchedule`, *optional*): The images'.
         index (`int`, *optional*): The scale, from 0.
-        guidance_scale (`float`, *optional*): Of this scale; a changed one holds for all scales that follow.
+        guidance_scale (`float`, *optional*): That of this scale; a change holds for all scales that follow.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class DecodingStep:
 
 
 class GenerationEvent(NamedTuple):
-    """What a stream tells of one row.
+    """An event in one row of a stream.
 
     Args:
         kind (`str`): `"token"`, `"scale"` (of an image that is being drawn) or `"image"` (it is whole).
@@ -89,8 +89,8 @@ def draw_scales(
 
     Args:
         states (list of [`DecodingState`]):
-            They have run the `<boi>` of every row: one state that holds all branches of guidance one below the other,
-            or one state per branch.
+            States that have run the `<boi>` of every row: one that holds all branches of guidance one below the other,
+            or one per branch.
         logits (`torch.FloatTensor` of shape `(branches * R, K)`): For scale 0.
         schedule (`ScaleSchedule`): The images'.
         plan (`list[ScaleSampling]`): How the codes of each scale are drawn.
@@ -98,7 +98,7 @@ def draw_scales(
         prefix_scales, images_per_prefix (`int`, *optional*):
             Each group of `images_per_prefix` images shares its first `prefix_scales` scales: until then the group is
             one row, drawn by the generator of its first image.
-        rows (`list[int]`, *optional*): What the steps name the images.
+        rows (`list[int]`, *optional*): The images' numbers in the steps.
 
     Yields:
         [`DecodingStep`] of kind `"scale"`. Nothing of a scale is run before the next step is asked for.
@@ -183,13 +183,13 @@ def _run_branches(
 class Decoding:
     """Rows that write until each wants an image or has ended; then those that want one draw together.
 
-    Guidance's branches without text, which see a row's images or nothing, have caches of their own.
+    The branches of guidance without text, which see a row's images or nothing, have caches of their own.
 
     Args:
         model ([`NextFlowForCausalLM`]): The model.
         num_rows (`int`): B.
-        pad_token_id (`int`): Stands where a row has no token.
-        device (`torch.device`, *optional*): Of the ids.
+        pad_token_id (`int`): The id where a row has no token.
+        device (`torch.device`, *optional*): The ids' device.
     """
 
     def __init__(self, model: Any, num_rows: int, pad_token_id: int, device: torch.device | None = None):
@@ -212,13 +212,13 @@ class Decoding:
     # Prompts
 
     def begin(self, prompts: Prompts, grids: Grids, copies: int, settings: DecodingSettings) -> None:
-        """Runs the prompts once; from then on each has `copies` rows, one below the other.
+        """Runs each prompt once; from then on it has `copies` rows, one below the other.
 
         Args:
             prompts (ids and mask, `(B, L)` both): Token view, padded on the left.
-            grids (a list of grids for each prompt): Of the images in them.
+            grids (a list of grids for each prompt): The grids of the images in them.
             copies (`int`): Rows for each prompt.
-            settings ([`DecodingSettings`]): Of all that follows.
+            settings ([`DecodingSettings`]): The settings of all that follows.
         """
         if not settings.one_image_now:
             length = prompts[0].shape[1] + settings.num_new_slots
@@ -253,7 +253,7 @@ class Decoding:
             ids (`torch.LongTensor` of shape `(B, L)`):
                 Token view, padded on the left. A `<boi>` at the end asks for an image and is not run yet.
             mask (`torch.LongTensor` of shape `(B, L)`): 0 where it is padding.
-            grids (a list of grids for each row): Of the images in `ids`.
+            grids (a list of grids for each row): The grids of the images in `ids`.
         """
         self.waiting = ids[:, -1:].eq(self.config.boi_token_id).any(-1)
         real = mask.bool()
@@ -277,7 +277,7 @@ class Decoding:
         if with_state:
             self.state.select(rows)
 
-    # What is there
+    # What it holds
 
     def sequences(self) -> list[torch.Tensor]:
         """Token-view ids of every row, `(L_row,)` each."""
@@ -285,7 +285,7 @@ class Decoding:
         return [(self._finished | going)[row] for row in range(len(self.grids))]
 
     def cache_before_last(self) -> Cache | None:
-        """The cache of all slots of `ids` but the last, which whoever goes on from here runs first.
+        """The cache of all slots of `ids` but the last, which is the first to run when the sequence goes on.
 
         None if rows have ended at different places, or if a longer negative prompt has moved the slots.
         """
@@ -297,11 +297,11 @@ class Decoding:
             self.state.crop(self.ids.shape[1] - 1, self.state.position)
         return self.state.cache
 
-    # Going on
+    # Running
 
     @torch.no_grad()
     def run(self, settings: DecodingSettings) -> Iterator[DecodingStep]:
-        """Goes on until every row has ended; yields what comes as it comes. Closed early, it ends after a scale."""
+        """Runs until every row has ended and yields each step as it happens. Closed early, it ends after a scale."""
         self.num_tokens, self.num_images = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
         self._stopped = False
         while len(self.rows):
@@ -397,7 +397,7 @@ class Decoding:
     # The parts of a step
 
     def _ask(self, check: StopCheck, active: torch.Tensor) -> torch.Tensor:
-        """Which of the active rows a check says yes of, `(B,)`."""
+        """The active rows for which a check says yes, `(B,)`."""
         return active & self._asked(check, self.ids, self.real)
 
     def _asked(self, check: StopCheck, ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -423,7 +423,7 @@ class Decoding:
         return DecodingState(self.model, num_rows, cache, self.ids.device, settings.compile_config)
 
     def _append(self, ids: torch.Tensor, real: torch.Tensor | None = None) -> None:
-        """Appends columns that are still to be run; the last one stays so until it is asked for."""
+        """Appends columns that are still to be run; the last one is run only when its logits are needed."""
         real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
         self.ids = torch.cat([self.ids, ids.masked_fill(~real, self.pad_token_id)], dim=1)
         self.real = torch.cat([self.real, real], dim=1)
@@ -436,7 +436,7 @@ class Decoding:
         active: torch.Tensor | None = None,
         visual_logits: bool = False,
     ) -> torch.Tensor:
-        """Runs the last columns, of the active rows alone if they are given; `grids` of the images in them."""
+        """Runs the last columns, only of the active rows if given; `grids` are those of the images in them."""
         ids, real = self.ids[:, -number:], self.real[:, -number:]
         if active is not None:
             real = real & active[:, None]
@@ -449,7 +449,7 @@ class Decoding:
         return logits
 
     def _open_image(self, settings: DecodingSettings) -> tuple[list[DecodingState], torch.Tensor]:
-        """Runs the `<boi>` of all branches: their states, and logits `(branches * rows, K)`."""
+        """Runs the `<boi>` of all branches; returns their states, and logits `(branches * rows, K)`."""
         if self._opened is not None:
             logits, self._opened = self._opened, None
             self._last_is_unrun = False
@@ -475,7 +475,7 @@ class Decoding:
         return states, torch.cat(logits_of_branches)
 
     def _run_images(self, state: DecodingState, negative: Prompts) -> torch.Tensor:
-        """Brings the branch without text up to the `<boi>` of the next image; its visual logits `(rows, K)`."""
+        """Brings the branch without text up to the `<boi>` of the next image; returns visual logits `(rows, K)`."""
         first_code = self.config.text_vocab_size
         ids, mask = unconditional_prompts((self.ids, self.real.long()), negative, first_code, self.pad_token_id)
         total = mask.sum(-1)
@@ -490,7 +490,7 @@ class Decoding:
         return state.run(ids, None if is_new.all() else is_new.long(), _grid_rows(grids), visual_logits=True)
 
     def _keep(self, indices: torch.Tensor) -> None:
-        """Goes on with some of the rows; the others have ended."""
+        """Keeps some of the rows; the others have ended."""
         self._last_is_unrun = self._last_is_unrun and bool(self.real[indices, -1].any())
         kept = set(indices.tolist())
         for i, row in enumerate(self.rows.tolist()):
@@ -508,14 +508,14 @@ class Decoding:
     # Going back
 
     def mark(self) -> dict[str, Any]:
-        """What [`~Decoding.rewind`] needs to come back to this point."""
+        """What [`~Decoding.rewind`] needs to return to this point."""
         states = [state and (state.num_slots, state.position) for state in (self.state, self._images)]
         names = ("rows", "waiting", "logits", "_last_is_unrun", "_num_run_images")
         kept = {name: getattr(self, name) for name in names}
         return {"states": states, "length": self.ids.shape[1], "grids": [len(row) for row in self.grids], "kept": kept}
 
     def rewind(self, mark: dict[str, Any]) -> None:
-        """Forgets what came after a mark, in ids and caches; no row may have ended since."""
+        """Drops what came after a mark, in ids and caches; no row may have ended since."""
         (slots, position), images = mark["states"]
         self.state.crop(slots, position)
         if images is None:
@@ -527,7 +527,7 @@ class Decoding:
         vars(self).update(mark["kept"])
 
     def fork(self) -> "Decoding":
-        """A decoding that goes on from here by itself."""
+        """An independent decoding that continues from here."""
         twin = copy.copy(self)
         twin.state = self.state.fork()
         twin._images = None if self._images is None else self._images.fork()
@@ -536,14 +536,14 @@ class Decoding:
 
 
 def _without_gaps(ids: torch.Tensor, real: torch.Tensor, pad_token_id: int) -> torch.Tensor:
-    """Ids `(B, L)` with all that is not real on the left."""
+    """Ids `(B, L)` with all padding moved to the left."""
     if not (real[:, 1:] < real[:, :-1]).any():
         return ids
     return move_right(ids, real, pad_token_id)[0]
 
 
 def _grid_rows(grids: Grids | None) -> torch.Tensor | None:
-    """On the CPU, where they are read."""
+    """Grids as one tensor `(num_images, 3)` on the CPU, where they are read."""
     rows = [list(grid) for row in grids or () for grid in row]
     return torch.tensor(rows) if rows else None
 

@@ -1,4 +1,4 @@
-"""How a decoding goes on, and when it ends: read from options, a model and the prompts, once, before anything runs.
+"""How a decoding proceeds and when it ends: read from options, model and prompts, once, before anything runs.
 
 Letters: B prompts, L tokens of a prompt, M of a negative prompt, N codes of an image.
 """
@@ -37,17 +37,17 @@ StopCheck = Callable[[torch.Tensor], torch.Tensor]  # ids `(rows, L)`, left-padd
 
 @dataclass(frozen=True)
 class DecodingSettings:
-    """How a generation goes on, and when it ends.
+    """How a generation proceeds, and when it ends.
 
     Args:
-        schedule (`ScaleSchedule`): Of new images.
-        plan (`list[ScaleSampling]`): How their codes are drawn.
-        generators (`list[torch.Generator]`): Of codes and of sampled text, one per row.
+        schedule (`ScaleSchedule`): The new images'.
+        plan (`list[ScaleSampling]`): How their codes are drawn, one entry per scale.
+        generators (`list[torch.Generator]`): For codes and sampled text, one per row.
         num_branches (`int`): 1; 2 with guidance; 3 with guidance by images apart.
         negative (ids and mask, `(B, M)` or `(1, M)`): Text that guidance leads away from, ending with `<boi>`.
         max_new_images (`int`): Images per row. A row that wants one more ends there.
         opening (`str`): `"now"`, images follow one another without text; `"free"`, the model writes `<boi>` where it
-            wants an image; `"must"`, where the text ends or reaches its limit, an image comes.
+            wants an image; `"must"`, an image follows where the text ends or reaches its limit.
         text_after_images (`bool`): Whether a row that has all its images goes on with text.
         prefix_scales, images_per_prefix (`int`): See [`draw_scales`].
         cache (`Cache`, *optional*), cache_implementation (`str`): What keys and values are kept in.
@@ -57,9 +57,9 @@ class DecodingSettings:
         eos_token_ids (`tuple[int, ...]`): Ids that end the text of a row.
         processors (`LogitsProcessorList`): For the scores of text.
         sample_text (`bool`): Draw text tokens instead of taking the likeliest.
-        ends_text (callable, *optional*): Asked after every token: where it says yes the text of a row ends.
-        should_stop (callable, *optional*): Asked after every token and every scale: where it says yes a row ends. Rows
-            that draw together end when it says so of all.
+        ends_text (callable, *optional*): Asked after every token: the text of a row ends where it says yes.
+        should_stop (callable, *optional*): Asked after every token and every scale: a row ends where it says yes. Rows
+            that draw together end when it says yes for all of them.
     """
 
     schedule: ScaleSchedule
@@ -91,7 +91,7 @@ class DecodingSettings:
 
     @property
     def num_new_slots(self) -> int:
-        """At most so many slots are added to a row, `<boi>` included."""
+        """The most slots that can be added to a row, `<boi>` included."""
         return self.max_new_tokens + self.max_new_images * (self.schedule.num_tokens + 1)
 
 
@@ -112,7 +112,7 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
 
 
 class Call(NamedTuple):
-    """A call that draws: options that are given, the same over the model's own, and what stands before."""
+    """A call that draws: the options given, the same over the model's own, and the prompts with their grids."""
 
     model: Any
     given: NextFlowGenerationConfig
@@ -124,7 +124,7 @@ class Call(NamedTuple):
 def read_options(
     model: Any, kwargs: dict[str, Any], generation_config: GenerationConfig | None = None
 ) -> tuple[NextFlowGenerationConfig, NextFlowGenerationConfig, dict[str, Any]]:
-    """The options that are given, those over the model's own, and what is no option, of a call that draws."""
+    """Of a call that draws: the options given, the same over the model's own, and the arguments that are no options."""
     given, others = NextFlowGenerationConfig.merge(kwargs, generation_config)
     config = given.over(model.generation_config)
     config.check_drawing({name for name, value in kwargs.items() if value is not None})
@@ -151,7 +151,7 @@ def read_settings(
     cache: Cache | None = None,
     **unread,
 ) -> DecodingSettings:
-    """How a decoding goes on behind the prompts of a call, each of which has `copies` rows.
+    """How a decoding proceeds after the prompts of a call, each of which has `copies` rows.
 
     The other arguments are [`~NextFlowGenerationMixin.generate`]'s.
     """
@@ -218,7 +218,7 @@ def read_settings(
 
 
 def _text_settings(call: Call, num_images: int, processors: Any, tokenizer: Any) -> dict[str, Any]:
-    """What text that is written between images is made by: all that transformers reads from a configuration."""
+    """The settings of text between images: all that transformers reads from a configuration."""
     model, length, device = call.model, call.prompts[0].shape[1], call.prompts[0].device
     text = copy.deepcopy(call.config)
     # In tokens of text: columns count codes, too.
@@ -294,7 +294,7 @@ def _share_context(
     num_text: int | None,
     default_num_text: int,
 ) -> tuple[int, int]:
-    """How many images and text tokens follow in `limit` slots: what was asked for must fit, the rest shrinks."""
+    """How many images and text tokens fit into `limit` slots: what was asked for must fit, defaults shrink."""
     size, free = schedule.num_tokens + 1, limit - num_prompt_tokens
     check_context(num_prompt_tokens, max(num_text or 0, 1), limit, grids)
     wanted = 4 if num_images is None else num_images
@@ -312,7 +312,7 @@ def _share_context(
 
 
 def check_context(num_prompt_tokens: int, num_new: int, limit: int, grids: torch.Tensor | None) -> None:
-    """A `ValueError` unless prompts, with images of these grids among them, leave room for `num_new` tokens."""
+    """Raises a `ValueError` unless prompts, which hold images of these grids, leave room for `num_new` tokens."""
     if num_prompt_tokens + num_new <= limit:
         return
     hint = "Shorten the prompt or ask for less."
@@ -330,7 +330,7 @@ def check_context(num_prompt_tokens: int, num_new: int, limit: int, grids: torch
 
 
 def _check_memory(model: Any, num_rows: int, num_slots: int) -> None:
-    """Refuses what no cache of this device could hold, before anything is allocated."""
+    """Refuses calls whose cache the device could never hold, before anything is allocated."""
     config, total, device = model.config, math.inf, model.device
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -346,7 +346,7 @@ def _check_memory(model: Any, num_rows: int, num_slots: int) -> None:
 
 
 def _sharing(config: NextFlowGenerationConfig, num_scales: int, num_images: int) -> tuple[int, int]:
-    """How many scales are shared, and by how many images: (0, 1) if none are."""
+    """The number of shared scales and of the images that share them; (0, 1) if none are shared."""
     prefix_scales, images_per_prefix = config.prefix_scales, config.images_per_prefix
     if prefix_scales is None and images_per_prefix is None:
         return 0, 1
@@ -369,7 +369,7 @@ def _sharing(config: NextFlowGenerationConfig, num_scales: int, num_images: int)
 
 
 def _stop_check(criteria: Any) -> StopCheck | None:
-    """One question from transformers' stopping criteria: which rows of ids `(rows, L)` should stop."""
+    """transformers' stopping criteria as one function: which rows of ids `(rows, L)` should stop."""
     listed = list(criteria) if isinstance(criteria, list | tuple) else [] if criteria is None else [criteria]
     if not listed:
         return None

@@ -1,4 +1,4 @@
-"""Rows that are decoded from one cache: where they stand, and how they go on by text, by pictures or by scales.
+"""Rows that share one cache: where they stand, and how text, whole images or single scales are appended to them.
 
 Letters: B rows, T slots that the cache holds, q slots of a step, n_s codes of a scale, K codes in the codebook.
 """
@@ -26,7 +26,7 @@ class DecodingState:
         model ([`NextFlowForCausalLM`]): Every step goes through its `forward`.
         num_rows (`int`): B.
         cache (`Cache`, *optional*): An empty cache; a `DynamicCache` by default.
-        device (`torch.device`, *optional*): Of the ids; the model's by default.
+        device (`torch.device`, *optional*): The ids' device; the model's by default.
         compile_config (`CompileConfig`, *optional*): Compiles the layers of scale steps; needs a [`ScaleCache`].
     """
 
@@ -60,10 +60,10 @@ class DecodingState:
         """Appends token-view ids, whole images among them, and returns the logits of the last slot.
 
         Args:
-            ids (`torch.LongTensor` of shape `(B, q)`): An image's last code goes on as `<eoi>` if a step starts there.
+            ids (`torch.LongTensor` of shape `(B, q)`): A step that starts with an image's last code has `<eoi>` there.
             mask (`torch.Tensor` of shape `(B, q)`, *optional*): 0 where a row has no token.
-            image_grid_shw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*): Of the images in `ids`.
-            visual_logits (`bool`, *optional*, defaults to `False`): Logits of the visual ids alone.
+            image_grid_shw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*): Grids of the images in `ids`.
+            visual_logits (`bool`, *optional*, defaults to `False`): Return logits of the visual ids alone.
 
         Returns:
             `torch.FloatTensor` of shape `(B, vocab_size)`, or `(B, K)`.
@@ -115,7 +115,7 @@ class DecodingState:
         ).image_codes
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keeps the given rows, in the given order; a row may come more than once."""
+        """Keeps the given rows, in the given order; a row may occur more than once."""
         if len(rows) == len(self.mask) and torch.equal(rows, torch.arange(len(rows), device=rows.device)):
             return
         self.cache.reorder_cache(rows)  # type: ignore[arg-type]
@@ -123,7 +123,7 @@ class DecodingState:
         self._all_real = self._all_real or bool(self.mask.all())
 
     def crop(self, num_slots: int, position: torch.Tensor) -> None:
-        """Forgets all slots but the first `num_slots`; `position` `(B,)` is what it was then."""
+        """Drops all slots but the first `num_slots`; `position` `(B,)` is what it was then."""
         if not 0 <= num_slots <= self.num_slots:
             raise ValueError(f"A cache of {self.num_slots} slots can't be cropped to {num_slots}.")
         layers: list[Any] = list(self.cache.layers)
@@ -147,7 +147,7 @@ class DecodingState:
         self._move("cpu")
 
     def onload(self) -> None:
-        """Moves keys and values back to where each layer made them: the layers of a model may be on several devices."""
+        """Moves keys and values back to the devices of their layers, which may be several."""
         self._move(None)
 
     def _move(self, device: str | None) -> None:
@@ -158,7 +158,7 @@ class DecodingState:
                 layer.keys, layer.values = layer.keys.to(target), layer.values.to(target)
 
     def fork(self) -> "DecodingState":
-        """A state that goes on from here by itself; both keep what they share until then."""
+        """An independent state that continues from here; what both have in common is held once."""
         twin = copy.copy(self)
         if all(type(layer) is DynamicLayer for layer in self.cache.layers):
             # These layers never write into their tensors, so the beginning is held once.

@@ -44,9 +44,9 @@ _INSTEAD = {"temperature": "image_temperature", "top_k": "image_top_k", "top_p":
 
 class NextFlowGenerationConfig(GenerationConfig):
     r"""
-    What [`~NextFlowGenerationMixin.generate`] takes and a checkpoint can store: transformers' options, which shape
-    text, and these. None, the default of all, means "not given": then the model's own configuration decides, then the
-    default named here.
+    The options of [`~NextFlowGenerationMixin.generate`], which a checkpoint can store: those of transformers, which
+    shape text, and these. None, the default of all, means "not given": then the model's own configuration decides, and
+    after it the default named here.
 
     Args:
         generation_mode (`str`, *optional*, defaults to `"text"`):
@@ -73,7 +73,7 @@ class NextFlowGenerationConfig(GenerationConfig):
         thinking (`bool`, *optional*):
             Image mode: the model first writes a thought (at most `max_new_tokens`, 128 by default), then draws.
         num_frames (`int`, *optional*):
-            Image mode: this many images one after the other, each conditioned on those before: a story, a video.
+            Image mode: this many images one after the other, each conditioned on those before (a story, a video).
         max_new_images (`int`, *optional*, defaults to 4):
             Interleaved mode: images per row. A row that wants one more ends there.
         prefix_scales, images_per_prefix (`int`, *optional*):
@@ -85,7 +85,7 @@ class NextFlowGenerationConfig(GenerationConfig):
             How the model was trained to be prompted, `"bare"` (the text alone) or `"chat"` (a turn of the chat
             template), for each task: `"image"`, `"edit"`, `"thinking"`, `"frames"`. Trainers write it, pipelines read
             it; `generate` takes prompts as they are.
-        kwargs: transformers' own options. Where images are drawn `do_sample` is True by default, for text it is False;
+        kwargs: transformers' own options. `do_sample` is True by default where images are drawn, and False for text;
             `cache_implementation` may also be `"preallocated"`, and `"quantized"` stores 8 bits.
 
     Raises:
@@ -158,7 +158,7 @@ class NextFlowGenerationConfig(GenerationConfig):
             )
 
     def over(self, defaults: GenerationConfig) -> "NextFlowGenerationConfig":
-        """A copy whose options that are not given come from `defaults`. A size that is given leaves theirs out."""
+        """A copy in which `defaults` fill in what is not given. If a size is given, theirs is left out altogether."""
         merged = copy.deepcopy(self)
         stored = defaults.to_dict()
         if self.height is not None or self.width is not None:
@@ -199,7 +199,7 @@ class NextFlowGenerationConfig(GenerationConfig):
         return schedule
 
     def check_drawing(self, given: set[str]) -> None:
-        """Refuses what the modes that draw have no way to do, whether given or stored; `given`: keyword arguments."""
+        """Refuses what the modes that draw can't do, given or stored; `given` are the names of keyword arguments."""
         mode = "Interleaved mode" if self.generation_mode == "interleaved" else "Image mode"
         for name, (harmless, reason) in _REFUSED_WHERE_IMAGES_ARE_DRAWN.items():
             if (value := getattr(self, name, None)) is not None and value != harmless:

@@ -155,14 +155,14 @@ class NextFlowGenerationMixin(_GenerationMixin):
                 `"codes"` and `"guidance_scale"` (of all scales that follow). What it raises ends the generation.
             kwargs:
                 Options, and: `attention_mask` `(B, L)`, `image_grid_shw` `(num_images, 3)` (of images in the prompts),
-                `cache` (an empty one where images are drawn), `stopping_criteria` (where text is written, a row ends
-                when they say so; rows that draw together end with a scale when they say so of all), `logits_processor`
-                (of text), `tokenizer` (for `stop_strings`) and `streamer` (it gets the text of a single row). Text mode
+                `cache` (an empty one where images are drawn), `stopping_criteria` (a row ends where they say so while
+                text is written; rows that draw together end with a scale when they say so of all), `logits_processor`
+                (for text), `tokenizer` (for `stop_strings`) and `streamer` (for the text of a single row). Text mode
                 takes all that transformers takes.
 
         Returns:
             Image mode: [`NextFlowGenerateOutput`] if `return_dict_in_generate`, else its `sequences`, after exactly S
-            forward calls (more with `thinking` and `num_frames`). Interleaved mode: the same; what is new stands behind
+            forward calls (more with `thinking` and `num_frames`). Interleaved mode: the same; what is new starts at
             column L, padded on the right. Text mode: what transformers returns.
 
         Raises:
@@ -215,7 +215,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         images: list[list[torch.Tensor]],
         num_frames: int | None,
     ) -> NextFlowGenerateOutput:
-        """What a decoding that has ended holds, as tensors."""
+        """The results of a decoding that has ended, as tensors."""
         pad, rows = decoding.pad_token_id, decoding.sequences()
         mask: torch.Tensor | None
         if settings.one_image_now:
@@ -252,14 +252,14 @@ class NextFlowGenerationMixin(_GenerationMixin):
     def stream(
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs
     ) -> Iterator[GenerationEvent]:
-        """Drawing, event by event as it happens; interleaved by default.
+        """Generates like `generate`, but yields every event as it happens; interleaved mode by default.
 
-        The call itself checks the arguments and runs the prompts; what follows runs as the iterator is asked.
+        The call itself checks the arguments and runs the prompts; the rest runs as the iterator is advanced.
 
         Args:
             inputs (`torch.LongTensor` of shape `(B, L)`, *optional*): As for [`~NextFlowGenerationMixin.generate`].
             generation_config (`GenerationConfig`, *optional*): As for `generate`.
-            kwargs: What `generate` takes in these modes, but for `streamer` and `on_scale_end`.
+            kwargs: As for `generate` in the modes that draw, except `streamer` and `on_scale_end`.
 
         Returns:
             An iterator over [`GenerationEvent`]: every token, every scale and every image, of all rows.
@@ -279,7 +279,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
     def _begin(
         self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> tuple[Decoding, DecodingSettings, NextFlowGenerationConfig, Prompts]:
-        """A decoding that has run the prompts, how it goes on, all options, and the prompts."""
+        """A decoding that has run the prompts, its settings, all options, and the prompts."""
         given, config, others = read_options(self, kwargs, generation_config)
         pad = self.config.eoi_token_id if config.pad_token_id is None else config.pad_token_id  # masked: any would do
         prompts, grids = self._read_prompts(inputs, others, pad)
@@ -299,7 +299,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
     def _read_prompts(
         self, inputs: torch.Tensor | None, others: dict[str, Any], pad_token_id: int
     ) -> tuple[Prompts, torch.Tensor | None]:
-        """Prompts and grids, on one device; takes what it reads out of `others`."""
+        """Prompts and grids, on one device; removes what it reads from `others`."""
         input_ids, attention_mask, grids = (
             others.pop(name, None) for name in ("input_ids", "attention_mask", "image_grid_shw")
         )
@@ -320,7 +320,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
     def decode_image_tokens(
         self, tokens: torch.LongTensor, image_grid_shw: torch.LongTensor | None = None
     ) -> NextFlowGenerateOutput:
-        """Cut the image that each sequence ends with out of it, for `processor.post_process_multimodal_output`.
+        """Cuts out the image that each sequence ends with, for `processor.post_process_multimodal_output`.
 
         The language model holds no image tokenizer, so this stops at codes; the processor makes pictures of them.
         `pipeline("any-to-any")` calls it with the sequences of `generate` alone, by position: they know their grid.
@@ -408,7 +408,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor | None:
-        """Leaves masks to the model, which alone knows the blocks of an image."""
+        """Leaves masks to the model: only it knows the blocks of an image."""
         return attention_mask
 
     def _prepare_position_ids_for_generation(
@@ -450,7 +450,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs,
     ) -> dict[str, Any]:
-        """Model inputs of a text step; the grids go along only with the images that are (still) among its ids."""
+        """Model inputs of a text step; grids are passed only for images that are still among its ids."""
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

@@ -29,7 +29,7 @@ class NextFlowImageProcessor(NextFlowBaseImageProcessor, TorchvisionBackend):  #
         do_resize, do_rescale, do_normalize (`bool`, *optional*, defaults to `True`):
             The steps. Without `do_resize` an image must already have a schedule's size.
         rescale_factor, image_mean, image_std:
-            What brings 0 ... 255 to [-1, 1] by default.
+            By default they bring 0 ... 255 to [-1, 1].
         max_pixels, max_aspect_ratio, allow_urls, allow_paths, max_download_bytes, max_download_seconds:
             What is opened, and how large it may be; see [`SourceLimits`].
 

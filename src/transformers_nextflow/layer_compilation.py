@@ -1,4 +1,4 @@
-"""`torch.compile` for the layers of a scale step: one graph a length of a scale, for all layers and all calls."""
+"""`torch.compile` for the layers of a scale step: one graph per length of a scale, for all layers and all calls."""
 
 import copy
 from collections.abc import Callable
@@ -49,5 +49,5 @@ def compiled_layer(config: CompileConfig) -> Callable[..., torch.Tensor]:
 
 
 def call_layer(layer: nn.Module, *args, **kwargs) -> torch.Tensor:
-    """Runs a layer as it is: what is compiled, and what stands in its place where nothing is."""
+    """Runs a layer; this is what is compiled, or runs uncompiled."""
     return layer(*args, **kwargs)

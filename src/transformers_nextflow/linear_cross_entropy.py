@@ -38,10 +38,10 @@ def head_cross_entropy(
 
     Args:
         head (`nn.Module`): The output head, hidden size -> vocabulary.
-        hidden_states (`torch.Tensor` of shape `(T, H)`): One row a prediction.
+        hidden_states (`torch.Tensor` of shape `(T, H)`): One row per prediction.
         targets (`torch.LongTensor` of shape `(T,)`): Ids to predict.
         vocab_size (`int`): Rows of the head.
-        weights (`torch.FloatTensor` of shape `(T,)`, *optional*): One factor a prediction; ones when absent.
+        weights (`torch.FloatTensor` of shape `(T,)`, *optional*): One factor per prediction; ones when absent.
 
     Returns:
         The sum, a scalar `torch.FloatTensor`, and the unweighted cross-entropies `(T,)`, which carry no gradient.
@@ -83,7 +83,7 @@ def _softmax_(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Makes the gradients in the forward pass, while a chunk's logits are there: nothing is computed twice.
+    """Makes the gradients in the forward pass, while a chunk's logits exist: nothing is computed twice.
 
     What it holds besides the gradients is one chunk of logits (two in low precision), whatever the number of rows.
     """

@@ -1,4 +1,4 @@
-"""What comes in at the door of the model: every argument is looked at once, before anything is computed."""
+"""Checks of the model's inputs: every argument is looked at once, before anything is computed."""
 
 import inspect
 from collections.abc import Callable
@@ -16,7 +16,7 @@ _PASSED_ON = frozenset(TransformersKwargs.__annotations__) | {"return_dict"}
 def lay_out(
     config, input_ids, inputs_embeds, image_grid_shw, attention_mask, position_ids, seq_idx, cache
 ) -> TokenLayout | None:
-    """The layout of a batch with images, after a look at all inputs; None for text."""
+    """Checks all inputs and returns the layout of a batch with images; None for text."""
     num_past = cache.get_seq_length() if cache is not None else 0
     check_shapes(input_ids, inputs_embeds, attention_mask, position_ids, seq_idx, num_past)
     if inputs_embeds is not None and image_grid_shw is not None:
@@ -48,13 +48,13 @@ def lay_out(
 
 
 def mark_image(cache: Any, num_past: int | torch.Tensor) -> None:
-    """Notes in a cache where images begin: from there on its number of slots is not the position."""
+    """Notes in a cache where images begin: from there on the number of slots differs from the position."""
     if not hasattr(cache, "first_image_slot"):
         cache.first_image_slot = num_past + 0  # a static cache counts in place
 
 
 def check_names(forward: Callable, kwargs: dict[str, Any]) -> None:
-    """Refuses arguments that would be dropped silently."""
+    """Refuses unknown arguments, which would be dropped silently."""
     if unknown := [name for name in kwargs if name not in _PASSED_ON]:
         legal = {*inspect.signature(forward).parameters, *_PASSED_ON} - {"self", "kwargs"}
         raise ValueError(f"`forward` got the unknown arguments {unknown}. It takes {sorted(legal)}.")
@@ -74,7 +74,7 @@ def check_labels(labels, slots, scale_step: ScaleStep | None, num_items: int | t
 def check_scale_step(
     config, step: ScaleStep, input_ids, image_grid_shw, attention_mask, position_ids, seq_idx, num_past
 ) -> None:
-    """Refuses what is not the step of a scale."""
+    """Refuses arguments that don't make a scale step."""
     if input_ids is None or position_ids is None or image_grid_shw is not None or seq_idx is not None:
         raise ValueError(
             "A scale step needs `input_ids` (the codes of the scale before) and `position_ids` (`scale_position_ids` "
@@ -97,9 +97,9 @@ def check_scale_step(
 def check_shapes(
     input_ids, inputs_embeds, attention_mask, position_ids, seq_idx, num_past, length: int | None = None
 ) -> None:
-    """Refuses inputs whose shapes don't fit, without a look at values: the host would wait for them.
+    """Refuses inputs whose shapes don't fit, without reading values: the host would wait for them.
 
-    `length` is the number of slots where it is not that of ids.
+    `length` is the number of slots where it differs from that of the ids.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")

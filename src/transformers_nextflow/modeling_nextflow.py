@@ -1,6 +1,6 @@
 """NextFlow's language model: one decoder-only transformer over text ids and visual codes (arXiv 2601.02204).
 
-Letters: B rows, L slots a row, H hidden size, D width of a code vector, G images of one schedule, n codes, S scales.
+Letters: B rows, L slots per row, H hidden size, D width of a code vector, G images of one schedule, n codes, S scales.
 """
 
 import copy
@@ -52,7 +52,7 @@ from .varlen_attention import SDPA_VARLEN, find_sequences
 def scale_feature_maps(
     vectors: torch.Tensor, schedule: ScaleSchedule, scales: range, accumulated: bool = False
 ) -> torch.Tensor:
-    """What the codes before a scale tell about it: the maps that the connector turns into input slots.
+    """Feature maps made of the codes before a scale, which the connector turns into input slots.
 
     Residual (NextFlow): the code vectors of scale s - 1, resized to the grid of s. Accumulated (TokenFlow): the map of
     scale s - 1 and its code vectors, summed and resized to the grid of s, from scale to scale.
@@ -62,7 +62,7 @@ def scale_feature_maps(
             Code vectors of consecutive scales: from scale 0 on if `accumulated`, else from `scales.start - 1` on.
         schedule (`ScaleSchedule`): The images' schedule.
         scales (`range`): The scales to make maps for, the first at least 1.
-        accumulated (`bool`, *optional*, defaults to `False`): Which of the two.
+        accumulated (`bool`, *optional*, defaults to `False`): Accumulated instead of residual.
 
     Returns:
         `torch.FloatTensor` of shape `(G, sum of n_s over scales, D)`.
@@ -105,7 +105,7 @@ class NextFlowPreTrainedModel(StrictPreTrainedModel):
     _can_record_outputs = {"hidden_states": Qwen2_5_VLDecoderLayer, "attentions": Qwen2_5_VLAttention}
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
-        """Checks that so many text ids fit, and changes nothing: a vocabulary has unused ids for new tokens.
+        """Checks that this many text ids fit, and changes nothing: a vocabulary has unused ids for new tokens.
 
         Args:
             new_num_tokens (`int`, *optional*): `len(tokenizer)` after `tokenizer.add_tokens`.
@@ -114,7 +114,7 @@ class NextFlowPreTrainedModel(StrictPreTrainedModel):
             The input embeddings.
 
         Raises:
-            `ValueError`: if there are more; visual ids follow the text ids, so new text rows would shift all of them.
+            `ValueError`: if they don't: visual ids follow the text ids, so new text rows would shift all of them.
         """
         size = self.config.text_vocab_size
         if new_num_tokens is not None and new_num_tokens > size and new_num_tokens != self.config.vocab_size:
@@ -126,7 +126,7 @@ class NextFlowPreTrainedModel(StrictPreTrainedModel):
 
 
 class Connector(nn.Sequential):
-    """Features to input slots, in its own dtype: fp32 beside fp16 or quantised weights; PEFT's copy has another."""
+    """Turns features into input slots, in its own dtype: fp32 beside fp16 or quantised weights; PEFT's copy differs."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         first: Any = self[0]
@@ -137,7 +137,7 @@ class NextFlowRotaryEmbedding(Qwen2_5_VLRotaryEmbedding):
     """Multi-scale 3D RoPE: Qwen2.5-VL's, or with the axes in turn, so that columns don't get the lowest frequencies."""
 
     def recomposition_frequencies(self, freq: torch.Tensor) -> torch.Tensor:
-        """Cosines or sines of each axis `(3, B, L, pairs)` to those of the head `(B, L, 2 * pairs)`."""
+        """Combines cosines or sines of each axis, `(3, B, L, pairs)`, into those of the head, `(B, L, 2 * pairs)`."""
         if not self.config.rope_parameters.get("mrope_interleaved", False):
             return super().recomposition_frequencies(freq)
         # As in Qwen3-VL: pair i belongs to axis i mod 3 while that axis' section lasts, and then to the first.
@@ -149,14 +149,14 @@ class NextFlowRotaryEmbedding(Qwen2_5_VLRotaryEmbedding):
 
 
 class LayerInputs(NamedTuple):
-    """What goes through the layers.
+    """The inputs of the layers.
 
     Args:
         embeds (`torch.FloatTensor` of shape `(B, L, H)`): The slots.
         position_ids (`torch.FloatTensor` of shape `(3, B, L)`): Their coordinates.
         mask (`torch.Tensor` or `BlockMask`, *optional*): Who sees whom.
         kwargs (`dict`): Further arguments of the attention.
-        groups (`list[RowGroup]`, *optional*): Rows that run by themselves, without masks.
+        groups (`list[RowGroup]`, *optional*): Groups of rows that run one after the other, without masks.
         run_layer (`Callable`): Calls a layer on a group.
     """
 
@@ -235,7 +235,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             seq_idx (`torch.LongTensor` of shape `(B, L)`, *optional*):
                 Packed rows: the number of the sequence that each slot belongs to. Sequences don't see each other, and
                 positions restart where it changes. Padding is a sequence of its own, so there is no `attention_mask`.
-            layout ([`TokenLayout`], *optional*): Of `input_ids`, by whoever has made it already.
+            layout ([`TokenLayout`], *optional*): The layout of `input_ids`, if it has been made already.
 
         Raises:
             `ValueError`: if ids, grids and arguments don't fit each other, or for an argument that is not known.
@@ -279,7 +279,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
 
     def _whole_inputs(self, embeds, layout, attention_mask, position_ids, cache, num_past) -> LayerInputs:
-        """One sequence a row, padded or not, at the start or after a cache."""
+        """One sequence per row, padded or not, with or without a cache before it."""
         text_position_ids, position_ids = split_position_ids(position_ids)
         if position_ids is None:
             position_ids = text_positions(embeds, attention_mask, num_past)
@@ -287,7 +287,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return LayerInputs(embeds, position_ids, mask, {"position_ids": text_position_ids})
 
     def _packed_inputs(self, embeds, layout, position_ids, seq_idx) -> LayerInputs:
-        """Several sequences a row."""
+        """Several sequences per row."""
         text_position_ids, position_ids = split_position_ids(position_ids)
         if text_position_ids is None:
             slots = torch.arange(seq_idx.shape[1], device=seq_idx.device)
@@ -302,7 +302,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return LayerInputs(embeds, position_ids, mask, kwargs)
 
     def _scale_step_inputs(self, step, input_ids, attention_mask, position_ids, cache, num_past) -> LayerInputs:
-        """One scale of an image in every row: no mask where every slot of the cache is real."""
+        """One scale of an image in every row; there is no mask where every slot of the cache is real."""
         try:
             # Out-of-range codes are left to the codebook: looking at them here would make the host wait.
             codes = input_ids - self.config.text_vocab_size
@@ -337,7 +337,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         run_layer: Callable[..., torch.Tensor],
         **kwargs,
     ) -> torch.Tensor:
-        """The layers on a few rows at a time: no mask, and less memory than for all. `(B, n, H)` to `(B, n, H)`."""
+        """Runs the layers on a few rows at a time: no mask, and less memory. `(B, n, H)` to `(B, n, H)`."""
         rows = [slice(group.start, group.stop) for group in groups]
         states = [hidden_states[part] for part in rows]
         embeddings = [tuple(embedding[part] for embedding in position_embeddings) for part in rows]
@@ -503,8 +503,8 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
                 Return `(B, L, visual_codebook_size)` logits, of the visual ids only.
             skip_logits (`bool`, *optional*):
                 Whether to return no logits beside a loss, which is computed in chunks that never hold them all. By
-                default they are left out in training mode only, so that `model.eval()(ids, labels=ids).logits` is there
-                as anywhere; pass True wherever the loss alone is wanted.
+                default they are left out in training mode only, so that `model.eval()(ids, labels=ids)` has logits as
+                usual; pass True wherever only the loss is wanted.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*):
                 What the sum of the losses is divided by; by default the number of predicted tokens.
 
@@ -559,7 +559,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         )
 
     def _loss(self, hidden_states, labels, layout, seq_idx, num_items) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stock shifted cross-entropy, with a weight a token; and each token's without it, `(B, L)`."""
+        """Shifted cross-entropy with a weight per token, and that of each token without weights, `(B, L)`."""
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         if seq_idx is not None:  # nothing predicts the first token of a packed sequence
             ends = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (0, 1))

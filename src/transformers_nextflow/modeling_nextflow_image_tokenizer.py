@@ -31,8 +31,8 @@ from .strip_decoding import decode_in_strips
 @dataclass
 class NextFlowImageTokenizerOutput(ModelOutput):
     """
-    What [`NextFlowImageTokenizer`] makes of images. A list of images gives lists (one entry an image, without the
-    batch axis) in `codes`, `target_codes` and `quantized`.
+    What [`NextFlowImageTokenizer`] makes of images. A list of images gives lists (one entry per image, without
+    the batch axis) in `codes`, `target_codes` and `quantized`.
 
     Args:
         codes (`torch.LongTensor` of shape `(B, N)`): Codes, scale by scale, row-major within a scale.
@@ -340,7 +340,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
                 Images in [-1, 1]. `H` and `W` must be a schedule's size (see [`ScaleSchedule`]), or the
                 configuration's `image_size`.
             image_grid_shw (`torch.LongTensor` of shape `(B, 3)`, *optional*):
-                The schedules to use. By default they follow from the images' sizes.
+                The schedules to use; by default those of the images' sizes.
             self_correction (`bool`, *optional*, defaults to `False`):
                 Draw some codes among the nearest few (the config's `self_correction_*`).
             generator (`torch.Generator`, *optional*): Source of those draws, on the model's device.
@@ -472,9 +472,9 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
         return pixel_values.clamp(-1, 1) if clamp else pixel_values
 
     def enable_tiling(self, rows: int = 64) -> None:
-        """Decodes images a strip of `rows` rows at a time from now on: less memory, the same pixels, no seams.
+        """Decodes images in strips of `rows` rows from now on: less memory, the same pixels, no seams.
 
-        Only without gradients, as in [`~NextFlowImageTokenizer.decode`].
+        It applies without gradients only, as in [`~NextFlowImageTokenizer.decode`].
         """
         if rows < 1:
             raise ValueError(f"A strip has at least 1 row, but got {rows}.")
@@ -494,7 +494,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
             codes (`torch.LongTensor` of shape `(B, n)` or a list of tensors `(n,)`):
                 Codes of all scales or of the first few: a prefix gives a preview at full size.
             image_grid_shw (`torch.LongTensor` of shape `(B, 3)` or `(1, 3)`):
-                Schedules of the whole images, one row an image; one for all in a batch.
+                Schedules of the whole images: one row per image, or one for a whole batch.
 
         Returns:
             `torch.Tensor` of shape `(B, 3, H, W)` in [-1, 1], or a list of tensors `(3, H, W)` for a list.
@@ -532,7 +532,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images of one size, in [-1, 1].
             image_grid_shw (`torch.LongTensor` of shape `(B, 3)`, *optional*):
-                Their schedule; by default it follows from the size.
+                Their schedule; by default that of their size.
             kept_scales (`Sequence[int]`, *optional*):
                 Indices of the scales to quantize on; the others are skipped (scale drop). By default all.
             semantic (`bool`, *optional*, defaults to `True`):
@@ -571,7 +571,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
 
         Args:
             widen (`int`, *optional*, defaults to 2): Factor of the widths; the paper doubles the decoder's capacity.
-            deepen (`int`, *optional*, defaults to 1): Factor of the residual blocks a level (TokenFlow: 2).
+            deepen (`int`, *optional*, defaults to 1): Factor of the residual blocks per level (TokenFlow: 2).
         """
         self.config.decoder_hidden_sizes = [widen * width for width in self.config.decoder_hidden_sizes]
         self.config.decoder_num_res_blocks = deepen * self.config.decoder_num_res_blocks

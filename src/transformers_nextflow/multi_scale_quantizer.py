@@ -28,7 +28,7 @@ class QuantizedResult:
         quantized (`torch.FloatTensor` of shape `(B, D, h, w)`): Sum of the upsampled code vectors of all scales, fp32.
         residual (`torch.FloatTensor` of shape `(B, D, h, w)`):
             What the codes leave of the features; the gradient reaches the features. Codes hold directions only, so
-            nothing but a penalty on this keeps the features' length within reach of the codes.
+            only a penalty on this keeps the features' length within reach of the codes.
         codebook_loss (`torch.FloatTensor`, *optional*): Pulls code vectors to features. Only in training mode.
         commitment_loss (`torch.FloatTensor`, *optional*): Pulls features to code vectors. Only in training mode.
     """
@@ -45,7 +45,7 @@ class QuantizedResult:
 class SelfCorrection:
     """How self-correction encoding draws codes: for `token_fraction` of a scale's tokens, one of the `top_k` nearest.
 
-    The draw is multinomial over `softmax(-distance / temperature)`, the residual goes on from the drawn code.
+    The draw is multinomial over `softmax(-distance / temperature)`; the residual continues from the drawn code.
     """
 
     top_k: int
@@ -238,7 +238,7 @@ class MultiScaleQuantizer(nn.Module):
                 total += h * w
                 ends.append(total)
             raise ValueError(
-                f"{codes.shape[1]} codes an image do not fill whole scales of the grids {list(grids)}; "
+                f"{codes.shape[1]} codes per image do not fill whole scales of the grids {list(grids)}; "
                 f"legal numbers of codes are {ends}."
             )
         return quantized

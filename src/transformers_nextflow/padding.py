@@ -1,7 +1,7 @@
 """Padded batches of prompts, as pure functions of tensors.
 
 A batch is token-view ids `(B, L)` and a mask of the same shape, 0 where there is padding (on the left).
-Letters: B rows, L slots a row.
+Letters: B rows, L slots per row.
 """
 
 import torch
@@ -43,14 +43,14 @@ def read_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, p
 
 
 def move_right(ids: torch.Tensor, keep: torch.Tensor, pad_token_id: int) -> Prompts:
-    """Left padding from any choice of tokens: ids `(B, L)` and bool `keep` `(B, L)` to ids and mask, `(B, L)` int64."""
+    """Moves chosen tokens to the right: ids `(B, L)` and bool `keep` `(B, L)` to ids and mask, `(B, L)` int64."""
     order = keep.long().argsort(dim=-1, stable=True)
     keep = keep.gather(-1, order)
     return ids.gather(-1, order).masked_fill(~keep, pad_token_id), keep.long()
 
 
 def end_with_boi(ids: torch.Tensor, mask: torch.Tensor, boi_token_id: int, pad_token_id: int) -> Prompts:
-    """Prompts that all end with `<boi>`: it is added where it lacks."""
+    """Prompts that all end with `<boi>`, which is added where it is missing."""
     ends_with_boi = (ids[:, -1:] == boi_token_id).any(-1, keepdim=True)
     if ends_with_boi.all():
         return ids, mask
@@ -61,21 +61,21 @@ def end_with_boi(ids: torch.Tensor, mask: torch.Tensor, boi_token_id: int, pad_t
 def unconditional_prompts(
     prompts: Prompts, negative: Prompts, text_vocab_size: int, pad_token_id: int, with_images: bool = True
 ) -> Prompts:
-    """What guidance leads away from: the images of the prompts, then the negative prompts with their `<boi>`.
+    """The prompts of guidance's other branches: the prompts' images, then the negative prompts with their `<boi>`.
 
     Args:
         prompts (ids and mask, `(B, L)` both): They end with the `<boi>` of the image to be drawn.
         negative (ids and mask, `(B, M)` or `(1, M)` both): Text that ends with `<boi>`, or `<boi>` alone.
         text_vocab_size (`int`): The first visual id.
         pad_token_id (`int`): What to pad with.
-        with_images (`bool`, *optional*, defaults to `True`): False leaves the images out, too.
+        with_images (`bool`, *optional*, defaults to `True`): False leaves out the images, too.
 
     Raises:
         `ValueError`: if there are neither one nor B negative prompts, or if they hold images.
     """
     (ids, mask), (negative_ids, negative_mask) = prompts, negative
     if len(negative_ids) not in (1, len(ids)):
-        raise ValueError(f"Got {len(negative_ids)} negative prompts for {len(ids)} prompts. Pass one, or one a prompt.")
+        raise ValueError(f"Got {len(negative_ids)} negative prompts for {len(ids)} prompts. Pass one, or one each.")
     if (negative_ids >= text_vocab_size).any():
         raise ValueError("`negative_prompt_ids` must be text: the prompt's own images are kept anyway.")
     negative_ids, negative_mask = (rows.expand(len(ids), -1) for rows in negative)

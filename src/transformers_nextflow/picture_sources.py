@@ -37,8 +37,8 @@ class SourceLimits:
         max_aspect_ratio (`float`): Most that the long side may be of the short one.
         allow_urls (`bool`): Whether http(s) URLs are opened.
         allow_paths (`bool`): Whether local files are opened.
-        max_download_bytes (`int`): Most bytes that a URL may send.
-        max_download_seconds (`float`): Most seconds that a download may take in all.
+        max_download_bytes (`int`): The most bytes that a URL may send.
+        max_download_seconds (`float`): The most seconds that a download may take in all.
     """
 
     max_pixels: int = 50_000_000
@@ -50,11 +50,11 @@ class SourceLimits:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "SourceLimits":
-        """The limits among other settings; those that are missing are the defaults."""
+        """The limits among other settings; missing ones have their defaults."""
         return cls(**{field.name: values[field.name] for field in fields(cls) if values.get(field.name) is not None})
 
     def check_size(self, width: int, height: int, copies: int = 1) -> None:
-        """A `ValueError` unless a picture of that size may be opened."""
+        """Raises a `ValueError` unless a picture of that size may be opened."""
         if not width * height:
             raise ValueError(f"it has {width} x {height} pixels")
         if width * height * copies > self.max_pixels:

@@ -48,7 +48,7 @@ class NextFlowTextToImagePipeline(Pipeline):
         self.processor.image_tokenizer.to(self.device)
 
     def __call__(self, inputs: str | Sequence[str], **kwargs) -> list[Any]:  # type: ignore[override]
-        """Draws.
+        """Draws pictures of prompts.
 
         Args:
             inputs (`str` or `list[str]`): The prompt or prompts.
@@ -60,7 +60,7 @@ class NextFlowTextToImagePipeline(Pipeline):
                 `"bare"` or `"chat"`; by default as the model was trained (`model.generation_config.prompt_styles`).
             batch_size (`int`, *optional*, defaults to 1): How many prompts are drawn together.
             kwargs:
-                `height`, `width`, `guidance_scale`, `generator` and whatever else image generation takes, see
+                `height`, `width`, `guidance_scale`, `generator` and everything else that image generation takes; see
                 [`~NextFlowGenerationMixin.generate`].
 
         Returns:

@@ -238,19 +238,19 @@ class NextFlowProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation, *args, allow_special_tokens: bool = False, **kwargs):  # type: ignore[override]
         """The prompt of a chat, or its model inputs with `tokenize=True`.
 
-        What speakers write is text, special tokens included: `<|im_end|>` in a message ends no turn. Such a token is
-        broken up by an invisible character in the prompt, which `processor(text=prompt)` leaves out. `<image>` and
+        What speakers write is text, special tokens included: `<|im_end|>` in a message ends no turn. Such tokens are
+        broken up by an invisible character in the prompt, which `processor(text=prompt)` removes. `<image>` and
         `<video>` are marks where the chat has no picture and video parts, and text where it has.
 
         Args:
             conversation (list of `dict`, or a list of such lists):
                 Messages: `role` and `content`, a text or a list of parts "text", "image" and "video".
             allow_special_tokens (`bool`, *optional*, defaults to `False`):
-                Read the special tokens in messages as such. Only for texts of your own.
+                Read special tokens in messages as such; only for texts of your own.
             args, kwargs: As for [`~ProcessorMixin.apply_chat_template`].
 
         Raises:
-            `ValueError`: for what is not a message or not a part of one.
+            `ValueError`: for anything that is not a message or a part of one.
         """
         if not isinstance(conversation, list | tuple) or not conversation:
             raise ValueError(f"A chat is a list of messages, or a list of such lists, but got {conversation!r:.80}.")
@@ -275,7 +275,7 @@ class NextFlowProcessor(ProcessorMixin):
     def style_prompt(
         self, text: str, task: str = "image", styles: dict[str, str] | None = None, style: str | None = None
     ) -> str:
-        """A prompt (with an `<image>` mark a picture) in the words that the model was trained to be prompted with.
+        """A prompt (with an `<image>` mark per picture) in the form in which the model was trained to be prompted.
 
         Args:
             text (`str`): The prompt. For an empty one it is `<boi>`, all that training leaves of a dropped prompt.
@@ -283,7 +283,7 @@ class NextFlowProcessor(ProcessorMixin):
             styles (`dict[str, str]`, *optional*):
                 `model.generation_config.prompt_styles`: for each task `"bare"` (the text itself, the default) or
                 `"chat"` (the text as a user's turn, the assistant's follows; the default of `"thinking"`).
-            style (`str`, *optional*): Overrules them.
+            style (`str`, *optional*): Overrules `styles`.
         """
         style = style or (styles or {}).get(task) or ("chat" if task == "thinking" else "bare")
         if style not in ("bare", "chat"):
@@ -313,7 +313,7 @@ class NextFlowProcessor(ProcessorMixin):
         return texts if is_batch else texts[0]
 
     def batch_decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> list[str]:  # type: ignore[override]
-        """A list of texts, one a sequence; see [`~NextFlowProcessor.decode`]."""
+        """A list of texts, one per sequence; see [`~NextFlowProcessor.decode`]."""
         return [self.decode(ids, skip_special_tokens, **kwargs) for ids in token_ids]  # type: ignore[misc]
 
     def _runs(self, ids: Sequence[int]) -> Iterator[tuple[bool, list[int]]]:
@@ -363,7 +363,7 @@ class NextFlowProcessor(ProcessorMixin):
             image_grid_shw (`torch.Tensor` of shape `(num_images, 3)`): Their grids.
 
         Returns:
-            `list[PIL.Image.Image]`, one an image.
+            `list[PIL.Image.Image]`, one per image.
 
         Raises:
             `ValueError`: if images and grids differ in number, if an image stops inside a scale, or if its codes are
@@ -396,14 +396,14 @@ class NextFlowProcessor(ProcessorMixin):
         return to_pil(image_tokenizer.decode(torch.stack(tensors) if alike else tensors, grids))
 
     def decode_segments(self, token_ids, image_grid_shw) -> list[list[str | Image.Image]]:
-        """Text and pictures in the order in which they stand in ids.
+        """Text and pictures of ids, in their order.
 
         Args:
             token_ids (`torch.Tensor` or `list[int]`, of shape `(L,)` or `(B, L)`): Ids in the token view.
             image_grid_shw (`torch.Tensor` of shape `(num_images, 3)`): Their grids, in reading order over the batch.
 
         Returns:
-            `list[list[str | PIL.Image.Image]]`, one list a sequence; special tokens and blank texts are left out.
+            `list[list[str | PIL.Image.Image]]`, one list per sequence; special tokens and blank texts are left out.
 
         Raises:
             `ValueError`: as for [`~NextFlowProcessor.decode_images`].
@@ -421,17 +421,17 @@ class NextFlowProcessor(ProcessorMixin):
         return [[segment for segment in row if segment != ""] for row in segments]
 
     def post_process_interleaved(self, generated_outputs, prompt_length: int) -> list[list[str | Image.Image]]:
-        """Text and pictures that interleaved generation made, in order.
+        """New text and pictures of interleaved generation, in order.
 
         Args:
             generated_outputs ([`NextFlowGenerateOutput`]): From `generate(generation_mode="interleaved")`.
             prompt_length (`int`): Columns of the prompts, `input_ids.shape[1]`.
 
         Returns:
-            `list[list[str | PIL.Image.Image]]`: for each sequence what is new.
+            `list[list[str | PIL.Image.Image]]`: the new segments of each sequence.
 
         Raises:
-            `ValueError`: for what another mode generated, or without `return_dict_in_generate=True`.
+            `ValueError`: for the output of another mode, or without `return_dict_in_generate=True`.
         """
         mask = getattr(generated_outputs, "attention_mask", None)
         if mask is None or generated_outputs.image_codes is not None:
@@ -468,7 +468,7 @@ class NextFlowProcessor(ProcessorMixin):
             generation_mode (`str`, *optional*, defaults to `"text"`): `"text"` or `"image"`.
 
         Returns:
-            `list[str]` or `list[PIL.Image.Image]`, one entry a sequence.
+            `list[str]` or `list[PIL.Image.Image]`, one entry per sequence.
         """
         if generation_mode in (None, "text"):
             return self.post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)

@@ -1,4 +1,4 @@
-"""Checkpoints that load with `trust_remote_code=True`: where this package is installed, but nobody has imported it."""
+"""Checkpoints that load with `trust_remote_code=True` where this package is installed but not imported."""
 
 import json
 import os
@@ -20,7 +20,7 @@ IMAGE_PROCESSOR_CLASSES = {"torchvision": "NextFlowImageProcessor", "pil": "Next
 
 
 def add_remote_code(folder: str | os.PathLike) -> None:
-    """Adds to a saved checkpoint what `trust_remote_code=True` looks for: a file that imports this package, and names.
+    """Adds to a saved checkpoint what `trust_remote_code=True` needs: entries, and a file that imports this package.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -44,7 +44,7 @@ def add_remote_code(folder: str | os.PathLike) -> None:
 
 
 def write_shim(folder: str | os.PathLike) -> None:
-    """Writes the file that [`add_remote_code`]'s entries name, for whoever saves such an entry anew."""
+    """Writes the file that the entries of [`add_remote_code`] name, where such entries are saved again."""
     shutil.copyfile(SHIM, Path(folder) / SHIM.name)
 
 

@@ -24,7 +24,7 @@ class ScaleSampling(NamedTuple):
         temperature (`float`): Divides the logits, before anything is cut off.
         top_k (`int`): Only the `top_k` likeliest codes may be drawn; 1 is greedy, 0 allows all.
         top_p (`float`): Only the likeliest codes that together reach this probability may be drawn; 1 allows all.
-        image_guidance_scale (`float`): Of the prompt's images, where they are guided apart; see [`guide`].
+        image_guidance_scale (`float`): Guidance by the prompt's images apart from the text; see [`guide`].
     """
 
     guidance_scale: float = 1.0
@@ -45,7 +45,7 @@ def sampling_plan(
     top_p: float | Sequence[float] = 1.0,
     do_sample: bool = True,
 ) -> list[ScaleSampling]:
-    """Spread the settings of an image over its scales.
+    """Spreads the settings of an image over its scales.
 
     Args:
         num_scales (`int`): Number of scales of the image.
@@ -54,15 +54,15 @@ def sampling_plan(
         guidance_schedule (`str`, *optional*, defaults to `"constant"`):
             `"constant"` guides every scale alike. `"linear"` grows from 1 (no guidance) at the first scale to
             `guidance_scale` at the last: VAR's ramp, whose `cfg` is `guidance_scale - 1`.
-        image_guidance_scale (`float`, *optional*): Strength of the prompt's images apart from the text's.
-        temperature, top_k, top_p (a number, or a sequence of one a scale): See [`ScaleSampling`].
+        image_guidance_scale (`float`, *optional*): Strength of guidance by the prompt's images, apart from the text.
+        temperature, top_k, top_p (a number, or a sequence of one per scale): See [`ScaleSampling`].
         do_sample (`bool`, *optional*, defaults to `True`): False takes the likeliest code everywhere.
 
     Returns:
-        `list[ScaleSampling]`, one a scale.
+        `list[ScaleSampling]`, one per scale.
 
     Raises:
-        `ValueError`: if a value is out of range, or a sequence has another length than there are scales.
+        `ValueError`: if a value is out of range, or a sequence is not as long as there are scales.
     """
     if guidance_schedule not in GUIDANCE_SCHEDULES:
         legal = " or ".join(f'"{name}"' for name in GUIDANCE_SCHEDULES)
@@ -102,17 +102,17 @@ def _one_a_scale(name: str, value: Any, num_scales: int) -> list[Any]:
     values = value.tolist() if hasattr(value, "tolist") else value  # arrays and tensors
     values = list(values) if isinstance(values, list | tuple) else [values] * num_scales
     if not all(isinstance(number, Real) for number in values):
-        raise ValueError(f"`{name}` must be a number, or a list of one number a scale, but got {value!r}.")
+        raise ValueError(f"`{name}` must be a number, or a list with one per scale, but got {value!r}.")
     if len(values) != num_scales:
         raise ValueError(
             f"`{name}` has {len(values)} entries, but the image has {num_scales} scales. Pass one number for all "
-            "scales, or one a scale."
+            "scales, or one per scale."
         )
     return values
 
 
 def guide(branches: Sequence[torch.Tensor], sampling: ScaleSampling) -> torch.Tensor:
-    """Classifier-free guidance of logits, or of the hidden states that an affine head makes them of, in float32.
+    """Classifier-free guidance of logits, or of the hidden states that an affine head turns into logits, in float32.
 
     Two branches, with the text and without it: `without + guidance_scale * (with - without)`. Three branches, with
     text and images, with the images alone, with neither (InstructPix2Pix, arXiv 2211.09800): `neither +
@@ -185,12 +185,12 @@ def nucleus_floor(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
 def draw_seeds(
     generators: Sequence[torch.Generator], lengths: Sequence[int], device: torch.device
 ) -> tuple[torch.Tensor, ...]:
-    """Seeds for the positions of a few scales: all that sampling needs of the generators, so they may be on a CPU.
+    """Seeds for the positions of a few scales: all that sampling needs from the generators, which may be on a CPU.
 
     Args:
         generators (`Sequence[torch.Generator]` of length B): Each serves one sample.
         lengths (`Sequence[int]`): n of each scale; 0 for one that is not drawn.
-        device (`torch.device`): Of the result.
+        device (`torch.device`): The result's device.
 
     Returns:
         For each scale a `torch.IntTensor` of shape `(B, n, 2)`.
@@ -266,7 +266,7 @@ def draw_codes(
     num_codes: int,
     num_branches: int = 1,
 ) -> torch.Tensor:
-    """Draw the codes of a scale from its last hidden states, a slice of positions at a time: all logits never exist.
+    """Draws the codes of a scale from its last hidden states, slice by slice: all logits never exist at once.
 
     Guidance comes before the head: the head is affine and the weights of the branches sum to 1, so one pass of it over
     the guided hidden states gives the guided logits.
@@ -301,12 +301,12 @@ def draw_codes(
 def make_generators(
     generator: torch.Generator | Sequence[torch.Generator] | None, num_samples: int, device: torch.device
 ) -> list[torch.Generator]:
-    """One generator a sample, so that a sample does not depend on its neighbours in the batch.
+    """One generator per sample, so that a sample does not depend on its neighbours in the batch.
 
     Args:
         generator (`torch.Generator` or a sequence of them, *optional*):
-            A sequence has one a sample. A single one serves the first sample itself and seeds the others', so sample i
-            is the same in every batch that holds it. None draws a fresh seed from the operating system.
+            A sequence has one per sample. A single one serves the first sample and seeds the others', so sample i
+            has the same one in every batch that holds it. None draws a fresh seed from the operating system.
         num_samples (`int`): B.
         device (`torch.device`): Where a generator is made if none is given.
 
@@ -316,7 +316,7 @@ def make_generators(
     if isinstance(generator, Sequence):
         if len(generator) != num_samples:
             raise ValueError(
-                f"Got {len(generator)} generators for {num_samples} images. Pass one, or one an image (number of "
+                f"Got {len(generator)} generators for {num_samples} images. Pass one, or one per image (number of "
                 "prompts times `num_return_sequences`)."
             )
         if all(isinstance(of_one, torch.Generator) for of_one in generator):

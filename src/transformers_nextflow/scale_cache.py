@@ -1,4 +1,4 @@
-"""A key-value cache for images, whose length the schedule tells: written once into its final place, read as a view.
+"""A key-value cache for images, whose length the schedule determines: written once in place, read as a view.
 
 Letters: R rows, h key-value heads, L slots, d width of a head.
 """
@@ -44,7 +44,7 @@ class Int8(NamedTuple):
 
 
 class Workspace:
-    """Keys and values of one layer at a time, for what is not kept as it is read. All layers share it."""
+    """Keys and values of one layer at a time, where storage differs from what attention reads. Layers share it."""
 
     def __init__(self):
         self.buffers: dict[Any, torch.Tensor] = {}
@@ -100,7 +100,7 @@ class ScaleCacheLayer(CacheLayerMixin):
 
     @property
     def as_read(self) -> bool:
-        """Whether what is stored is what attention reads."""
+        """Whether attention reads the numbers as they are stored."""
         return self.storage is None or self.storage == str(self.dtype).removeprefix("torch.")
 
     def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +139,7 @@ class ScaleCacheLayer(CacheLayerMixin):
         return spaces
 
     def close_rows(self, group: RowGroup, new: int, spaces: tuple[torch.Tensor, torch.Tensor]):
-        """Keeps what was written into the end of the spaces, if it is kept at all."""
+        """Stores what was written into the end of the spaces, if it is stored at all."""
         if not self._stores(new) or self.as_read:
             return
         rows, slots = slice(group.start, group.stop), slice(self.length, self.length + new)
@@ -147,7 +147,7 @@ class ScaleCacheLayer(CacheLayerMixin):
             self._write(buffer, factors, rows, slots, space[:, :, space.shape[2] - new :])
 
     def _stores(self, new: int) -> bool:
-        """Whether the next `new` slots are kept; there is room for them then."""
+        """Whether the next `new` slots are stored; if so, makes room for them."""
         fits = self.length + new <= self.capacity - self.num_unstored
         if not fits and not self.num_unstored:
             self._grow(self.length + new)
@@ -190,7 +190,7 @@ class ScaleCacheLayer(CacheLayerMixin):
         self.length = 0
 
     def crop(self, tokens_to_remove: int):
-        """Forgets the last `-tokens_to_remove` slots."""
+        """Drops the last `-tokens_to_remove` slots."""
         if tokens_to_remove > 0:
             raise ValueError(f"`crop` takes minus the number of slots to remove, but got {tokens_to_remove}.")
         self.length = max(0, self.length + tokens_to_remove)
@@ -215,18 +215,18 @@ class ScaleCacheLayer(CacheLayerMixin):
 class ScaleCache(Cache):
     """Keys and values of prompts and images in buffers of their final size: no copies as it grows, no mask to read it.
 
-    Image mode makes one by itself. Make one for `cache=` to store the numbers smaller than they are computed.
+    Image mode makes one by itself. Make your own for `cache=` to store numbers in fewer bits than they are computed in.
 
     Args:
         config (`NextFlowConfig`): The model's.
-        capacity (`int`): Slots a row, prompt and image; more make it grow.
+        capacity (`int`): Slots per row, prompt and image; it grows if there are more.
         storage (`str`, *optional*):
             `"bfloat16"` or `"int8"` (with a factor for each key and each value); by default the model's dtype.
         num_unstored (`int`, *optional*, defaults to 0):
-            How many slots at the end are attended to when they come and then forgotten, as nothing reads them again.
+            How many slots at the end are attended to once and then dropped, since nothing reads them again.
 
     Raises:
-        `ValueError`: for another storage.
+        `ValueError`: for any other storage.
     """
 
     def __init__(self, config: PreTrainedConfig, capacity: int, storage: str | None = None, num_unstored: int = 0):
@@ -242,10 +242,10 @@ class ScaleCache(Cache):
         self.padding: tuple[int, ...] | None = None
 
     def set_padding(self, attention_mask: torch.Tensor | None):
-        """Tells how many slots each row is padded by on the left: then scale steps need no mask.
+        """Sets how many slots each row is padded by on the left, so that scale steps need no mask.
 
         Args:
-            attention_mask (`torch.Tensor` of shape `(R, L)`, *optional*): Of the prompts; None if nothing is padded.
+            attention_mask (`torch.Tensor` of shape `(R, L)`, *optional*): The prompts'; None if nothing is padded.
         """
         self.padding = None if attention_mask is None else tuple((attention_mask == 0).sum(-1).tolist())
 
@@ -298,7 +298,7 @@ def make_cache(config: PreTrainedConfig, implementation: str, length: int, num_u
 
 
 def check_empty(cache: Cache, length: int) -> None:
-    """A `ValueError` unless a cache that was passed is empty and has room for `length` slots."""
+    """Raises a `ValueError` unless a cache that was passed is empty and has room for `length` slots."""
     if num_cached := int(cache.get_seq_length()):
         raise ValueError(
             f"Where images are drawn the cache must be empty, but `cache` holds {num_cached} tokens. Pass the whole "
@@ -312,7 +312,7 @@ def check_empty(cache: Cache, length: int) -> None:
 
 
 class CacheRows:
-    """What a layer sees of a [`ScaleCache`] while it runs one group of rows."""
+    """The view that a layer has of a [`ScaleCache`] while it runs one group of rows."""
 
     def __init__(self, cache: ScaleCache, group: RowGroup):
         self.layers: list[Any] = cache.layers

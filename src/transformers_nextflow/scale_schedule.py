@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from operator import index
 
-# Sides of the square schedule, one a scale; the 12th is 16, the side that names a bucket.
+# Sides of the square schedule, one per scale; the 12th is 16, the side that names a bucket.
 BASE_SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
 BUCKET_SIDE = 16
 MIN_AREA_RATIO = 0.9
@@ -52,10 +52,10 @@ class ScaleSchedule:
         num_scales (`int`, *optional*, defaults to 18):
             How many scales, 1 to 18. The paper uses 12 for 256-level images, 16 for 512 and 18 for 1024.
         stride (`int`, *optional*, defaults to 16):
-            Pixels a cell of the last grid.
+            Pixels per cell of the last grid.
         sides (`tuple[int, ...]`, *optional*, defaults to the paper's 18):
-            Sides of the square grids, one a scale, from 1 upwards; other tokenizers have others. A bucket's grids are
-            these stretched to its aspect.
+            Sides of the square grids, one per scale, from 1 upwards; other tokenizers have others. A bucket's grids are
+            these, stretched to its aspect.
 
     Raises:
         `ValueError`: if the bucket, the number of scales or the sides are not legal.
@@ -136,12 +136,12 @@ class ScaleSchedule:
 
     @property
     def grid_shw(self) -> tuple[int, int, int]:
-        """The row of `image_grid_shw` that stands for this schedule: `(num_scales, bucket height, bucket width)`."""
+        """This schedule as a row of `image_grid_shw`: `(num_scales, bucket height, bucket width)`."""
         return (self.num_scales, *self.bucket)
 
     @classmethod
     def from_grid_shw(cls, row: Iterable[int], stride: int = 16, sides: Sequence[int] = BASE_SIDES) -> "ScaleSchedule":
-        """The schedule that one row `(num_scales, h, w)` of `image_grid_shw` stands for."""
+        """The schedule of one row `(num_scales, h, w)` of `image_grid_shw`."""
         numbers = tuple(row)
         if len(numbers) != 3:
             raise ValueError(f"A row of `image_grid_shw` is (number of scales, height, width), but got {numbers}.")
@@ -165,7 +165,7 @@ class ScaleSchedule:
             num_scales (`int`, *optional*):
                 Forces the number of scales: then only the aspect ratio of `height` and `width` counts, and
                 the nearest bucket is taken. Without it the size must be exactly that of a schedule.
-            stride (`int`, *optional*, defaults to 16): Pixels a cell of the last grid.
+            stride (`int`, *optional*, defaults to 16): Pixels per cell of the last grid.
             sides (`Sequence[int]`, *optional*, defaults to the paper's 18): See [`ScaleSchedule`].
 
         Raises:
@@ -206,7 +206,7 @@ class ScaleSchedule:
 
 
 def sequence_flops(steps: Iterable[int], hidden_size: int, num_layers: int = 1) -> int:
-    """Forward FLOPs of a sequence that is run in steps of so many tokens (the paper's appendix A.2).
+    """Forward FLOPs of a sequence that is run in steps of these numbers of tokens (the paper's appendix A.2).
 
     A layer costs `12 * q * hidden_size**2 + 4 * q * kv * hidden_size` for `q` new tokens that attend to `kv`
     (themselves among them).

@@ -120,7 +120,7 @@ def semantic_tokens(
 def without_capturing_hooks(module: nn.Module) -> nn.Module:
     """The module, its parameters shared, without the hooks that transformers leaves on encoders that ran once.
 
-    They are local functions, which cannot be pickled, and are put on again at the next call.
+    They are local functions, which cannot be pickled; the next call puts them on again.
     """
     clone = module.__class__.__new__(module.__class__)
     clone.__dict__.update(module.__dict__)
@@ -135,7 +135,7 @@ def without_capturing_hooks(module: nn.Module) -> nn.Module:
 
 
 def allow_capturing(module: nn.Module) -> None:
-    """Lets transformers put its hooks on encoders that were unpickled; it knows those alone that were constructed."""
+    """Lets transformers put its hooks on unpickled encoders, too; it only knows those that were constructed."""
     for part in module.modules():
         if isinstance(part, PreTrainedModel):
             _CAN_RECORD_REGISTRY[part] = part._can_record_outputs

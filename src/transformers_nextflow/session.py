@@ -30,10 +30,10 @@ class SessionMemory:
     """What a session holds.
 
     Args:
-        num_tokens (`int`): Of the conversation so far, in the token view.
-        num_images (`int`): Among them.
-        num_bytes (`int`): Of keys and values, guidance's branch included.
-        num_tokens_left (`int`): Until the model's context is full.
+        num_tokens (`int`): Tokens of the conversation so far, in the token view.
+        num_images (`int`): Images among them.
+        num_bytes (`int`): Bytes of keys and values, those of guidance's branch included.
+        num_tokens_left (`int`): Tokens until the model's context is full.
     """
 
     num_tokens: int
@@ -93,7 +93,7 @@ class NextFlowSession:
         Args:
             text (`str`): What the user says.
             images (a picture or a list, *optional*): What the user shows, before the text.
-            settings: As [`~NextFlowGenerationMixin.generate`] takes them; those for images have no effect.
+            settings: As for [`~NextFlowGenerationMixin.generate`]; those for images have no effect.
         """
         with self._all_or_nothing():
             events = self._turn(text, images, "interleaved", {**settings, "max_new_images": 0})
@@ -103,12 +103,12 @@ class NextFlowSession:
     def draw(
         self, text: str, images: Sequence[Any] | Any = None, thinking: bool | None = None, **settings
     ) -> Image.Image:
-        """A picture; an edit of the last one if there is any and nothing else is asked for.
+        """A picture: an edit of the last one, if there is one and nothing else is asked for.
 
         Args:
             text, images: As for [`~NextFlowSession.ask`].
-            thinking (`bool`, *optional*): Write a thought first; it stands in `last_thought`.
-            settings: As [`~NextFlowGenerationMixin.generate`] takes them.
+            thinking (`bool`, *optional*): Write a thought first, which `last_thought` then holds.
+            settings: As for [`~NextFlowGenerationMixin.generate`].
 
         Raises:
             `ValueError`: for settings that don't fit, or if `stopping_criteria` end the turn before the picture begins.
@@ -134,7 +134,7 @@ class NextFlowSession:
             return picture
 
     def chat(self, text: str, images: Sequence[Any] | Any = None, **settings) -> Segments:
-        """Text and pictures as the model likes: a list of `str` and `PIL.Image.Image` in order."""
+        """Text and pictures as the model chooses: a list of `str` and `PIL.Image.Image` in order."""
         with self._all_or_nothing():
             for _ in self._turn(text, images, "interleaved", settings):
                 pass
@@ -142,11 +142,11 @@ class NextFlowSession:
             return self.processor.decode_segments(self.input_ids[0, num_tokens:], self.image_grid_shw[num_images:])[0]
 
     def stream(self, text: str, images: Sequence[Any] | Any = None, **settings) -> Iterator[StreamChunk]:
-        """As [`~NextFlowSession.chat`], piece by piece; the turn ends with the iterator, or when another begins."""
+        """As [`~NextFlowSession.chat`], but piece by piece; the turn ends with the iterator, or when another begins."""
         yield from self.processor.decode_stream(self._turn(text, images, "interleaved", settings))
 
     def _read_turn(self, content: list[dict[str, Any]]) -> Any:
-        """What the processor makes of a user's turn and of what stands between it and the turn before."""
+        """Model inputs of a user's turn and of what stands between it and the turn before."""
         pictures = [part["image"] for part in content if part["type"] == "image"]
         message: Any = {"role": "user", "content": content}
         prompt = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
@@ -209,7 +209,7 @@ class NextFlowSession:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """A turn with all that is made of it: if anything fails, as if it had not been."""
+        """A turn and all that is made of it: if anything fails, the session stays as it was."""
         self._end_turn()
         before = self._now
         try:
@@ -219,13 +219,13 @@ class NextFlowSession:
             raise
 
     def _end_turn(self) -> None:
-        """Keeps the turn that is open; an image that has begun stays at its last whole scale."""
+        """Closes the open turn and keeps it; an image that has begun ends with its last whole scale."""
         if self._open is not None:
             events, decoding, marks = self._open
             events.close()
             self._now, self._open = (decoding, marks), None
 
-    # What is there
+    # What it holds
 
     @property
     def input_ids(self) -> torch.Tensor:
@@ -239,7 +239,7 @@ class NextFlowSession:
 
     @property
     def num_turns(self) -> int:
-        """Turns of the user so far."""
+        """The number of the user's turns so far."""
         return len(self._marks)
 
     @property
@@ -260,7 +260,7 @@ class NextFlowSession:
 
     @property
     def memory(self) -> SessionMemory:
-        """What the session holds; see [`SessionMemory`]."""
+        """What the session holds, and how much room is left; see [`SessionMemory`]."""
         length = self.input_ids.shape[1]
         left = self.model.config.max_position_embeddings - length
         return SessionMemory(length, len(self.image_grid_shw), sum(state.num_bytes for state in self._states), left)
@@ -280,7 +280,7 @@ class NextFlowSession:
         self._now = decoding, marks[:-num_turns]
 
     def fork(self) -> "NextFlowSession":
-        """A session that goes on from here by itself. The common beginning is held once."""
+        """An independent session that continues from here. The common beginning is held once."""
         self._end_turn()
         twin = copy.copy(self)
         twin._now = self._decoding.fork(), self._marks

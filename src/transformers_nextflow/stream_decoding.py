@@ -1,4 +1,4 @@
-"""What a model generates, as text and pictures while it comes."""
+"""Streams of a model's output as text and pictures."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ class StreamChunk(NamedTuple):
         kind (`str`): `"text"`, `"preview"` or `"image"`.
         value (`str` or `PIL.Image.Image`): The piece.
         row (`int`): Which row of the batch.
-        step (`int`, *optional*): Of a preview: the scale, from 0.
+        step (`int`, *optional*): The scale of a preview, from 0.
     """
 
     kind: str

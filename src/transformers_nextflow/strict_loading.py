@@ -1,4 +1,4 @@
-"""Loading that leaves nothing to chance: safetensors only, and every weight from the checkpoint, whole and finite."""
+"""Strict loading: safetensors only, and every weight comes from the checkpoint, whole and finite."""
 
 import json
 import os
@@ -67,7 +67,7 @@ class StrictPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path, *args, strict: bool = True, output_loading_info: bool = False, **kwargs
     ):
-        """As in transformers, but nothing is left to chance: every weight must be in the checkpoint, at its full size.
+        """As in transformers, but every weight must be in the checkpoint, at its full size.
 
         Args:
             strict (`bool`, *optional*, defaults to `True`):
@@ -132,7 +132,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
-        """As in transformers, but whoever loads from the folder finds all of the old model or all of the new one."""
+        """As in transformers, but a reader of the folder finds the whole old model or the whole new one."""
         save = super().save_pretrained
         if kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process):
             return save(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
@@ -167,7 +167,7 @@ def _check_name(name: str, file: str) -> None:
 
 
 def _check_files(files: list[str], expected: dict[str, torch.Tensor]) -> None:
-    """Refuses what is no whole safetensors file of one folder, and a tensor that is no float where one is expected."""
+    """Refuses anything but whole safetensors files of one folder, and tensors that should be floats and are not."""
     for file in files:
         _check_name(os.path.relpath(file, os.path.dirname(files[0])), file)
         try:
@@ -186,7 +186,7 @@ def _check_files(files: list[str], expected: dict[str, torch.Tensor]) -> None:
 
 @torch.no_grad()
 def _check_finite(path: Any, model: torch.nn.Module) -> None:
-    """Refuses weights that are NaN or infinite. A sum of each tensor finds them, which reads the weights once."""
+    """Refuses weights that are NaN or infinite. The sum of each tensor shows them, which reads the weights once."""
     wrong = []
     for name, weight in model.named_parameters():
         plain = type(weight.data) is torch.Tensor and not weight.is_meta and weight.is_floating_point()

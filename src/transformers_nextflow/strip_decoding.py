@@ -1,4 +1,4 @@
-"""The pixel decoder a strip of rows at a time: large images in less memory, and without seams.
+"""The pixel decoder in strips of rows: large images in less memory, and without seams.
 
 A tile that knows nothing of its neighbours has borders that show. Here each layer runs on all strips before the next
 one: convolutions see the rows next to a strip, and norms the mean and variance of the whole map, so the result is that

@@ -1,4 +1,4 @@
-"""A tokenizer's fields (ids, mask, offsets) of texts: made, with pictures put in, cut and padded.
+"""A tokenizer's fields (ids, mask, offsets) of texts: made, filled with pictures, cut and padded.
 
 A field holds a list for each text, with an item for each token.
 """

@@ -3,10 +3,10 @@
 Token view: `... text <boi> v_1 ... v_N text ...`. The output at a slot predicts the token at the next slot, so
 
 - the slot of `<boi>` carries its own embedding and predicts `v_1`;
-- the slot of `v_j` carries the input feature made for `v_{j+1}`, hence stands where `v_{j+1}` stands;
+- the slot of `v_j` carries the input feature made for `v_{j+1}`, hence has the position of `v_{j+1}`;
 - the slot of the last code carries `<eoi>` and predicts the text that follows.
 
-Letters: B rows, L slots a row, G images of a group, n codes an image (N when it is whole), S scales.
+Letters: B rows, L slots per row, G images of a group, n codes per image (N when it is whole), S scales.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,8 @@ class ScaleStep:
         schedule (`ScaleSchedule`): The images' schedule, the same in all rows.
         index (`int`): 0-based scale, at least 1, whose n_s slots are fed, and whose codes their outputs predict.
         code_sampler (`Callable`, *optional*):
-            Called as `code_sampler(head, hidden_states)`, with `head` giving visual logits. What it returns becomes
-            `image_codes` and there are no `logits`: a scale is drawn without ever holding all its logits.
+            Called as `code_sampler(head, hidden_states)`, where `head` computes visual logits. What it returns becomes
+            `image_codes`, and there are no `logits`: a scale is drawn without ever holding all its logits.
         compile_config (`CompileConfig`, *optional*):
             With a [`ScaleCache`]: compiles the layers, once for each length of a scale.
     """
@@ -45,7 +45,7 @@ class ImageGroup(NamedTuple):
     """The images of a batch that share a schedule and stop after the same scale.
 
     Args:
-        schedule (`ScaleSchedule`): The whole schedule, as `image_grid_shw` states it.
+        schedule (`ScaleSchedule`): The whole schedule, as in `image_grid_shw`.
         num_scales (`int`): How many of its scales the sequences hold.
         slots (`torch.LongTensor` of shape `(G, n)`): Where the codes stand, in the ids flattened to `(B * L)`.
     """
@@ -89,10 +89,10 @@ class TokenLayout:
         start: int | torch.Tensor = 0,
         seq_idx: torch.Tensor | None = None,
     ) -> "TokenLayout":
-        """Find the images of a batch, check that the grids fit them, and lay out all slots.
+        """Finds the images of a batch, checks that the grids fit them, and lays out all slots.
 
-        A text slot advances the position by one, and so does every scale of an image: an image of S scales costs S + 1
-        counts (`<boi>` and `<eoi>` take one each, scale 0 has no slot of its own).
+        A text slot advances the position by one, and so does every scale of an image: an image of S scales takes S + 1
+        positions (`<boi>` and `<eoi>` take one each, scale 0 has no slot of its own).
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`): Token-view ids.
@@ -152,8 +152,8 @@ class TokenLayout:
             alpha (`float`): `config.scale_reweight_alpha`; 0 gives ones.
 
         Returns:
-            `torch.FloatTensor` of shape `(B, L)`: at the slot of each token, the weight of predicting that token. The
-            codes of an image weigh what [`scale_weights`] says, and text weighs 1.
+            `torch.FloatTensor` of shape `(B, L)`: at the slot of each token, the weight of predicting that token. Codes
+            of an image have the weights of [`scale_weights`], and text has weight 1.
         """
         weights = torch.ones(self.scale_index.numel(), device=self.scale_index.device)
         for group in self.images:
@@ -215,11 +215,11 @@ def scale_position_ids(
 
 
 def check_grids(image_grid_shw: torch.Tensor, num_images: int | None = None) -> None:
-    """A `ValueError` unless there is one row of three numbers for each image (of a number that is known)."""
+    """Raises a `ValueError` unless there is a row of three numbers for each of `num_images` (if known) images."""
     if image_grid_shw.ndim != 2 or image_grid_shw.shape[-1] != 3:
         raise ValueError(
             "`image_grid_shw` must have shape (num_images, 3), one row (number of scales, bucket height, bucket width) "
-            f"an image, but got shape {tuple(image_grid_shw.shape)}."
+            f"per image, but got shape {tuple(image_grid_shw.shape)}."
         )
     if num_images is not None and len(image_grid_shw) != num_images:
         raise ValueError(
@@ -231,7 +231,7 @@ def check_grids(image_grid_shw: torch.Tensor, num_images: int | None = None) -> 
 def find_images(
     input_ids: torch.Tensor, text_vocab_size: int, attention_mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where the images stand in token-view ids: each is a run of visual ids.
+    """Finds the images in token-view ids: each is a run of visual ids.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(B, L)`): Token-view ids; ids from `text_vocab_size` on are visual.
@@ -320,7 +320,7 @@ def index_of_sequence_start(seq_idx: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def scale_weights(schedule: ScaleSchedule, scales: range, alpha: float) -> torch.Tensor:
-    """Weight of every code of some scales: `1 / (h_s * w_s) ** alpha`, normalised so that they sum to their number.
+    """Weight of every code of some scales: `1 / (h_s * w_s) ** alpha`, normalised to a mean of 1.
 
     Args:
         schedule (`ScaleSchedule`): The image's schedule.

@@ -21,8 +21,8 @@ class PackedSequence(NamedTuple):
     """One sequence of a packed row.
 
     Args:
-        row (`int`): Of the batch.
-        slots (`slice`): Where the sequence stands in the row.
+        row (`int`): The row of the batch.
+        slots (`slice`): The sequence's place in the row.
         mask (`torch.BoolTensor` of shape `(n, n)`, *optional*): Who sees whom; None for plain causal.
     """
 
@@ -36,7 +36,7 @@ def find_sequences(seq_idx: torch.Tensor, block_ids: torch.Tensor | None) -> lis
 
     Args:
         seq_idx (`torch.LongTensor` of shape `(B, L)`): Number of the sequence of each slot.
-        block_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): From `TokenLayout`.
+        block_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): Those of the [`TokenLayout`].
     """
     length = seq_idx.shape[1]
     starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True).nonzero().tolist()

@@ -1,4 +1,4 @@
-"""What all trainers share: an order of the data that resuming finds again, whole checkpoints, folders that load."""
+"""What all trainers share: a reproducible order of the data, whole checkpoints, folders that load."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ _Trainer: Any = object  # in whose place transformers' `Trainer` stands
 
 
 def what_is_missing(folder: str | Path) -> str | None:
-    """What keeps a checkpoint from being whole, in words; None if nothing does.
+    """Why a checkpoint is not whole, in words; None if it is.
 
     `trainer_state.json` is written last, after `nextflow_run.json`, which lists all other files and their sizes.
     """
@@ -116,7 +116,7 @@ class NextFlowTrainerMixin(_Trainer):
         return {"num_processes": self.accelerator.num_processes}
 
     def _save_run_state(self, folder: Path) -> None:
-        """Writes what a trainer needs to go on beside transformers' files; called on every rank."""
+        """Writes what a trainer needs for resuming, beside transformers' files; called on every rank."""
 
     def _save_checkpoint(self, model, trial):
         if self.args.should_save:  # what is written over is not whole from now on

@@ -12,11 +12,11 @@ all. A row of a data set holds plain lists:
 
 and, where there is a use for them,
 
-- `image_tokenizer_hash`: of the codebooks (see `hash_image_tokenizer`); codes of another tokenizer are refused by it;
+- `image_tokenizer_hash`: of the codebooks (see `hash_image_tokenizer`), by which other tokenizers' codes are refused;
 - `inverse_token_ids`, `inverse_completion_mask`: of a sample that draws from a text, the other way round: the picture
   is the prompt and the text the answer; empty for all other samples;
-- `prompt_style`: "chat" or "bare", how the model is prompted that learns from the sample (see `encode_messages`);
-- `id`: any name, told when something is wrong with the sample.
+- `prompt_style`: "chat" or "bare", how the sample prompts the model (see `encode_messages`);
+- `id`: any name, reported when something is wrong with the sample.
 
 Letters: L slots of the token view, N codes of an image.
 """

@@ -26,11 +26,11 @@ class NextFlowDataCollator:
             them (so a resumed run draws the same), or else from torch's global generator.
         max_length (`int`, *optional*): Longest sample; by default the model's context.
         packing (`bool`, *optional*, defaults to `False`):
-            One row for all samples, one after the other, which don't see each other, instead of a padded row each.
+            One row for all samples, one after the other and unseen by each other, instead of a padded row each.
         task_inversion (`float`, *optional*, defaults to 0.0):
             Probability that a sample which draws from a text is turned into one that describes its picture.
         return_ids (`bool`, *optional*, defaults to `False`):
-            Add `sample_ids`, the samples' column `id`: for trainers that tell which samples went wrong.
+            Add `sample_ids`, the samples' column `id`, for trainers that report which samples went wrong.
     """
 
     config: NextFlowConfig

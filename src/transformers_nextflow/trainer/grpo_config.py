@@ -56,7 +56,7 @@ class NextFlowGRPOConfig(GRPOConfig):
         middle_return_scale (`int`, *optional*):
             VMR (arXiv 2601.02256): train the first `middle_return_scale` scales on the value of a prefix, and the
             others (up to `num_trained_scales`) on the reward of images that share one. None: no VMR.
-        num_middle_rollouts (`int`, *optional*, defaults to 2): Images a prefix whose rewards make its value.
+        num_middle_rollouts (`int`, *optional*, defaults to 2): Images per prefix, whose rewards make its value.
         middle_return_temperature (`float`, *optional*, defaults to 1.0):
             Eta of the value `eta * log(mean(exp(reward / eta)))`.
         prefix_updates_per_suffix (`int`, *optional*, defaults to 3): Updates of the prefix before one of the suffix.

@@ -46,7 +46,7 @@ class Stage(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """The pictures of a batch of R rows, `num_images` a row.
+    """The pictures of a batch of R rows, `num_images` per row.
 
     Args:
         prompt_ids, prompt_mask (`torch.LongTensor` of shape `(R, L)`): Left-padded, ending with `<boi>`.
@@ -69,8 +69,8 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
     A row of the data set has a `prompt`, text or a conversation. Pictures in it (for editing) stand in the column
     `images` (one for each `<image>` mark) or in the messages. Reward functions get `images`, the drawn pictures;
     `prompts`; the prompts' own pictures as `source_images`; and all other columns, as far as they name them. They
-    return one number a picture (None where they can't tell), or a [`RewardOutput`], which adds masks of the pixels that
-    decide.
+    return one number per picture (None where they can't tell), or a [`RewardOutput`], which adds masks of the pixels
+    that decide.
 
     Args:
         model ([`NextFlowForCausalLM`], `PeftModel` or `str`): The model, or its folder.

@@ -12,7 +12,7 @@ STAGES = ("pixel", "joint", "decoder")
 @dataclass
 class NextFlowImageTokenizerTrainingConfig(TrainingArguments):
     r"""
-    [`~transformers.TrainingArguments`] for [`NextFlowImageTokenizerTrainer`], one stage a run.
+    [`~transformers.TrainingArguments`] for [`NextFlowImageTokenizerTrainer`], one stage per run.
 
     Args:
         stage (`str`, *optional*, defaults to `"joint"`):
@@ -25,8 +25,8 @@ class NextFlowImageTokenizerTrainingConfig(TrainingArguments):
         semantic_weight (`float`, *optional*, defaults to 0.3): Of the cosine distance to the teacher's features.
         perceptual_weight (`float`, *optional*, defaults to 1.0): Of `perceptual_loss`, if one is given.
         adversarial_weight (`float`, *optional*, defaults to 0.1): Of the discriminator's term, if one is given.
-        teacher_batch_size (`int`, *optional*): Images of a batch that the teacher sees; all by default.
-        revive_steps (`int`, *optional*, defaults to 25): Dead codes are moved next to busy ones every so many steps.
+        teacher_batch_size (`int`, *optional*): How many images of a batch the teacher sees; all by default.
+        revive_steps (`int`, *optional*, defaults to 25): Steps between moving dead codes next to busy ones.
         revive_until (`float`, *optional*, defaults to 0.7): Share of the training after which they are left alone.
         num_logged_images (`int`, *optional*, defaults to 4):
             Reconstructions beside originals, written at every save to `reconstructions/` of `output_dir`.

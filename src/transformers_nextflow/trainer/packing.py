@@ -59,7 +59,7 @@ def make_packs(
     """Fewest equal packs within a budget: costly samples first, each into the pack that is cheapest so far.
 
     Args:
-        costs (sequence of `float`): One a sample.
+        costs (sequence of `float`): One per sample.
         budget (`float`): What a pack may cost at most.
         num_ranks (`int`, *optional*, defaults to 1): Packs of a step; consecutive packs are those that cost most alike.
         seed (`int`, *optional*, defaults to 0): Of the order of equals.
@@ -151,9 +151,9 @@ class PackSampler(EpochSampler):
 
 
 def rank_imbalance(flops: Sequence[float] | np.ndarray, num_ranks: int) -> float:
-    """How much longer than the mean pack the costliest of a step takes, over all steps: 1 if no rank waits for another.
+    """How much longer the costliest pack of a step takes than the mean one, over all steps: 1 if no rank ever waits.
 
-    `flops` has one entry a pack, those of a step together.
+    `flops` has one entry per pack, those of a step together.
     """
     steps = np.asarray(flops, dtype=np.float64).reshape(-1, num_ranks)
     return float((steps.max(1) / steps.mean(1)).mean())

@@ -19,7 +19,7 @@ class RewardOutput(NamedTuple):
     """What a reward function may return instead of a list of numbers.
 
     Args:
-        rewards (sequence of `float`): One an image, higher is better; None where it can't tell.
+        rewards (sequence of `float`): One per image, higher is better; None where it can't tell.
         masks (sequence of arrays of shape `(H, W)`):
             For each image the pixels that decide its reward, at any resolution; None for all of them.
     """

@@ -2,7 +2,7 @@
 
     reward_funcs=[ocr_reward, partial(image_text_reward, model=clip, processor=clip_processor)]
 
-They get `images` (PIL, one a sample), `prompts` and the columns of the data set, one entry a sample.
+They get `images` (PIL, one per sample), `prompts` and the columns of the data set, one entry per sample.
 """
 
 import json
@@ -263,8 +263,8 @@ def scored_reward(
 
     Args:
         images, prompts: B of each.
-        function (`Callable`): It gets the prompts as texts, and the other columns as one dictionary a sample. Numbers
-            in its `info` are logged (the mean, if there is one a sample).
+        function (`Callable`): It gets the prompts as texts, and the other columns as a dictionary per sample. Numbers
+            in its `info` are logged (the mean, if there is one per sample).
         log_metric (`Callable`, *optional*): TRL passes it.
 
     Returns:
@@ -279,7 +279,7 @@ def scored_reward(
 
 
 def sample_columns(columns: dict[str, Any], num_samples: int) -> list[dict[str, Any]]:
-    """One dictionary a sample of what has one entry a sample."""
+    """One dictionary per sample of all that has one entry per sample."""
     kept = {n: v for n, v in columns.items() if isinstance(v, list | tuple) and len(v) == num_samples}
     return [{name: values[index] for name, values in kept.items()} for index in range(num_samples)]
 

@@ -1,0 +1,94 @@
+"""Imports go one way: a module imports only what stands before it in one list, so there is no circle.
+
+A newcomer can read the modules in this order. A new module needs a place in it.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src"
+
+ORDER = """
+    scale_schedule whole_folder strict_loading remote_code configuration_nextflow
+    token_layout model_inputs varlen_attention linear_cross_entropy scale_cache layer_compilation
+    sampling padding generation_config_nextflow decoding_state decoding_settings decoding generation_nextflow
+    modeling_nextflow
+    multi_scale_quantizer semantic_branch strip_decoding modeling_nextflow_image_tokenizer codebook
+    picture_sources image_processing_pil_nextflow image_processing_nextflow
+    chat_template token_fields stream_decoding processing_nextflow
+    session pipelines _registration
+"""
+TRAINER_ORDER = """
+    coded_dataset data_collator packing checkpoints
+    sft_config sft_trainer
+    grpo_config grpo_losses reward_call rewards grpo_trainer
+    image_tokenizer_config image_tokenizer_trainer
+"""
+MODULES = [
+    *(f"transformers_nextflow.{name}" for name in ORDER.split()),
+    *("transformers_nextflow", "transformers_nextflow.nextflow_remote_code"),
+    *(f"transformers_nextflow.trainer.{name}" for name in TRAINER_ORDER.split()),
+    "transformers_nextflow.trainer",
+    *("diffusers_nextflow.pipeline_nextflow", "diffusers_nextflow", "diffusers_nextflow.__main__"),
+]
+
+
+def source_files() -> dict[str, Path]:
+    files = {}
+    for file in SOURCE.rglob("*.py"):
+        parts = file.relative_to(SOURCE).with_suffix("").parts
+        if "checkpoints" not in parts[:-1]:  # package data: what a checkpoint carries along
+            files[".".join(part for part in parts if part != "__init__")] = file
+    return files
+
+
+def imports_of(module: str, code: str, is_package: bool) -> Iterator[str]:
+    """Modules of our own that code imports, anywhere in it but for type checkers alone."""
+    package = module if is_package else module.rpartition(".")[0]
+    pending: list[ast.AST] = [ast.parse(code)]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        pending.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            source = ".".join(part for part in (base, node.module) if part)
+            names = (f"{source}.{alias.name}" for alias in node.names)
+            yield from {name if name in MODULES else source for name in names} & set(MODULES)
+
+
+def test_the_list_names_every_module_once():
+    assert sorted(MODULES) == sorted(source_files())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module):
+    file = source_files()[module]
+    imported = set(imports_of(module, file.read_text(encoding="utf-8"), file.name == "__init__.py"))
+    upward = sorted(imported - set(MODULES[: MODULES.index(module)]))
+    assert not upward, f"{module} imports {upward}, which stand behind it in the order of this file"
+
+
+def test_the_list_reads_every_kind_of_import():
+    code = """
+from . import _registration
+from .sampling import draw_codes
+from .scale_schedule import ScaleSchedule
+import transformers_nextflow.padding
+from transformers_nextflow import NextFlowConfig
+if TYPE_CHECKING:
+    from .session import NextFlowSession
+def late():
+    from .pipelines import NextFlowTextToImagePipeline
+"""
+    found = set(imports_of("transformers_nextflow.x", code, is_package=False))
+    names = ("_registration", "sampling", "scale_schedule", "padding", "pipelines")
+    assert found == {"transformers_nextflow", *(f"transformers_nextflow.{name}" for name in names)}
+    (parent,) = imports_of("transformers_nextflow.trainer.x", "from ..scale_schedule import ScaleSchedule", False)
+    assert parent == "transformers_nextflow.scale_schedule"
