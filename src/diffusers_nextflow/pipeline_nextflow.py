@@ -275,6 +275,8 @@ class NextFlowPipeline(DiffusionPipeline):
             raise ValueError(f'`output_type` must be one of {", ".join(OUTPUT_TYPES)}, but got "{output_type}".')
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` must be callable, but got {callback_on_step_end!r}.")
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, but may only hold "
@@ -433,7 +435,7 @@ def _strength(guidance_scale: float | None) -> float | None:
     """In diffusers guidance is off up to 1; to `generate`, less than 1 would be less of the prompt."""
     if guidance_scale is None:
         return None
-    if not guidance_scale >= 0:
+    if not isinstance(guidance_scale, int | float) or not guidance_scale >= 0:
         raise ValueError(f"`guidance_scale` must be at least 0, but got {guidance_scale}.")
     return max(guidance_scale, 1.0)
 

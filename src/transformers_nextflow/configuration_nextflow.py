@@ -1,8 +1,11 @@
 """Configurations of NextFlow's language model and of its image tokenizer."""
 
+import math
+from functools import wraps
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
@@ -10,8 +13,45 @@ from .remote_code import write_shim
 from .scale_schedule import BASE_SIDES, ScaleSchedule
 from .strict_loading import StrictConfigMixin
 
+# The least and the most that numbers may be; without an entry 1 and 2**31, or 0 and any if they are no counts.
+_LIMITS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("num_hidden_layers", "semantic_decoder_layers"), (1, 4096)),
+    **dict.fromkeys(("encoder_num_res_blocks", "decoder_num_res_blocks"), (0, 4096)),
+    **dict.fromkeys(("semantic_image_mean", "vision_feature_layer"), (-4096, 4096)),
+    **dict.fromkeys(("semantic_image_std", "self_correction_temperature"), (1e-6, math.inf)),
+    **dict.fromkeys(("boi_token_id", "eoi_token_id", "image_token_id", "max_window_layers"), (0, 2**31)),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (-1, 2**31)),
+    "self_correction_token_fraction": (0, 1),
+}
 
-@strict
+
+def strict_numbers(cls):
+    """`@strict` that holds numbers against their limits, and whose errors are ValueErrors that name the field."""
+
+    def check(name: str, value: Any) -> None:
+        least, most = _LIMITS.get(name, (0, math.inf) if "float" in str(annotations[name]) else (1, 2**31))
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if type(number) in (int, float) and not (least <= number <= most and math.isfinite(number)):
+                raise ValueError(f"`{name}` must be finite and between {least} and {most}, but got {value!r}.")
+
+    def plain(method):
+        @wraps(method)
+        def call(self, *args):
+            if args and args[0] in annotations:
+                check(*args)
+            try:
+                return method(self, *args)
+            except StrictDataclassError as error:
+                raise ValueError(str(error.__cause__)) from error
+
+        return call
+
+    cls, annotations = strict(cls), cls.__annotations__
+    cls.__setattr__, cls.validate = plain(cls.__setattr__), plain(cls.validate)
+    return cls
+
+
+@strict_numbers
 class NextFlowConfig(StrictConfigMixin, Qwen2_5_VLTextConfig):
     r"""
     Configuration of [`NextFlowModel`] and [`NextFlowForCausalLM`]. It is a Qwen2.5-VL text configuration plus the
@@ -94,14 +134,12 @@ class NextFlowConfig(StrictConfigMixin, Qwen2_5_VLTextConfig):
             write_shim(save_directory)  # the entries of `auto_map` name that file
 
     def _check_visual_fields(self):
-        # Not a `validate_*` method: `@strict` would turn the ValueError into an error of another type.
         if self.vocab_size != self.text_vocab_size + self.visual_codebook_size:
             raise ValueError(
                 f"`vocab_size` ({self.vocab_size}) must be `text_vocab_size` + `visual_codebook_size`, "
                 f"{self.text_vocab_size} + {self.visual_codebook_size}."
             )
-        if not 1 <= self.num_scales <= len(BASE_SIDES):
-            raise ValueError(f"`num_scales` must be between 1 and {len(BASE_SIDES)}, but got {self.num_scales}.")
+        ScaleSchedule(num_scales=self.num_scales)  # raises if there is none
         if self.visual_feature_mode not in ("residual", "accumulated"):
             raise ValueError(
                 f'`visual_feature_mode` must be "residual" or "accumulated", but got "{self.visual_feature_mode}".'
@@ -109,10 +147,16 @@ class NextFlowConfig(StrictConfigMixin, Qwen2_5_VLTextConfig):
         for name in ("boi_token_id", "eoi_token_id", "image_token_id"):
             if not 0 <= getattr(self, name) < self.text_vocab_size:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be a text id, below {self.text_vocab_size}.")
-        num_pairs = self.hidden_size // self.num_attention_heads // 2
-        if sum(section := self.rope_parameters.get("mrope_section", [])) != num_pairs:
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % (2 * heads) or heads % groups:
             raise ValueError(
-                f"`mrope_section` {section} must add up to {num_pairs}, half of the size of a head "
+                f"`hidden_size` ({self.hidden_size}) must be an even multiple of `num_attention_heads` ({heads}), and "
+                f"that a multiple of `num_key_value_heads` ({groups})."
+            )
+        num_pairs, section = self.hidden_size // heads // 2, self.rope_parameters.get("mrope_section", [])
+        if not isinstance(section, list | tuple) or sum(section) != num_pairs:
+            raise ValueError(
+                f"`mrope_section` {section!r} must add up to {num_pairs}, half of the size of a head "
                 "(`hidden_size / num_attention_heads`)."
             )
         if self.tie_word_embeddings:
@@ -121,7 +165,7 @@ class NextFlowConfig(StrictConfigMixin, Qwen2_5_VLTextConfig):
             )
 
 
-@strict
+@strict_numbers
 class NextFlowImageTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`NextFlowImageTokenizer`]: a dual codebook (semantic and pixel) on a multi-scale residual
@@ -229,6 +273,8 @@ class NextFlowImageTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
             if model_type not in CONFIG_MAPPING:
                 raise ValueError(f'`semantic_config` names the unknown model type "{model_type}".')
             self.semantic_config = CONFIG_MAPPING[model_type](**settings)
+        if not isinstance(self.semantic_config, PreTrainedConfig):
+            raise ValueError(f"`semantic_config` must be a dict or a config, but got {self.semantic_config!r}.")
         if self.semantic_feature_dim is None:
             self.semantic_feature_dim = self.semantic_config.hidden_size
         if self.semantic_decoder_hidden_size is None:
@@ -248,10 +294,10 @@ class NextFlowImageTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
         ScaleSchedule(num_scales=self.num_scales, stride=self.stride, sides=self.sides)  # raises if there is none
         if (self.semantic_image_mean is None) != (self.semantic_image_std is None):
             raise ValueError("Give both `semantic_image_mean` and `semantic_image_std`, or neither.")
-        if not 1 <= self.self_correction_top_k <= self.codebook_size:
+        if self.self_correction_top_k > self.codebook_size:
             raise ValueError(
-                f"`self_correction_top_k` must be between 1 and `codebook_size` ({self.codebook_size}), "
-                f"but got {self.self_correction_top_k}."
+                f"`self_correction_top_k` ({self.self_correction_top_k}) must not be above `codebook_size` "
+                f"({self.codebook_size})."
             )
 
     @property

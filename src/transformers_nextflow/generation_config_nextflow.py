@@ -126,23 +126,12 @@ class NextFlowGenerationConfig(GenerationConfig):
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """Checks every option by itself; what depends on a model or a prompt is checked by `generate`."""
-        # Not for transformers' eyes: a cache of ours, and several greedy images of a prompt.
-        hidden: dict[str, Any] = {}
-        if self.cache_implementation == "preallocated":
-            hidden["cache_implementation"] = self.cache_implementation
-        if self.generation_mode != "text":
-            hidden["num_return_sequences"] = self.num_return_sequences
-        vars(self).update(dict.fromkeys(hidden))
-        try:
-            super().validate(strict=strict, user_set_attributes=user_set_attributes)
-        finally:
-            vars(self).update(hidden)
         choices = {"generation_mode": GENERATION_MODES, "guidance_schedule": GUIDANCE_SCHEDULES}
         for name, legal in choices.items():
             if (value := getattr(self, name)) is not None and value not in legal:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, but got {value!r}.")
         counts = (*SIZE, "num_frames", "prefix_scales", "images_per_prefix", "max_new_tokens", "num_return_sequences")
-        for name, least in {**dict.fromkeys(counts, 1), "max_new_images": 0}.items():
+        for name, least in {**dict.fromkeys(counts, 1), "num_beams": 1, "max_new_images": 0}.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, but got {value!r}.")
@@ -156,6 +145,17 @@ class NextFlowGenerationConfig(GenerationConfig):
                 f"`prompt_styles` maps tasks ({', '.join(PROMPT_TASKS)}) to one of {', '.join(PROMPT_STYLES)}, but got "
                 f"{styles!r}."
             )
+        # Not for transformers' eyes: a cache of ours, and several greedy images of a prompt.
+        hidden: dict[str, Any] = {}
+        if self.cache_implementation == "preallocated":
+            hidden["cache_implementation"] = self.cache_implementation
+        if self.generation_mode != "text":
+            hidden["num_return_sequences"] = self.num_return_sequences
+        vars(self).update(dict.fromkeys(hidden))
+        try:
+            super().validate(strict=strict, user_set_attributes=user_set_attributes)
+        finally:
+            vars(self).update(hidden)
 
     def over(self, defaults: GenerationConfig) -> "NextFlowGenerationConfig":
         """A copy in which `defaults` fill in what is not given. If a size is given, theirs is left out altogether."""

@@ -29,7 +29,7 @@ from .decoding_settings import (
     read_settings,
 )
 from .generation_config_nextflow import OWN_OPTIONS, NextFlowGenerationConfig
-from .padding import Prompts, check_left_padded, read_prompts
+from .padding import Prompts, check_left_padded, check_not_empty, read_prompts
 from .scale_schedule import ScaleSchedule
 from .token_layout import TokenLayout, count_images, split_grids
 
@@ -285,8 +285,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
         prompts, grids = self._read_prompts(inputs, others, pad)
         copies = config.num_return_sequences or 1
         settings = read_settings(Call(self, given, config, prompts, grids), copies, **others)
-        if not settings.one_image_now and not prompts[0].shape[1]:
-            raise ValueError("There is no prompt: pass `input_ids` of at least one token.")
+        if not settings.one_image_now:
+            check_not_empty(prompts[1])
         rows: Any = [[] for _ in prompts[0]]
         if grids is not None:
             rows = [
@@ -375,6 +375,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         if kwargs.pop("guidance_scale", None) not in (None, 1):
             given["guidance_scale"] = True
+        NextFlowGenerationConfig.merge(kwargs, None)  # raises if a value makes no sense
         if unused := given.keys() - {"generation_mode", "return_cache"}:
             raise ValueError(
                 f"Text mode does not take {', '.join(f'`{name}`' for name in sorted(unused))}. For an image pass "
@@ -390,6 +391,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
             if pad_token_id == eos_token_id:
                 pad_token_id = None  # a prompt may end with it
             check_left_padded(ids, kwargs.get("attention_mask"), pad_token_id)
+            check_not_empty(ids + 1 if kwargs.get("attention_mask") is None else kwargs["attention_mask"])
             check_context(ids.shape[-1], 1, self.config.max_position_embeddings, kwargs.get("image_grid_shw"))
         if kwargs.get("image_grid_shw") is not None and kwargs.get("prefill_chunk_size") is not None:
             raise ValueError("A prompt with images is run whole: leave `prefill_chunk_size` out.")

@@ -119,7 +119,7 @@ def to_eight_bits(image: ImageInput, input_data_format: str | ChannelDimension |
     array = _to_numpy(image)
     if array.ndim == 2:
         array = array[..., None]
-    elif input_data_format is None:
+    elif input_data_format is None and array.ndim == 3 and {1, 3, 4} & {*array.shape[::2]}:
         input_data_format = infer_channel_dimension_format(array, num_channels=(1, 3, 4))
     if input_data_format == ChannelDimension.FIRST:
         array = np.moveaxis(array, 0, -1)
@@ -229,10 +229,11 @@ class NextFlowBaseImageProcessor(BaseImageProcessor):
         color = kwargs["background_color"]
         if len(color) != 3 or not all(0 <= value <= 255 for value in color):
             raise ValueError(f"`background_color` must be red, green and blue, each from 0 to 255, but got {color}.")
-        numbers = [kwargs["rescale_factor"], *np.ravel(kwargs["image_mean"]), *np.ravel(kwargs["image_std"])]
-        if not all(map(math.isfinite, numbers)) or not np.all(kwargs["image_std"]):
+        mean, std = np.ravel(kwargs["image_mean"]), np.ravel(kwargs["image_std"])
+        finite = all(map(math.isfinite, [kwargs["rescale_factor"], *mean, *std]))
+        if not finite or not np.all(std) or not {len(mean), len(std)} <= {1, 3}:
             raise ValueError(
-                "`rescale_factor`, `image_mean` and `image_std` must be finite, and `image_std` not 0, but got "
+                "`rescale_factor`, `image_mean` and `image_std` (3 each) must be finite, `image_std` not 0, but got "
                 f"{kwargs['rescale_factor']}, {kwargs['image_mean']} and {kwargs['image_std']}."
             )
         if kwargs["do_normalize"] and not kwargs["do_rescale"]:

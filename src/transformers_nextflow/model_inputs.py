@@ -27,7 +27,7 @@ def lay_out(
             "own in `seq_idx`."
         )
     if not torch.compiler.is_compiling():
-        _check_values(config, input_ids, image_grid_shw, position_ids)
+        _check_values(config, input_ids, image_grid_shw, position_ids, attention_mask)
     if (first := getattr(cache, "first_image_slot", None)) is not None:
         if num_past <= first:
             del cache.first_image_slot  # it has been cropped or reset
@@ -60,14 +60,22 @@ def check_names(forward: Callable, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"`forward` got the unknown arguments {unknown}. It takes {sorted(legal)}.")
 
 
-def check_labels(labels, slots, scale_step: ScaleStep | None, num_items: int | torch.Tensor | None) -> None:
+def check_labels(config, labels, slots, scale_step: ScaleStep | None, num_items: int | torch.Tensor | None) -> None:
     """Refuses labels that don't fit the ids or embeddings, and numbers of items that are none."""
     if scale_step is not None or (slots is not None and labels.shape != slots.shape[:2]):
         raise ValueError(
             f"`labels` must have the shape of `input_ids`, but got {tuple(labels.shape)}; scale steps have none. They "
             "are not shifted: that is done here."
         )
-    if num_items is not None and not torch.compiler.is_compiling() and not 0 <= float(num_items) < float("inf"):
+    if torch.compiler.is_compiling():
+        return
+    wrong = ((labels < 0) & (labels != -100)) | (labels >= config.vocab_size)
+    if labels.dtype not in (torch.int64, torch.int32) or wrong.any():
+        raise ValueError(
+            f"`labels` must be ids below {config.vocab_size}, or -100 where there is nothing to learn, but are "
+            f"{labels.dtype} with {labels[wrong].tolist()[:5]}."
+        )
+    if num_items is not None and not 0 <= float(num_items) < float("inf"):
         raise ValueError(f"`num_items_in_batch` must be a number of tokens, but got {float(num_items)}.")
 
 
@@ -128,10 +136,12 @@ def check_shapes(
             )
 
 
-def _check_values(config, input_ids, image_grid_shw, position_ids) -> None:
-    """Refuses ids out of range and positions that are no numbers."""
-    if position_ids is not None and not position_ids.isfinite().all():
-        raise ValueError("`position_ids` must be finite, but some are NaN or infinite.")
+def _check_values(config, input_ids, image_grid_shw, position_ids, attention_mask) -> None:
+    """Refuses ids out of range, and positions and masks that are no numbers."""
+    for name, tensor in {"position_ids": position_ids, "attention_mask": attention_mask}.items():
+        floats = isinstance(tensor, torch.Tensor) and tensor.ndim < 4 and tensor.is_floating_point()
+        if floats and not tensor.isfinite().all():
+            raise ValueError(f"`{name}` must be finite, but some are NaN or infinite.")
     if input_ids is None or not input_ids.numel():
         return
     smallest, largest = torch.stack(input_ids.aminmax()).tolist()

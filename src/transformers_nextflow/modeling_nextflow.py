@@ -520,7 +520,8 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         check_names(NextFlowForCausalLM.forward, kwargs)
         layout = None
         if labels is not None:
-            check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, scale_step, num_items_in_batch)
+            slots = input_ids if inputs_embeds is None else inputs_embeds
+            check_labels(self.config, labels, slots, scale_step, num_items_in_batch)
             if image_grid_shw is not None:  # the loss needs the images, too: they are found once
                 layout = lay_out(
                     self.config, input_ids, inputs_embeds, image_grid_shw, attention_mask, position_ids, seq_idx, cache

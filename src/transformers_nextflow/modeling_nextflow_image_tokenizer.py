@@ -26,6 +26,7 @@ from .semantic_branch import (
 )
 from .strict_loading import StrictPreTrainedModel
 from .strip_decoding import decode_in_strips
+from .token_layout import read_grids
 
 
 @dataclass
@@ -187,11 +188,9 @@ class NextFlowPixelDecoder(nn.Module):
 
 
 def _one_row_an_image(image_grid_shw: torch.Tensor, num_images: int) -> torch.Tensor:
-    rows = torch.as_tensor(image_grid_shw).reshape(-1, 3)
+    rows = read_grids(image_grid_shw)
     if len(rows) != num_images:
-        raise ValueError(
-            f"Got {num_images} images but {len(rows)} rows of `image_grid_shw`; a list needs one an image."
-        )
+        raise ValueError(f"Got {num_images} images but {len(rows)} rows of `image_grid_shw`; give one each.")
     return rows
 
 
@@ -352,7 +351,8 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
             `ValueError`: for a size that no schedule has, or a shape that is not that of RGB images.
         """
         if not isinstance(pixel_values, torch.Tensor):
-            return self._encode_list(list(pixel_values), image_grid_shw, self_correction, generator)
+            images = [] if pixel_values is None else list(pixel_values)
+            return self._encode_list(images, image_grid_shw, self_correction, generator)
         schedule = self._check_images(pixel_values, image_grid_shw)
         if not pixel_values.is_floating_point() or not pixel_values.abs().max() <= 2:  # resizing overshoots
             raise ValueError("`pixel_values` must be floats in [-1, 1]; NextFlow's image processor makes them.")
@@ -400,7 +400,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
         )
 
     def _check_images(self, pixel_values: torch.Tensor, image_grid_shw: torch.Tensor | None) -> ScaleSchedule:
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not len(pixel_values):
             raise ValueError(
                 f"`pixel_values` must have the shape (batch, 3, height, width), but has {tuple(pixel_values.shape)}."
             )
@@ -425,11 +425,9 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
 
     def _shared_schedule(self, image_grid_shw: torch.Tensor, num_images: int) -> ScaleSchedule:
         """The schedule of a batch, from one row for all or one an image."""
-        rows = torch.as_tensor(image_grid_shw).reshape(-1, 3).tolist()
+        rows = read_grids(image_grid_shw).tolist()
         if len(rows) not in (1, num_images):
-            raise ValueError(
-                f"Got {num_images} images but {len(rows)} rows of `image_grid_shw`; give one, or one each."
-            )
+            raise ValueError(f"Got {num_images} images but {len(rows)} rows of `image_grid_shw`; give one or one each.")
         if any(row != rows[0] for row in rows):
             raise ValueError(f"Images of one batch must share one grid, but got {rows}. Pass lists instead.")
         schedule = ScaleSchedule.from_grid_shw(rows[0], self.config.stride, self.config.sides)

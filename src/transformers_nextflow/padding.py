@@ -12,11 +12,19 @@ Prompts = tuple[torch.Tensor, torch.Tensor]
 
 def check_left_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int | None):
     """Generation goes on after the last column, so padding must stand on the left."""
+    for name, tensor in {"input_ids": input_ids, "attention_mask": attention_mask}.items():
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise ValueError(
+                f'`{name}` must be a tensor, but got {type(tensor).__name__}: pass `return_tensors="pt"` to the '
+                "processor or tokenizer."
+            )
     if input_ids.ndim != 2:
         raise ValueError(f"Prompts must have shape (batch, length), but got shape {tuple(input_ids.shape)}.")
-    if input_ids.is_floating_point() and input_ids.numel():
+    if input_ids.numel() and input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"Prompts are ids and must be integers, but got {input_ids.dtype}.")
     if attention_mask is not None:
+        if ((attention_mask != 0) & (attention_mask != 1)).any():
+            raise ValueError("`attention_mask` must be 1 for what is read and 0 for padding, but has other values.")
         padded_right = attention_mask[:, 1:] < attention_mask[:, :-1]
     elif pad_token_id is not None and len(input_ids) > 1:
         padded_right = input_ids[:, -1:].eq(pad_token_id)
@@ -27,6 +35,12 @@ def check_left_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor | No
             "The prompts are padded on the right, but generation goes on after the last column. Pad on the left: "
             '`tokenizer.padding_side = "left"`.'
         )
+
+
+def check_not_empty(attention_mask: torch.Tensor) -> None:
+    """Text goes on from a token: only images may be drawn of nothing."""
+    if not attention_mask.any(-1).all():
+        raise ValueError("A prompt is empty: `input_ids` must have one token at least that `attention_mask` keeps.")
 
 
 def read_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int) -> Prompts:

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin
+from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import logging
 
 from .chat_template import CHAT_TEMPLATE, read_messages
@@ -29,7 +30,7 @@ from .scale_schedule import ScaleSchedule
 from .stream_decoding import StreamChunk, decode_stream
 from .strict_loading import HUB_ARGUMENTS, read_json
 from .token_fields import expand_marks, pad, tokenize, truncate
-from .token_layout import count_images, split_grids
+from .token_layout import count_images, read_grids, split_grids
 from .whole_folder import whole_folder
 
 logger = logging.get_logger(__name__)
@@ -162,8 +163,10 @@ class NextFlowProcessor(ProcessorMixin):
         return_tensors = text_kwargs.pop("return_tensors", None)
         padding = {name: text_kwargs.pop(name) for name in PADDING_ARGUMENTS if name in text_kwargs}
         max_length = None
-        if text_kwargs.pop("truncation", False) not in (None, False, "do_not_truncate"):
-            max_length = padding.get("max_length") or self.tokenizer.model_max_length
+        truncation = text_kwargs.pop("truncation", None) or "do_not_truncate"
+        if truncation is True or TruncationStrategy(truncation) != TruncationStrategy.DO_NOT_TRUNCATE:
+            max_length = padding.get("max_length")
+            max_length = self.tokenizer.model_max_length if max_length is None else max_length
 
         encoded = tokenize(self.tokenizer, texts, **text_kwargs)
         num_marks = [ids.count(self.image_token_id) for ids in encoded["input_ids"]]
@@ -370,13 +373,7 @@ class NextFlowProcessor(ProcessorMixin):
                 not in the image tokenizer's codebook.
         """
         image_tokenizer, _ = self._image_parts()
-        grids = torch.as_tensor(image_grid_shw)
-        if grids.numel() % 3 or (grids.is_floating_point() and grids.numel()):
-            raise ValueError(
-                "`image_grid_shw` must have whole numbers in the shape (num_images, 3), but has "
-                f"{grids.dtype} in the shape {tuple(grids.shape)}."
-            )
-        grids = grids.reshape(-1, 3)
+        grids = read_grids(image_grid_shw)
         if len(codes) != len(grids):
             raise ValueError(
                 f"There are codes of {len(codes)} images, but `image_grid_shw` has {len(grids)} rows; it needs one per "
@@ -569,6 +566,8 @@ def _id_of(tokenizer, token: str) -> int:
 
 def _to_rows(token_ids) -> tuple[list[list[int]], bool]:
     """Ids as a list of lists, and whether they came as a batch."""
+    if token_ids is None:
+        raise ValueError("There are no ids to decode, but None.")
     rows = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
     if isinstance(rows, int):
         return [[rows]], False

@@ -9,12 +9,21 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from operator import index
+from typing import Any
 
 # Sides of the square schedule, one per scale; the 12th is 16, the side that names a bucket.
 BASE_SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
 BUCKET_SIDE = 16
 MIN_AREA_RATIO = 0.9
 MAX_ASPECT_RATIO = 4.0
+MAX_STRIDE = 256
+
+
+def _whole(name: str, values: Iterable[Any]) -> tuple[int, ...]:
+    try:
+        return tuple(map(index, values))
+    except TypeError as error:
+        raise TypeError(f"`{name}` must be whole numbers, but got {values!r}.") from error
 
 
 @lru_cache
@@ -85,24 +94,19 @@ class ScaleSchedule:
     """Where each scale starts in the flat codes; one entry more than scales, the last is `num_tokens`."""
 
     def __post_init__(self):
-        try:
-            bucket = (index(self.bucket[0]), index(self.bucket[1]))
-            num_scales = index(self.num_scales)
-            sides = tuple(index(side) for side in self.sides)
-        except TypeError as error:
-            raise TypeError(
-                "`bucket`, `num_scales` and `sides` must be whole numbers, but got "
-                f"{self.bucket}, {self.num_scales!r} and {self.sides}."
-            ) from error
-        object.__setattr__(self, "bucket", bucket)  # a list or a tensor row is welcome, but the field must hash
-        object.__setattr__(self, "num_scales", num_scales)
-        object.__setattr__(self, "sides", sides)
+        bucket, sides = _whole("bucket", self.bucket), _whole("sides", self.sides)
+        (num_scales,), (stride,) = _whole("num_scales", [self.num_scales]), _whole("stride", [self.stride])
+        # A list or a tensor row is welcome, but the fields must hash.
+        for name, value in {"bucket": bucket, "num_scales": num_scales, "stride": stride, "sides": sides}.items():
+            object.__setattr__(self, name, value)
         if bucket not in aspect_buckets():
-            nearest = nearest_bucket(*bucket) if min(bucket) > 0 else (BUCKET_SIDE, BUCKET_SIDE)
+            nearest = nearest_bucket(*bucket) if len(bucket) == 2 and min(bucket) > 0 else (BUCKET_SIDE, BUCKET_SIDE)
             raise ValueError(
-                f"{bucket} is not one of the {len(aspect_buckets())} aspect buckets; the nearest is {nearest}. "
-                "See `transformers_nextflow.aspect_buckets()`."
+                f"`bucket` {bucket} is not one of the {len(aspect_buckets())} aspect buckets; the nearest is {nearest}."
+                " See `transformers_nextflow.aspect_buckets()`."
             )
+        if not 1 <= stride <= MAX_STRIDE:
+            raise ValueError(f"`stride` must be between 1 and {MAX_STRIDE}, but got {stride}.")
         if sides[:1] != (1,) or any(b <= a for a, b in pairwise(sides)):
             raise ValueError(f"`sides` must begin with 1 and grow from scale to scale, but got {list(sides)}.")
         if not 1 <= num_scales <= len(sides):
@@ -145,8 +149,7 @@ class ScaleSchedule:
         numbers = tuple(row)
         if len(numbers) != 3:
             raise ValueError(f"A row of `image_grid_shw` is (number of scales, height, width), but got {numbers}.")
-        num_scales, h, w = numbers
-        return cls((h, w), num_scales, stride, tuple(sides))
+        return cls(numbers[1:], numbers[0], stride, tuple(sides))
 
     @classmethod
     def from_size(
@@ -171,12 +174,12 @@ class ScaleSchedule:
         Raises:
             `ValueError`: if no schedule ends at this size; the message names the nearest sizes.
         """
-        if height <= 0 or width <= 0:
-            raise ValueError(f"`height` and `width` must be positive, but got {height} x {width}.")
+        (height, width), (stride,) = _whole("height` and `width", [height, width]), _whole("stride", [stride])
+        if min(height, width, stride) < 1:
+            raise ValueError(f"`height`, `width` and `stride` must be positive, but got {height}, {width}, {stride}.")
         sides = tuple(sides)
-        log_aspect = math.log(height / width)
         if num_scales is not None:
-            if abs(log_aspect) > math.log(MAX_ASPECT_RATIO) + 1e-6:
+            if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
                 raise ValueError(f"{height} x {width} is beyond the aspect ratios 1:4 to 4:1.")
             return cls(nearest_bucket(height, width), num_scales, stride, sides)
         on_grid = height % stride == 0 and width % stride == 0

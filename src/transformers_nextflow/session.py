@@ -271,7 +271,7 @@ class NextFlowSession:
 
     def undo(self, num_turns: int = 1) -> None:
         """Forgets the last turns, the answers to them included."""
-        if not 1 <= num_turns <= self.num_turns:
+        if num_turns not in range(1, self.num_turns + 1):
             raise ValueError(f"There are {self.num_turns} turns, so {num_turns} can't be undone.")
         self._end_turn()
         decoding, marks = self._now

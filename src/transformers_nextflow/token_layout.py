@@ -214,6 +214,17 @@ def scale_position_ids(
     return torch.stack([depth, rows.expand_as(depth), columns.expand_as(depth)])
 
 
+def read_grids(image_grid_shw: Any) -> torch.Tensor:
+    """Grids as a tensor `(num_images, 3)`; a `ValueError` if they are none."""
+    grids = torch.as_tensor([] if image_grid_shw is None else image_grid_shw)
+    if grids.numel() % 3 or (grids.is_floating_point() and grids.numel()):
+        raise ValueError(
+            "`image_grid_shw` must have whole numbers in the shape (num_images, 3), but has "
+            f"{grids.dtype} in the shape {tuple(grids.shape)}."
+        )
+    return grids.reshape(-1, 3)
+
+
 def check_grids(image_grid_shw: torch.Tensor, num_images: int | None = None) -> None:
     """Raises a `ValueError` unless there is a row of three numbers for each of `num_images` (if known) images."""
     if image_grid_shw.ndim != 2 or image_grid_shw.shape[-1] != 3:

@@ -348,7 +348,8 @@ def call_decode(world, case):
 
 def look_images(world, case, rows):
     pictures = [picture for row in rows for picture in row]
-    return "" if [picture.size for picture in pictures] == [(80, 80)] else f"pictures: {pictures}"
+    expected = [] if no_pictures(given(case)) else [(80, 80)]
+    return "" if [picture.size for picture in pictures] == expected else f"pictures: {pictures}"
 
 
 # --- generate ---
@@ -471,7 +472,7 @@ FORWARD = {
         [Spec("tensor", (2, 5), "int64", 0), Spec("tensor", (6,), "int64", 0)],
     ),
     "scale_index": ([], [0, -1, 99, "1", NAN]),
-    "num_items_in_batch": ([4], [NAN, INF, 0, -1]),
+    "num_items_in_batch": ([4, 0], [NAN, INF, -1]),  # 0 of 0: a rank may have nothing to learn
     "no_such_option": ([], [1]),
 }
 
@@ -709,6 +710,30 @@ def used_by_generate(case: dict[str, Any], name: str) -> bool:
     return mode != "image" or name not in ("max_new_tokens", "repetition_penalty", "stop_strings")
 
 
+def used_by_size(case: dict[str, Any], name: str) -> bool:
+    """With a number of scales only the aspect of a size counts."""
+    forced = case.get("num_scales") is not None
+    return not (forced and name in ("height", "width") and case[name].value in (257, 10**12))
+
+
+def used_by_chat(case: dict[str, Any], name: str) -> bool:
+    """Pictures are opened where ids are made; in the text of a chat each is a mark."""
+    return case.get("tokenize", True) or '"type": "image"' not in json.dumps(case[name].value)
+
+
+def used_by_decode(case: dict[str, Any], name: str) -> bool:
+    """Text holds no pictures, so it needs no grids."""
+    return not no_pictures(given(case))
+
+
+def no_pictures(case: dict[str, Any]) -> bool:
+    return case.get("codes") in ("text", "empty") and case.get("image_grid_shw") == "none"
+
+
+def used_by_image_tokenizer(case: dict[str, Any], name: str) -> bool:
+    return name != "generator" or case.get("self_correction", False)
+
+
 def used_by_session(case: dict[str, Any], name: str) -> bool:
     turn = case.get("turn", "ask")
     return not (name == "num_scales" and turn == "ask") and not (name == "max_new_tokens" and turn == "draw")
@@ -716,21 +741,37 @@ def used_by_session(case: dict[str, Any], name: str) -> bool:
 
 DOORS = [
     Door("schedule", some(SCHEDULE, 0, 4), call_schedule, look_schedule, 0.1),
-    Door("schedule from size", some(SIZE, 0, 4), call_size, look_schedule, 0.1),
+    Door("schedule from size", some(SIZE, 0, 4), call_size, look_schedule, 0.1, used=used_by_size),
     *(
         Door(
             f"image processor, {name}", some(IMAGE), call_image_processor(backend), look_pixels, 3, used=used_by_images
         )
         for name, backend in {"torchvision": NextFlowImageProcessor, "PIL": NextFlowImageProcessorPil}.items()
     ),
-    Door("processor", some(PROCESSOR, 1, 4), call_processor, look_processor, 5, used=used_by_processor),
-    Door("chat", some(MESSAGES, 1, 3), call_chat, look_chat, 1, ("message", "role", "content")),
-    Door("decode", some(DECODE, 1, 2), call_decode, look_images, 5, ("ids", "image_grid_shw", "codes")),
-    Door("generate", some(GENERATE, 1, 3), call_generate, look_generate, 20, used=used_by_generate),
+    Door(
+        "processor",
+        some(PROCESSOR, 1, 4),
+        call_processor,
+        look_processor,
+        5,
+        ("please select one of",),
+        used_by_processor,
+    ),
+    Door("chat", some(MESSAGES, 1, 3), call_chat, look_chat, 1, ("message", "role", "content"), used_by_chat),
+    Door("decode", some(DECODE, 1, 2), call_decode, look_images, 5, ("ids", "image_grid_shw", "codes"), used_by_decode),
+    Door(
+        "generate",
+        some(GENERATE, 1, 3),
+        call_generate,
+        look_generate,
+        20,
+        ("stop strings", "penalty"),
+        used_by_generate,
+    ),
     Door("forward", some(FORWARD, 1, 3), call_forward, look_forward, 4),
     Door("session", some(SESSION, 1, 4), call_session, look_session, 25, ("turn",), used_by_session),
     Door("pipeline", some(PIPELINE, 1, 3), call_pipeline, look_pipeline, 25),
-    Door("image tokenizer", some(PIXELS, 1, 3), call_image_tokenizer, look_codes, 10),
+    Door("image tokenizer", some(PIXELS, 1, 3), call_image_tokenizer, look_codes, 10, used=used_by_image_tokenizer),
     Door("config", some(CONFIG, 1, 3), call_config, nothing_to_see, 2),
     Door("image tokenizer config", some(TOKENIZER_CONFIG, 1, 3), call_tokenizer_config, nothing_to_see, 2),
     Door("checkpoint", some(CHECKPOINT, 3, 3), call_checkpoint, look_checkpoint, 60, (".json", ".safetensors")),

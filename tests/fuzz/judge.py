@@ -48,6 +48,8 @@ def judge(door: Door, world: World, case: dict[str, Any], wall_seconds: float = 
     except (ValueError, TypeError, OSError) as error:
         clear = _is_clear(error, door, case)
         kind, what = ("", "") if clear else ("unclear", _place(error))
+    except ImportError as error:  # an optional package
+        kind, what = ("", "") if "install" in str(error) else ("unclear", _place(error))
     except Hang:
         kind, what = "hang", ", ".join(sorted(case))
     except MemoryError as error:
@@ -68,12 +70,13 @@ def _peak() -> int:
 
 
 def _is_clear(error: BaseException, door: Door, case: dict[str, Any]) -> bool:
-    """It was raised by our code on purpose, or it names an argument or a file of the case."""
+    """It was raised by our code on purpose, or it names an argument, a value or a file of the case."""
     deepest = traceback.extract_tb(error.__traceback__)[-1]
     text = str(error)
     raised_here = any(ours in deepest.filename for ours in OURS) and (deepest.line or "").startswith(("raise", ")"))
     words = [word for word in (*case, *door.words) if word in text]
-    words += [str(value) for value in case.values() if isinstance(value, str) and value and value in text]
+    values = (value.value if isinstance(value, Bad) else value for value in case.values())
+    words += [value for value in values if isinstance(value, str) and value and value in text]
     return raised_here or bool(words) or "unexpected keyword argument" in text
 
 

@@ -57,7 +57,7 @@ def test_bad_language_model_fields(arguments, message):
             {"decoder_hidden_sizes": [32] * 5, "pixel_patch_size": 2, "encoder_hidden_sizes": [32] * 4},
             "`decoder_hidden_sizes` has 5",
         ),
-        ({"self_correction_top_k": 0}, "between 1 and `codebook_size`"),
+        ({"self_correction_top_k": 0}, "`self_correction_top_k` must be finite and between 1"),
         ({"semantic_config": {"model_type": "no_such_model"}}, "unknown model type"),
         ({"scale_sides": [1, 2, 4]}, "`num_scales` must be between 1 and 3, but got 18"),
         ({"scale_sides": [2, 4], "num_scales": 2}, "must begin with 1 and grow"),
