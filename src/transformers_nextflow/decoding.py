@@ -5,16 +5,18 @@ once. Letters: B rows, L slots, R images that are drawn together, n codes, N cod
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 
-from .decoding_settings import DecodingSettings, StopCheck
+from .decoding_settings import DecodingSettings
 from .decoding_state import DecodingState
 from .padding import Prompts, end_with_boi, move_right, stack_rows, unconditional_prompts
 from .sampling import ScaleSampling, draw_codes, draw_seeds, sample_codes
@@ -27,25 +29,48 @@ Grids = Sequence[Sequence[Sequence[int]]]  # for each row the grids of its image
 
 @dataclass
 class DecodingStep:
-    """What happened to some rows. The reader of a step of kind `"scale"` may change what follows.
+    """Something that happened to some rows.
 
     Args:
         kind (`str`): `"token"`, `"scale"` (of an image that is being drawn) or `"image"` (it is whole).
         rows (`list[int]`): Which rows of the batch.
         ids (`torch.LongTensor`):
-            Tokens `(rows, 1)`, or all codes so far `(rows, n)` (one row per prefix as long as images share it). After a
-            scale, the reader may put other codes of that scale here.
+            Tokens `(rows, 1)`, or all codes so far `(rows, n)` (one row for each prefix as long as images share it).
         schedule (`ScaleSchedule`, *optional*): The images'.
         index (`int`, *optional*): The scale, from 0.
-        guidance_scale (`float`, *optional*): That of this scale; a change holds for all scales that follow.
+        guidance_scale (`float`, *optional*): Of this scale.
+        num_codes (`int`, *optional*): K.
     """
 
     kind: str
     rows: list[int]
     ids: torch.Tensor
     schedule: ScaleSchedule | None = None
-    index: int | None = None
+    index: int = 0
     guidance_scale: float | None = None
+    num_codes: int = 0
+
+    def change(self, codes: torch.Tensor | None = None, guidance_scale: float | None = None) -> None:
+        """After a scale: other codes for it, in all codes so far, and the guidance of the scales that follow."""
+        if codes is not None:
+            start = self.schedule.offsets[self.index] if self.schedule is not None else 0
+            legal = isinstance(codes, torch.Tensor) and codes.shape == self.ids.shape and not codes.is_floating_point()
+            if not legal or not ((codes >= 0) & (codes < self.num_codes)).all():
+                raise ValueError(
+                    f"Changed codes must be whole numbers from 0 to {self.num_codes - 1}, a tensor of shape "
+                    f"{tuple(self.ids.shape)}, but got {codes!r:.200}."
+                )
+            codes = codes.to(self.ids)
+            if not torch.equal(codes[:, :start], self.ids[:, :start]):
+                raise ValueError(
+                    f"Only codes of the scale that was just drawn can be changed, those from place {start} on: what "
+                    "follows has been conditioned on the others."
+                )
+            self.ids = codes
+        if guidance_scale is not None:
+            if not (isinstance(guidance_scale, Real) and 0 <= float(guidance_scale) < math.inf):
+                raise ValueError(f"`guidance_scale` must be a number of at least 0, but got {guidance_scale!r}.")
+            self.guidance_scale = float(guidance_scale)
 
 
 class GenerationEvent(NamedTuple):
@@ -133,10 +158,11 @@ def draw_scales(
             inputs = codes[:, first:] + config.text_vocab_size
             drawn = _run_branches(states, inputs, schedule, index, sampler)
         codes = torch.cat([codes, drawn.to(codes.device)], dim=1)
-        step = DecodingStep("scale", list(rows), codes, schedule, index, sampling.guidance_scale)
+        step = DecodingStep(
+            "scale", list(rows), codes, schedule, index, sampling.guidance_scale, config.visual_codebook_size
+        )
         yield step
-        if step.ids is not codes:
-            codes = _replace_last_scale(codes, step.ids, schedule.offsets[index], config.visual_codebook_size)
+        codes = step.ids
         if step.guidance_scale != sampling.guidance_scale:
             guidance_scale = step.guidance_scale
             if num_branches == 1 and guidance_scale != 1:
@@ -144,22 +170,6 @@ def draw_scales(
                     f"The guidance scale can't become {guidance_scale} after scale {index}: this drawing began without "
                     "guidance, so there is no unconditional branch. Begin with a `guidance_scale` other than 1."
                 )
-
-
-def _replace_last_scale(codes: torch.Tensor, new: torch.Tensor, start: int, num_codes: int) -> torch.Tensor:
-    """Codes so far with those of the last scale changed by a callback."""
-    if new.shape != codes.shape or new.is_floating_point() or not ((new >= 0) & (new < num_codes)).all():
-        raise ValueError(
-            f"Changed codes must be whole numbers from 0 to {num_codes - 1} of shape {tuple(codes.shape)}, but got "
-            f"{new.dtype} of shape {tuple(new.shape)}."
-        )
-    new = new.to(codes)
-    if not torch.equal(new[:, :start], codes[:, :start]):
-        raise ValueError(
-            f"Only codes of the scale that was just drawn can be changed, those from place {start} on: what follows "
-            "has been conditioned on the others."
-        )
-    return new
 
 
 def _run_branches(
@@ -208,6 +218,7 @@ class Decoding:
         self._images: DecodingState | None = None  # guidance's branch without text
         self._num_run_images = torch.zeros_like(self.rows)  # slots of it, for each row
         self._stopped = False
+        self._has_gaps = False  # columns in which some rows have nothing, behind columns in which they have
 
     # Prompts
 
@@ -261,6 +272,7 @@ class Decoding:
             ids, real = ids[:, :-1], real[:, :-1]
         else:
             real = torch.cat([real[:, :-1], real[:, -1:] & ~self.waiting[:, None]], dim=1)
+            self._has_gaps = self._has_gaps or bool(self.waiting.any())
         self.ids, self.real = torch.cat([self.ids, ids], dim=1), torch.cat([self.real, real], dim=1)
         for row, new in zip(self.rows.tolist(), grids, strict=True):
             self.grids[row] += [tuple(grid) for grid in new]
@@ -281,18 +293,20 @@ class Decoding:
 
     def sequences(self) -> list[torch.Tensor]:
         """Token-view ids of every row, `(L_row,)` each."""
-        going = {row: self.ids[i][self.real[i]] for i, row in enumerate(self.rows.tolist())}
-        return [(self._finished | going)[row] for row in range(len(self.grids))]
+        rows = self._finished | {row: self.ids[i][self.real[i]] for i, row in enumerate(self.rows.tolist())}
+        return [rows[row] for row in range(len(self.grids))]
 
     def cache_before_last(self) -> Cache | None:
         """The cache of all slots of `ids` but the last, which is the first to run when the sequence goes on.
 
         None if rows have ended at different places, or if a longer negative prompt has moved the slots.
         """
-        has_gaps = bool((self.real[:, 1:] < self.real[:, :-1]).any())
-        if self._finished or has_gaps or self.state.num_slots != self.ids.shape[1] - self._last_is_unrun:
+        if len(self.state.mask) > len(self.rows):
+            self.state.select(self.rows)  # not the branches of guidance
+        if self._finished or self._has_gaps or self.state.num_slots != self.ids.shape[1] - self._last_is_unrun:
             return None
-        self.state.select(self.rows)  # not the branches of guidance
+        if isinstance(self.state.cache, StaticCache) and self.state.cache.get_max_length() <= self.state.num_slots:
+            return None  # nothing can go on from it
         if not self._last_is_unrun:
             self.state.crop(self.ids.shape[1] - 1, self.state.position)
         return self.state.cache
@@ -337,15 +351,16 @@ class Decoding:
             if not len(places):
                 break
             self._append(tokens[:, None], taken[:, None])
+            self._has_gaps = self._has_gaps or len(places) < len(self.rows)
             self.num_tokens = self.num_tokens + taken
             yield DecodingStep("token", self.rows[places].tolist(), tokens[places, None])
             active = taken & ~ended
             if settings.ends_text is not None:
-                text_is_over = text_is_over | self._ask(settings.ends_text, active)
+                text_is_over = text_is_over | settings.ends_text(self._without_gaps(self.ids, self.real))
             if not must:
                 active = active & ~text_is_over & (self.num_tokens < settings.max_new_tokens)
             if settings.should_stop is not None:
-                active = active & ~self._ask(settings.should_stop, active)
+                active = active & ~settings.should_stop(self._without_gaps(self.ids, self.real))
 
     def _draw(self, settings: DecodingSettings) -> Iterator[DecodingStep]:
         """Draws an image in every row."""
@@ -363,7 +378,7 @@ class Decoding:
                 if settings.should_stop is not None:
                     shown = codes.repeat_interleave(len(numbers) // len(codes), dim=0) + offset
                     real = torch.cat([self.real, torch.ones_like(shown, dtype=torch.bool)], dim=1)
-                    if self._asked(settings.should_stop, torch.cat([self.ids, shown], dim=1), real).all():
+                    if settings.should_stop(self._without_gaps(torch.cat([self.ids, shown], dim=1), real)).all():
                         self._stopped = True
                         break
         finally:  # also where the iterator is closed: ids and caches must agree
@@ -381,10 +396,12 @@ class Decoding:
 
     def _next_tokens(self, logits: torch.Tensor, settings: DecodingSettings, active: torch.Tensor) -> torch.Tensor:
         scores = logits.float()
-        if settings.min_new_tokens and settings.eos_token_ids:
+        if settings.min_new_tokens:
+            ends = [*settings.eos_token_ids, *([self.config.boi_token_id] if settings.opening == "must" else [])]
             too_early = (self.num_tokens < settings.min_new_tokens)[:, None]
-            scores[:, settings.eos_token_ids] = scores[:, settings.eos_token_ids].masked_fill(too_early, -torch.inf)
-        scores = settings.processors(_without_gaps(self.ids, self.real, self.pad_token_id), scores)  # type: ignore[arg-type]
+            scores = scores.clone()
+            scores[:, ends] = scores[:, ends].masked_fill(too_early, -torch.inf)
+        scores = settings.processors(self._without_gaps(self.ids, self.real), scores)  # type: ignore[arg-type]
         if not settings.sample_text:
             return scores.argmax(-1)
         # Rows that wait leave their generators alone, as if there were no others.
@@ -396,12 +413,9 @@ class Decoding:
 
     # The parts of a step
 
-    def _ask(self, check: StopCheck, active: torch.Tensor) -> torch.Tensor:
-        """The active rows for which a check says yes, `(B,)`."""
-        return active & self._asked(check, self.ids, self.real)
-
-    def _asked(self, check: StopCheck, ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        return check(_without_gaps(ids, real, self.pad_token_id))
+    def _without_gaps(self, ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Ids `(B, L)` with all that is not real on the left."""
+        return move_right(ids, real, self.pad_token_id)[0] if self._has_gaps else ids
 
     def _new_state(
         self,
@@ -415,6 +429,8 @@ class Decoding:
             cache = make_cache(self.config, settings.cache_implementation, length, num_unstored)
         else:
             check_empty(cache, length)
+        if isinstance(cache, ScaleCache):
+            cache.set_padding(None)  # of a call before
         if settings.compile_config is not None and not isinstance(cache, ScaleCache):
             raise ValueError(
                 'Only steps on a `ScaleCache` are compiled: use `cache_implementation="preallocated"` or "quantized", '
@@ -533,13 +549,6 @@ class Decoding:
         twin._images = None if self._images is None else self._images.fork()
         twin.grids, twin._finished = [list(row) for row in self.grids], dict(self._finished)
         return twin
-
-
-def _without_gaps(ids: torch.Tensor, real: torch.Tensor, pad_token_id: int) -> torch.Tensor:
-    """Ids `(B, L)` with all padding moved to the left."""
-    if not (real[:, 1:] < real[:, :-1]).any():
-        return ids
-    return move_right(ids, real, pad_token_id)[0]
 
 
 def _grid_rows(grids: Grids | None) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ Letters: B prompts, L tokens of a prompt, M of a negative prompt, N codes of an 
 import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,6 @@ from .generation_config_nextflow import SIZE, NextFlowGenerationConfig
 from .padding import Prompts, end_with_boi, read_prompts
 from .sampling import ScaleSampling, make_generators, sampling_plan
 from .scale_schedule import ScaleSchedule
-from .token_layout import count_images, split_grids
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +52,7 @@ class DecodingSettings:
         cache (`Cache`, *optional*), cache_implementation (`str`): What keys and values are kept in.
         keeps_cache (`bool`): Whether anything goes on from the cache.
         compile_config (`CompileConfig`, *optional*): Compiles the layers of scale steps; needs a [`ScaleCache`].
+        num_new_slots (`int`): At most this many slots are added to the rows.
         max_new_tokens, min_new_tokens (`int`): Text tokens per row.
         eos_token_ids (`tuple[int, ...]`): Ids that end the text of a row.
         processors (`LogitsProcessorList`): For the scores of text.
@@ -77,6 +77,7 @@ class DecodingSettings:
     keeps_cache: bool = True
     compile_config: Any = None
     max_new_tokens: int = 0
+    num_new_slots: int = 0
     min_new_tokens: int = 0
     eos_token_ids: tuple[int, ...] = ()
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
@@ -88,11 +89,6 @@ class DecodingSettings:
     def one_image_now(self) -> bool:
         """Whether all that comes is one image: then the branches of guidance run side by side, in one batch."""
         return self.opening == "now" and self.max_new_images == 1 and not self.text_after_images
-
-    @property
-    def num_new_slots(self) -> int:
-        """The most slots that can be added to a row, `<boi>` included."""
-        return self.max_new_tokens + self.max_new_images * (self.schedule.num_tokens + 1)
 
 
 class TextOnlyLogitsProcessor(LogitsProcessor):
@@ -112,13 +108,13 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
 
 
 class Call(NamedTuple):
-    """A call that draws: the options given, the same over the model's own, and the prompts with their grids."""
+    """A call that draws: the options given, the same over the model's own, and prompts with the grids of each."""
 
     model: Any
     given: NextFlowGenerationConfig
     config: NextFlowGenerationConfig
     prompts: Prompts
-    grids: torch.Tensor | None
+    grids: Sequence[Sequence[Sequence[int]]]
 
 
 def read_options(
@@ -126,8 +122,13 @@ def read_options(
 ) -> tuple[NextFlowGenerationConfig, NextFlowGenerationConfig, dict[str, Any]]:
     """Of a call that draws: the options given, the same over the model's own, and the arguments that are no options."""
     given, others = NextFlowGenerationConfig.merge(kwargs, generation_config)
+    keywords = {name for name, value in kwargs.items() if value is not None}
+    stored = vars(model.generation_config)
+    for name, value in vars(given).items():  # what a configuration repeats of the model's own is not asked for
+        if name not in keywords and value == stored.get(name):
+            setattr(given, name, None)
     config = given.over(model.generation_config)
-    config.check_drawing({name for name, value in kwargs.items() if value is not None})
+    config.check_drawing(keywords, {name for name, value in vars(given).items() if value is not None})
     if config.generation_mode == "image" and not config.thinking and others.get("logits_processor") is not None:
         raise ValueError("Image mode writes no text, so it does not take `logits_processor`. Use `on_scale_end`.")
     if unknown := sorted(name for name in others.keys() - set(INPUTS) if others[name] is not None):
@@ -171,21 +172,32 @@ def read_settings(
         opening, images, text, default_text = "now", config.num_frames or 1, 0, 0
     schedule = _schedule(call)
     plan, num_branches = _plan(call, schedule.num_scales)
-    limit = model.config.max_position_embeddings
-    if opening != "now" and config.max_length is not None:
-        limit = min(limit, config.max_length)
-    images, text = _share_context(limit, ids.shape[1], call.grids, schedule, images, text, default_text)
-    if (opening == "must" or not images) and (ids[:, -1:] == model.config.boi_token_id).any():
+    pad = model.config.eoi_token_id if config.pad_token_id is None else config.pad_token_id
+    away = ids.new_empty(1, 0) if negative_prompt_ids is None else negative_prompt_ids.to(ids.device)
+    negative = read_prompts(away, negative_prompt_attention_mask, pad)
+    negative = end_with_boi(*negative, model.config.boi_token_id, pad)
+    if len(negative[0]) not in (1, len(ids)):
+        raise ValueError(
+            f"Got {len(negative[0])} negative prompts for {len(ids)} prompts. Pass one, or one per prompt."
+        )
+    ends_with_boi = (ids[:, -1:] == model.config.boi_token_id).any(-1)
+    length = max(ids.shape[1] - int(len(ids) > 0 and bool(ends_with_boi.all())), negative[0].shape[1] - 1)
+    if text is None and config.max_length is not None:
+        text = max(0, config.max_length - ids.shape[1])
+    images, text = _share_context(
+        model.config.max_position_embeddings, length, call.grids, schedule, images, text, default_text
+    )
+    if (opening == "must" or not images) and ends_with_boi.any():
         reason = "`thinking` comes before it" if images else "`max_new_images` is 0, or none fits into the context"
         raise ValueError(
             f"A prompt ends with `<boi>`, so an image must follow at once, but {reason}. Leave `<boi>` out."
         )
     num_rows, one_image = len(ids) * copies, opening == "now" and images == 1
-    _check_memory(model, num_rows * num_branches, ids.shape[1] + text + images * (schedule.num_tokens + 1))
-    pad = model.config.eoi_token_id if config.pad_token_id is None else config.pad_token_id
-    away = ids.new_empty(1, 0) if negative_prompt_ids is None else negative_prompt_ids.to(ids.device)
-    negative = read_prompts(away, negative_prompt_attention_mask, pad)
-    negative = end_with_boi(*negative, model.config.boi_token_id, pad)
+    compile_config = None if config.disable_compile else config.compile_config
+    implementation = config.cache_implementation or ("preallocated" if one_image or compile_config else "dynamic")
+    # Rows that write at different times share columns: one phase of text for each image, and one behind them.
+    new_slots = text * min(num_rows, images + 1) + images * (schedule.num_tokens + 1)
+    _check_memory(model, implementation, num_rows * num_branches, ids.shape[1] + new_slots)
     if negative_prompt_ids is not None and (opening == "free" or images > 1):
         raise ValueError(
             "`negative_prompt_ids` would stand between the images of a sequence: they are for single images. Leave "
@@ -195,7 +207,7 @@ def read_settings(
         logger.warning_once("`negative_prompt_ids` has no effect without a `guidance_scale`.")
     if not one_image and len(negative[0]) > 1:
         negative = negative[0].repeat_interleave(copies, dim=0), negative[1].repeat_interleave(copies, dim=0)
-    sharing = _sharing(config, schedule.num_scales, copies) if one_image else (0, 1)
+    sharing = _sharing(call, schedule.num_scales, copies) if one_image else (0, 1)
     return DecodingSettings(
         schedule=schedule,
         plan=plan,
@@ -208,10 +220,11 @@ def read_settings(
         prefix_scales=sharing[0],
         images_per_prefix=sharing[1],
         cache=cache,
-        cache_implementation=config.cache_implementation or ("preallocated" if one_image else "dynamic"),
+        cache_implementation=implementation,
         keeps_cache=cache is not None or (bool(config.return_dict_in_generate) and config.return_cache is not False),
-        compile_config=None if config.disable_compile else config.compile_config,
+        compile_config=compile_config,
         max_new_tokens=text,
+        num_new_slots=new_slots,
         should_stop=_stop_check(stopping_criteria),
         **({} if opening == "now" else _text_settings(call, images, logits_processor, tokenizer)),
     )
@@ -245,20 +258,20 @@ def _text_settings(call: Call, num_images: int, processors: Any, tokenizer: Any)
 
 def _plan(call: Call, num_scales: int) -> tuple[list[ScaleSampling], int]:
     """How the codes of each scale are drawn, and the number of branches."""
-    config, (ids, mask) = call.config, call.prompts
-    counts = count_images(ids.masked_fill(mask == 0, 0), call.model.config.text_vocab_size)
+    config, have_images = call.config, all(map(len, call.grids))
     # A stored one is for edits alone; one that is given must make sense.
-    if not all(counts) and call.given.image_guidance_scale is not None:
+    if not have_images and call.given.image_guidance_scale is not None:
         raise ValueError(
             "`image_guidance_scale` guides by the images of the prompts, but "
-            f"{counts.count(0)} of {len(counts)} prompts have none. Leave it out, or use `guidance_scale`."
+            f"{sum(not grids for grids in call.grids)} of {len(call.grids)} prompts have none. Leave it out, or use "
+            "`guidance_scale`."
         )
     plan = sampling_plan(
         num_scales,
         call.model.config.visual_codebook_size,
         guidance_scale=config.guidance_scale,
         guidance_schedule=config.guidance_schedule or "constant",
-        image_guidance_scale=config.image_guidance_scale if all(counts) else None,
+        image_guidance_scale=config.image_guidance_scale if have_images else None,
         temperature=1.0 if config.image_temperature is None else config.image_temperature,
         top_k=config.image_top_k,
         top_p=1.0 if config.image_top_p is None else config.image_top_p,
@@ -271,11 +284,9 @@ def _plan(call: Call, num_scales: int) -> tuple[list[ScaleSampling], int]:
 
 def _schedule(call: Call) -> ScaleSchedule:
     """The schedule that is asked for; an edit keeps the size of the image that it edits, the last of its prompt."""
-    (ids, mask), config = call.prompts, call.model.config
-    rows = [] if call.grids is None else split_grids(ids * mask, call.grids, config.text_vocab_size)
-    if not rows or not all(map(len, rows)) or any(getattr(call.given, name) is not None for name in SIZE):
-        return call.config.schedule(config.num_scales)
-    last = {tuple(of_row[-1].tolist()) for of_row in rows}
+    if not all(map(len, call.grids)) or any(getattr(call.given, name) is not None for name in SIZE):
+        return call.config.schedule(call.model.config.num_scales)
+    last = {tuple(grids[-1]) for grids in call.grids}
     if len(last) > 1:
         sizes = sorted({(s.height, s.width) for s in map(ScaleSchedule.from_grid_shw, last)})
         raise ValueError(
@@ -288,7 +299,7 @@ def _schedule(call: Call) -> ScaleSchedule:
 def _share_context(
     limit: int,
     num_prompt_tokens: int,
-    grids: torch.Tensor | None,
+    grids: Any,
     schedule: ScaleSchedule,
     num_images: int | None,
     num_text: int | None,
@@ -311,13 +322,13 @@ def _share_context(
     return min(wanted, fitting), num_text
 
 
-def check_context(num_prompt_tokens: int, num_new: int, limit: int, grids: torch.Tensor | None) -> None:
-    """Raises a `ValueError` unless prompts, which hold images of these grids, leave room for `num_new` tokens."""
+def check_context(num_prompt_tokens: int, num_new: int, limit: int, grids: Any) -> None:
+    """A `ValueError` unless prompts, with images of these grids (of each prompt), leave room for `num_new` tokens."""
     if num_prompt_tokens + num_new <= limit:
         return
     hint = "Shorten the prompt or ask for less."
-    if grids is not None and len(grids):
-        largest = max((ScaleSchedule.from_grid_shw(grid) for grid in grids.tolist()), key=lambda s: s.num_tokens)
+    if schedules := [ScaleSchedule.from_grid_shw(grid) for of_prompt in grids for grid in of_prompt]:
+        largest = max(schedules, key=lambda schedule: schedule.num_tokens)
         hint = (
             f"At most {max(0, limit - num_new) // (largest.num_tokens + 1)} images of {largest.height} x "
             f"{largest.width} pixels fit ({largest.num_tokens + 1} tokens each). Show fewer or smaller ones, shorten "
@@ -325,19 +336,22 @@ def check_context(num_prompt_tokens: int, num_new: int, limit: int, grids: torch
         )
     raise ValueError(
         f"The prompt has {num_prompt_tokens} tokens, which with {num_new} new ones is more than the model's context of "
-        f"{limit} (`config.max_position_embeddings` or `max_length`). {hint}"
+        f"{limit} (`config.max_position_embeddings`). {hint}"
     )
 
 
-def _check_memory(model: Any, num_rows: int, num_slots: int) -> None:
+def _check_memory(model: Any, implementation: str, num_rows: int, num_slots: int) -> None:
     """Refuses calls whose cache the device could never hold, before anything is allocated."""
     config, total, device = model.config, math.inf, model.device
+    if implementation.startswith("offloaded") or getattr(model, "hf_device_map", None):
+        return  # there is more than this device
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
     elif device.type == "cpu" and hasattr(os, "sysconf"):
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     width = config.hidden_size // config.num_attention_heads * (config.num_key_value_heads or 1)
-    needed = num_rows * num_slots * 2 * config.num_hidden_layers * width * model.dtype.itemsize
+    itemsize = 1 if implementation == "quantized" else model.dtype.itemsize
+    needed = num_rows * num_slots * 2 * config.num_hidden_layers * width * itemsize
     if needed > total:
         raise ValueError(
             f"{num_rows} rows of {num_slots} slots take {needed / 1e9:.0f} GB of keys and values, but the device has "
@@ -345,11 +359,13 @@ def _check_memory(model: Any, num_rows: int, num_slots: int) -> None:
         )
 
 
-def _sharing(config: NextFlowGenerationConfig, num_scales: int, num_images: int) -> tuple[int, int]:
-    """The number of shared scales and of the images that share them; (0, 1) if none are shared."""
-    prefix_scales, images_per_prefix = config.prefix_scales, config.images_per_prefix
+def _sharing(call: Call, num_scales: int, num_images: int) -> tuple[int, int]:
+    """How many scales are shared, and by how many images: (0, 1) if none are."""
+    prefix_scales, images_per_prefix = call.config.prefix_scales, call.config.images_per_prefix
     if prefix_scales is None and images_per_prefix is None:
         return 0, 1
+    if call.given.prefix_scales is call.given.images_per_prefix is None and num_images % (images_per_prefix or 1):
+        return 0, 1  # stored for calls that draw more images
     if prefix_scales is None or images_per_prefix is None:
         raise ValueError(
             "Pass `prefix_scales` and `images_per_prefix` together, but got "

@@ -1,6 +1,8 @@
 """The options of `generate`: one list, typed, checked, and saved as `generation_config.json`."""
 
 import copy
+import math
+from numbers import Integral, Real
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
@@ -35,7 +37,7 @@ _REFUSED_WHERE_IMAGES_ARE_DRAWN: dict[str, tuple[Any, str]] = {
 # What callers, above all pipelines, pass to any `generate`. Where no text is written it has no meaning.
 _TEXT_OPTIONS_OF_ALL_CALLERS = frozenset(
     {
-        *("max_new_tokens", "max_length", "min_new_tokens", "min_length", "max_time"),
+        *("max_new_tokens", "max_length", "min_new_tokens", "min_length"),
         *("bos_token_id", "eos_token_id", "stop_strings", "decoder_start_token_id"),
     }
 )
@@ -133,11 +135,11 @@ class NextFlowGenerationConfig(GenerationConfig):
         counts = (*SIZE, "num_frames", "prefix_scales", "images_per_prefix", "max_new_tokens", "num_return_sequences")
         for name, least in {**dict.fromkeys(counts, 1), "num_beams": 1, "max_new_images": 0}.items():
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, but got {value!r}.")
         for name in ("guidance_scale", "image_guidance_scale"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 <= value < float("inf")):
+            if value is not None and not (isinstance(value, Real) and 0 <= float(value) < math.inf):
                 raise ValueError(f"`{name}` must be a number of at least 0 (1 turns guidance off), but got {value!r}.")
         styles = {} if self.prompt_styles is None else self.prompt_styles
         if not isinstance(styles, dict) or set(styles) - set(PROMPT_TASKS) or set(styles.values()) - set(PROMPT_STYLES):
@@ -172,7 +174,9 @@ class NextFlowGenerationConfig(GenerationConfig):
     ) -> tuple["NextFlowGenerationConfig", dict[str, Any]]:
         """The options among keyword arguments, over those of a configuration; and the arguments that are no options."""
         config = cls()
-        others = config.update(**{name: value for name, value in given.items() if value is not None})
+        options = {name: value for name, value in given.items() if value is not None and name in vars(config)}
+        config.update(**options)
+        others = {name: value for name, value in given.items() if name not in vars(config)}
         return config if generation_config is None else config.over(generation_config), others
 
     def schedule(self, limit: int) -> ScaleSchedule:
@@ -198,39 +202,44 @@ class NextFlowGenerationConfig(GenerationConfig):
             )
         return schedule
 
-    def check_drawing(self, given: set[str]) -> None:
-        """Refuses what the modes that draw can't do, given or stored; `given` are the names of keyword arguments."""
+    def check_drawing(self, keywords: set[str], given: set[str]) -> None:
+        """Refuses options of a call that its mode can't serve; stored ones are for other calls, and dropped.
+
+        Args:
+            keywords (`set[str]`): Names of keyword arguments.
+            given (`set[str]`): These, and what a configuration that was passed says.
+        """
         mode = "Interleaved mode" if self.generation_mode == "interleaved" else "Image mode"
         for name, (harmless, reason) in _REFUSED_WHERE_IMAGES_ARE_DRAWN.items():
             if (value := getattr(self, name, None)) is not None and value != harmless:
-                raise ValueError(f"{mode} does not take `{name}={value!r}`: {reason}.")
-        if self.generation_mode == "interleaved":
-            alone: tuple[str, ...] = ("thinking", "num_frames", "prefix_scales", "images_per_prefix")
-            reason = 'it is for `generation_mode="image"`'
-        elif self.thinking or self.num_frames is not None:
-            alone, reason = ("prefix_scales", "images_per_prefix"), "it is for single images without `thinking`"
-        else:
-            alone, reason = (), ""
-            if unused := sorted(given & _TEXT_ONLY_OPTIONS):
-                hints = [f"`{_INSTEAD[name]}` for `{name}`" for name in unused if name in _INSTEAD]
-                raise ValueError(
-                    f"Image mode without `thinking` writes no text, so it does not take "
-                    f"{', '.join(f'`{name}`' for name in unused)}." + (f" Use {', '.join(hints)}." if hints else "")
-                )
-        for name in alone:
-            if getattr(self, name):
-                raise ValueError(f"`{name}` does not fit here: {reason}. Leave it out.")
-        if "prompt_styles" in given:
-            raise ValueError(
-                "`generate` takes prompts as they are: pipelines read `prompt_styles`, and take a `prompt_style`."
-            )
-        if self.generation_mode == "image" and "max_new_images" in given:
-            raise ValueError(
-                "Image mode draws one image per row, so it does not take `max_new_images`. Use `num_frames`, "
-                '`num_return_sequences` or `generation_mode="interleaved"`.'
-            )
-        if self.thinking and self.num_frames is not None:
+                if name in given:
+                    raise ValueError(f"{mode} does not take `{name}={value!r}`: {reason}.")
+                setattr(self, name, None)
+        if "prompt_styles" in keywords:
+            raise ValueError("`generate` takes prompts as they are: pipelines read `prompt_styles`.")
+        if {"thinking", "num_frames"} <= given and self.thinking:
             raise ValueError("`thinking` comes before one image: pass it or `num_frames`, not both.")
+        unfit: dict[str, str] = {}
+        if self.generation_mode == "interleaved":
+            names = ("thinking", "num_frames", "prefix_scales", "images_per_prefix")
+            unfit = dict.fromkeys(names, 'it is for `generation_mode="image"`')
+        else:
+            unfit["max_new_images"] = "image mode draws one image per row (see `num_frames`, `num_return_sequences`)"
+            if self.num_frames is not None and self.thinking:  # at most one of them is given
+                unfit["num_frames" if "thinking" in given else "thinking"] = "it is for another call"
+            if self.thinking or self.num_frames is not None:
+                reason = "it is for single images without `thinking`"
+                unfit |= dict.fromkeys(("prefix_scales", "images_per_prefix"), reason)
+        for name, reason in unfit.items():
+            if name in given and getattr(self, name) is not False:
+                raise ValueError(f"`{name}` does not fit here: {reason}. Leave it out.")
+            setattr(self, name, None)
+        if self.generation_mode == "image" and not self.thinking and (unused := sorted(keywords & _TEXT_ONLY_OPTIONS)):
+            hints = [f"`{_INSTEAD[name]}` for `{name}`" for name in unused if name in _INSTEAD]
+            raise ValueError(
+                f"Image mode without `thinking` writes no text, so it does not take "
+                f"{', '.join(f'`{name}`' for name in unused)}." + (f" Use {', '.join(hints)}." if hints else "")
+            )
 
 
 OWN_OPTIONS = tuple(NextFlowGenerationConfig.__annotations__)

@@ -82,11 +82,10 @@ class ImageSequences(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         result = super().__torch_function__(func, types, args, kwargs or {})
-        if isinstance(result, cls):  # moved, cut into rows, reshaped
-            sources = [a for a in args if isinstance(a, cls) and hasattr(a, "grid_shw")]
-            if not sources or result.is_floating_point():
-                return result.as_subclass(torch.Tensor)
-            result.grid_shw = sources[0].grid_shw
+        source = next((a for a in args if isinstance(a, cls) and hasattr(a, "grid_shw")), None)
+        for part in result if isinstance(result, tuple | list) else [result]:  # moved, reshaped, cut into rows
+            if isinstance(part, cls) and source is not None:
+                part.grid_shw = source.grid_shw
         return result
 
 
@@ -196,11 +195,16 @@ class NextFlowGenerationMixin(_GenerationMixin):
                 for row, codes in zip(step.rows, step.ids, strict=True):
                     images[row].append(codes)
             elif on_scale_end is not None:
-                answer = on_scale_end(int(step.index or 0), settings.schedule, step.ids)
-                answer = {"codes": answer} if isinstance(answer, torch.Tensor) else answer
-                if isinstance(answer, dict):
-                    step.ids = answer.get("codes", step.ids)
-                    step.guidance_scale = answer.get("guidance_scale", step.guidance_scale)
+                answer = on_scale_end(step.index, settings.schedule, step.ids)
+                if isinstance(answer, torch.Tensor):
+                    answer = {"codes": answer}
+                if isinstance(answer, dict) and not answer.keys() - {"codes", "guidance_scale"}:
+                    step.change(**answer)
+                elif not isinstance(answer, bool | None):  # progress bars say whether they moved
+                    raise ValueError(
+                        "`on_scale_end` may return None, codes, or a dict of `codes` and `guidance_scale`, but gave "
+                        f"{answer!r:.200}."
+                    )
         if streamer is not None:
             streamer.end()
         output = self._collect(decoding, settings, prompts, thoughts, images, config.num_frames)
@@ -219,7 +223,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         pad, rows = decoding.pad_token_id, decoding.sequences()
         mask: torch.Tensor | None
         if settings.one_image_now:
-            sequences, mask = decoding.ids, None
+            sequences, mask = decoding.ids, decoding.real.long() if num_frames is not None else None
         elif not settings.text_after_images:  # every row ends with its image, as without thoughts
             sequences = _stack(rows, pad, "left")
             mask = _stack([torch.ones_like(row) for row in rows], 0, "left")
@@ -283,15 +287,14 @@ class NextFlowGenerationMixin(_GenerationMixin):
         given, config, others = read_options(self, kwargs, generation_config)
         pad = self.config.eoi_token_id if config.pad_token_id is None else config.pad_token_id  # masked: any would do
         prompts, grids = self._read_prompts(inputs, others, pad)
-        copies = config.num_return_sequences or 1
-        settings = read_settings(Call(self, given, config, prompts, grids), copies, **others)
-        if not settings.one_image_now:
-            check_not_empty(prompts[1])
         rows: Any = [[] for _ in prompts[0]]
         if grids is not None:
-            rows = [
-                of_row.tolist() for of_row in split_grids(prompts[0] * prompts[1], grids, self.config.text_vocab_size)
-            ]
+            of_rows = split_grids(prompts[0] * prompts[1], grids, self.config.text_vocab_size)
+            rows = [of_row.tolist() for of_row in of_rows]
+        copies = config.num_return_sequences or 1
+        settings = read_settings(Call(self, given, config, prompts, rows), copies, **others)
+        if not settings.one_image_now:
+            check_not_empty(prompts[1])
         decoding = Decoding(self, len(rows), pad, prompts[0].device)
         decoding.begin(prompts, rows, copies, settings)
         return decoding, settings, config, prompts
@@ -392,7 +395,9 @@ class NextFlowGenerationMixin(_GenerationMixin):
                 pad_token_id = None  # a prompt may end with it
             check_left_padded(ids, kwargs.get("attention_mask"), pad_token_id)
             check_not_empty(ids + 1 if kwargs.get("attention_mask") is None else kwargs["attention_mask"])
-            check_context(ids.shape[-1], 1, self.config.max_position_embeddings, kwargs.get("image_grid_shw"))
+            grids = kwargs.get("image_grid_shw")
+            grids = [] if grids is None else [grids.tolist()]
+            check_context(ids.shape[-1], 1, self.config.max_position_embeddings, grids)
         if kwargs.get("image_grid_shw") is not None and kwargs.get("prefill_chunk_size") is not None:
             raise ValueError("A prompt with images is run whole: leave `prefill_chunk_size` out.")
         # A stored `guidance_scale` is for images; transformers would guide the text with it.

@@ -21,7 +21,7 @@ Segments = list[str | Image.Image]
 # Arguments of `generate` that a conversation gives itself.
 _OF_THE_SESSION = {
     *("attention_mask", "cache", "cache_implementation", "generation_mode", "image_grid_shw", "input_ids"),
-    *("num_return_sequences", "on_scale_end", "streamer"),
+    *("negative_prompt_attention_mask", "negative_prompt_ids", "num_return_sequences", "on_scale_end", "streamer"),
 }
 
 
@@ -118,7 +118,7 @@ class NextFlowSession:
                 "`draw` makes one picture, so it does not take `num_frames`. Call it again, or use `chat`."
             )
         thinking = self.settings.get("thinking") if thinking is None else thinking
-        chosen = {"thinking": True} if thinking else {"num_frames": 1}
+        chosen = {"thinking": True} if thinking else {"thinking": False, "num_frames": 1}
         codes = None
         thought: list[int] = []
         with self._all_or_nothing():
@@ -176,7 +176,9 @@ class NextFlowSession:
         for state in _states_of(decoding):
             state.onload()
         # Defaults are for the turns that they can serve.
-        unfit = {"thinking", "max_new_images"} if mode == "image" else {"thinking"}
+        unfit = {"thinking", "max_new_images"} if mode == "image" else {"thinking", "num_frames"}
+        if mode == "image" and not settings.get("thinking"):
+            unfit.add("logits_processor")  # no text is written
         defaults = {name: value for name, value in self.settings.items() if name not in unfit}
         if not decoding.grids[0] and "image_grid_shw" not in inputs:
             defaults.pop("image_guidance_scale", None)  # until there is an image
@@ -186,9 +188,9 @@ class NextFlowSession:
         ids = inputs["input_ids"].to(decoding.ids.device)
         new = inputs.get("image_grid_shw", torch.empty(0, 3, dtype=torch.long))
         whole = torch.cat([decoding.ids, ids], dim=1)
-        grids = torch.tensor([*decoding.grids[0], *new.tolist()]) if decoding.grids[0] or len(new) else None
+        grids = [[*decoding.grids[0], *new.tolist()]]
         # Forks share what a dynamic cache holds.
-        chosen |= {"generation_mode": mode, "cache_implementation": "dynamic"}
+        chosen |= {"generation_mode": mode, "cache_implementation": "dynamic", "disable_compile": True}
         given, config, others = read_options(self.model, chosen)
         plan = read_settings(Call(self.model, given, config, (whole, torch.ones_like(whole)), grids), **others)
         answer = whole.shape[1], len(decoding.grids[0]) + len(new)
@@ -196,16 +198,18 @@ class NextFlowSession:
         decoding.extend(ids, torch.ones_like(ids), [new.tolist()])
         events = events_of(decoding.run(plan))
         self._open = events, decoding, marks
+        done = False
         try:
             yield from events
+            done = True
         except GeneratorExit:
-            self._end_turn()
+            done = True
             raise
-        except BaseException:  # interrupted by hand, out of memory: as if the turn had not been
-            self._open = None
-            raise
-        if self._open is not None and self._open[0] is events:  # no other turn has begun
-            self._end_turn()
+        finally:  # what interrupts it by hand, or out of memory, leaves the session as if the turn had not been
+            if self._open is not None and self._open[0] is events:  # no other turn has begun
+                if done:
+                    self._end_turn()
+                self._open = None
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
