@@ -467,7 +467,7 @@ def _onload(module: torch.nn.Module) -> None:
 
 
 def _index_of_transformers_checkpoint(folder: Path) -> dict[str, Any]:
-    """What `model_index.json` would say of a transformers checkpoint: all flat but the image tokenizer's sub-folder.
+    """A `model_index.json` for a transformers checkpoint: all flat but the image tokenizer's sub-folder.
 
     Raises:
         `ValueError`: if it is not such a folder.

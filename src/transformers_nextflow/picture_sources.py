@@ -79,7 +79,7 @@ def open_picture(source: Any, limits: SourceLimits = SourceLimits()) -> Any:
         limits ([`SourceLimits`], *optional*): What may be opened.
 
     Raises:
-        `ValueError`: names the source; if it cannot be read, is forbidden or is beyond the limits.
+        `ValueError`: if the source, which is named, cannot be read, is forbidden or is beyond the limits.
         `TypeError`: for any other object.
     """
     if is_valid_image(source) and not isinstance(source, Image.Image):
