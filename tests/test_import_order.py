@@ -22,7 +22,7 @@ ORDER = """
     session pipelines _registration
 """
 TRAINER_ORDER = """
-    coded_dataset data_collator packing checkpoints
+    settings coded_dataset data_collator packing checkpoints
     sft_config sft_trainer
     grpo_config grpo_losses reward_call rewards grpo_trainer
     image_tokenizer_config image_tokenizer_trainer
