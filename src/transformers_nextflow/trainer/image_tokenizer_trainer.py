@@ -166,9 +166,7 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
             self.discriminator.requires_grad_(False)  # its own loss is the one above
             parts["adversarial"] = args.adversarial_weight * -self.discriminator(prediction).mean()
             self.discriminator.requires_grad_(True)
-        loss: torch.Tensor = sum(
-            (value for name, value in parts.items() if name != "discriminator"), start=pixels.new_zeros(())
-        )
+        loss: Any = sum(value for name, value in parts.items() if name != "discriminator")
         if model.training:
             if not torch.isfinite(loss):
                 terms = ", ".join(f"{name} {float(value):.4g}" for name, value in parts.items())
@@ -221,8 +219,8 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
     def _save_run_state(self, folder: Path) -> None:
         state: dict[str, Any] = {"counts": self._counts}
         if self.discriminator is not None:
-            state["discriminator"] = self.discriminator.state_dict()
-            state["discriminator_optimizer"] = self._discriminator_optimizer.state_dict()
+            optimizer = self._discriminator_optimizer.state_dict()
+            state |= {"discriminator": self.discriminator.state_dict(), "discriminator_optimizer": optimizer}
         if self.args.should_save:
             torch.save(state, folder / STATE_FILE)
 
