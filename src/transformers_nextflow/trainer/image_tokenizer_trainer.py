@@ -125,14 +125,12 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
         check_start(model)
         super().__init__(model, args, **kwargs)
         self.teacher, self.perceptual_loss = teacher, perceptual_loss
-        self.discriminator: Any = None
-        self._discriminator_optimizer: Any = None
+        self.discriminator: Any = discriminator
         if discriminator is not None:
-            self.discriminator = discriminator.to(args.device)
-            broadcast(list(self.discriminator.state_dict().values()))  # its gradients are averaged below
-            self._discriminator_optimizer = torch.optim.Adam(
-                discriminator.parameters(), lr=args.learning_rate, betas=(0.5, 0.9)
-            )
+            discriminator.to(args.device)
+            broadcast(list(discriminator.state_dict().values()))  # its gradients are averaged below
+            options: dict[str, Any] = {"lr": args.learning_rate, "betas": (0.5, 0.9)}
+            self._discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), **options)
         self._counts = torch.zeros(model.config.codebook_size, device=args.device)
         self._shown: tuple[torch.Tensor, torch.Tensor] | None = None
         self.add_callback(_Codebook(self))
