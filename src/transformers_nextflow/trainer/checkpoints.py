@@ -144,8 +144,9 @@ class NextFlowTrainerMixin(_Trainer):
         Raises:
             `ValueError`: if there is none, it is not whole, or it is of a run with other packs, processes or parts.
         """
-        words: dict[str, Any] = {"true": True, "false": None, "none": None}
-        folder = words.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
+        folder: Any = resume_from_checkpoint
+        if str(folder).lower() in ("true", "false", "none"):
+            folder = str(folder).lower() == "true"
         if folder is True and (folder := find_last_checkpoint(self.args.output_dir)) is None:
             raise ValueError(
                 f'"{self.args.output_dir}" has no whole checkpoint to go on from. Start the run without '

@@ -176,12 +176,9 @@ def invert_task(sample: CodedSample) -> CodedSample:
 
 def drop_condition(sample: CodedSample, image_token_id: int) -> CodedSample:
     """The sample without the text of its prompt, as guidance's unconditional branch sees it; pictures stay."""
-    kept = [
-        index
-        for index, (token, answer) in enumerate(zip(sample["token_ids"], sample["completion_mask"], strict=True))
-        if answer or token == image_token_id
-    ]
-    return {**sample, **{name: [sample[name][i] for i in kept] for name in ("token_ids", "completion_mask")}}
+    slots = zip(sample["token_ids"], sample["completion_mask"], strict=True)
+    kept = [(token, answer) for token, answer in slots if answer or token == image_token_id]
+    return {**sample, "token_ids": [token for token, _ in kept], "completion_mask": [answer for _, answer in kept]}
 
 
 def check_columns(names: Iterable[str]) -> None:

@@ -313,9 +313,8 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         prompts = [row["prompt"] for row in rows]
         completions: list[Any] = [self.processor.image_token] * len(rows)
         if not isinstance(prompts[0], str):
-            completions = [
-                [{"role": "assistant", "content": [{"type": "image", "image": picture}]}] for picture in pictures
-            ]
+            parts = [[{"type": "image", "image": picture}] for picture in pictures]
+            completions = [[{"role": "assistant", "content": part}] for part in parts]
         ids = (codes + self._first_visual_id).tolist()
         rewards = self._calculate_rewards(inputs, prompts, completions, ids)
         size = self.schedule.height, self.schedule.width

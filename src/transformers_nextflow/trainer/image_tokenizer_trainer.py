@@ -125,14 +125,12 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
         check_start(model)
         super().__init__(model, args, **kwargs)
         self.teacher, self.perceptual_loss = teacher, perceptual_loss
-        self.discriminator: Any = None
-        self._discriminator_optimizer: Any = None
+        self.discriminator: Any = discriminator
         if discriminator is not None:
-            self.discriminator = discriminator.to(args.device)
-            broadcast(list(self.discriminator.state_dict().values()))  # its gradients are averaged below
-            self._discriminator_optimizer = torch.optim.Adam(
-                discriminator.parameters(), lr=args.learning_rate, betas=(0.5, 0.9)
-            )
+            discriminator.to(args.device)
+            broadcast(list(discriminator.state_dict().values()))  # its gradients are averaged below
+            options: dict[str, Any] = {"lr": args.learning_rate, "betas": (0.5, 0.9)}
+            self._discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), **options)
         self._counts = torch.zeros(model.config.codebook_size, device=args.device)
         self._shown: tuple[torch.Tensor, torch.Tensor] | None = None
         self.add_callback(_Codebook(self))
@@ -166,9 +164,7 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
             self.discriminator.requires_grad_(False)  # its own loss is the one above
             parts["adversarial"] = args.adversarial_weight * -self.discriminator(prediction).mean()
             self.discriminator.requires_grad_(True)
-        loss: torch.Tensor = sum(
-            (value for name, value in parts.items() if name != "discriminator"), start=pixels.new_zeros(())
-        )
+        loss: Any = sum(value for name, value in parts.items() if name != "discriminator")
         if model.training:
             if not torch.isfinite(loss):
                 terms = ", ".join(f"{name} {float(value):.4g}" for name, value in parts.items())
@@ -221,8 +217,8 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
     def _save_run_state(self, folder: Path) -> None:
         state: dict[str, Any] = {"counts": self._counts}
         if self.discriminator is not None:
-            state["discriminator"] = self.discriminator.state_dict()
-            state["discriminator_optimizer"] = self._discriminator_optimizer.state_dict()
+            optimizer = self._discriminator_optimizer.state_dict()
+            state |= {"discriminator": self.discriminator.state_dict(), "discriminator_optimizer": optimizer}
         if self.args.should_save:
             torch.save(state, folder / STATE_FILE)
 

@@ -60,21 +60,11 @@ class NextFlowSFTConfig(SFTConfig):
     """
 
     stage: str = field(default="full", metadata={"help": "What is trained.", "choices": list(STAGES)})
-    packing_strategy: str = field(
-        default="compute", metadata={"help": "What packs have in common.", "choices": list(PACKING_STRATEGIES)}
-    )
-    overlong_samples: str = field(
-        default="error", metadata={"help": "What becomes of samples over max_length.", "choices": ["error", "skip"]}
-    )
-    scale_reweight_alpha: float | None = field(
-        default=None, metadata={"help": "Exponent of the scale weights; the model's own by default."}
-    )
-    condition_dropout: float = field(
-        default=0.1, metadata={"help": "Probability that a sample loses the text of its prompt."}
-    )
-    task_inversion: float = field(
-        default=0.0, metadata={"help": "Probability that drawing from a text becomes describing a picture."}
-    )
+    packing_strategy: str = field(default="compute", metadata={"help": 'What packs share: "compute" or "length".'})
+    overlong_samples: str = field(default="error", metadata={"help": 'Samples over max_length: "error" or "skip".'})
+    scale_reweight_alpha: float | None = field(default=None, metadata={"help": "Exponent of the scale weights."})
+    condition_dropout: float = field(default=0.1, metadata={"help": "Share of samples that lose their prompt's text."})
+    task_inversion: float = field(default=0.0, metadata={"help": "Share of drawn pictures that are described instead."})
     completion_only_loss: bool | None = field(default=True, metadata={"help": "Learn answers only."})
     max_length: int | None = field(default=None, metadata={"help": "Longest sample, or cost of a pack."})
 
