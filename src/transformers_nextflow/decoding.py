@@ -14,7 +14,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, StaticCache
+from transformers.cache_utils import Cache
 
 from .decoding_settings import DecodingSettings
 from .decoding_state import DecodingState
@@ -305,8 +305,6 @@ class Decoding:
             self.state.select(self.rows)  # not the branches of guidance
         if self._finished or self._has_gaps or self.state.num_slots != self.ids.shape[1] - self._last_is_unrun:
             return None
-        if isinstance(self.state.cache, StaticCache) and self.state.cache.get_max_length() <= self.state.num_slots:
-            return None  # nothing can go on from it
         if not self._last_is_unrun:
             self.state.crop(self.ids.shape[1] - 1, self.state.position)
         return self.state.cache

@@ -195,6 +195,8 @@ def read_settings(
     num_rows, one_image = len(ids) * copies, opening == "now" and images == 1
     compile_config = None if config.disable_compile else config.compile_config
     implementation = config.cache_implementation or ("preallocated" if one_image or compile_config else "dynamic")
+    # A static cache of our own is full at the end, so nothing could go on from it.
+    keeps_own = config.return_dict_in_generate and config.return_cache is not False and "static" not in implementation
     # Rows that write at different times share columns: one phase of text for each image, and one behind them.
     new_slots = text * min(num_rows, images + 1) + images * (schedule.num_tokens + 1)
     _check_memory(model, implementation, num_rows * num_branches, ids.shape[1] + new_slots)
@@ -221,7 +223,7 @@ def read_settings(
         images_per_prefix=sharing[1],
         cache=cache,
         cache_implementation=implementation,
-        keeps_cache=cache is not None or (bool(config.return_dict_in_generate) and config.return_cache is not False),
+        keeps_cache=cache is not None or bool(keeps_own),
         compile_config=compile_config,
         max_new_tokens=text,
         num_new_slots=new_slots,

@@ -4,7 +4,6 @@ Letters: B prompts, n images per prompt, L tokens of a prompt, S scales of an im
 codebook.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -82,6 +81,8 @@ class ImageSequences(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         result = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(result, cls) and result.is_floating_point():
+            return result.as_subclass(torch.Tensor)
         source = next((a for a in args if isinstance(a, cls) and hasattr(a, "grid_shw")), None)
         for part in result if isinstance(result, tuple | list) else [result]:  # moved, reshaped, cut into rows
             if isinstance(part, cls) and source is not None:
@@ -400,16 +401,23 @@ class NextFlowGenerationMixin(_GenerationMixin):
             check_context(ids.shape[-1], 1, self.config.max_position_embeddings, grids)
         if kwargs.get("image_grid_shw") is not None and kwargs.get("prefill_chunk_size") is not None:
             raise ValueError("A prompt with images is run whole: leave `prefill_chunk_size` out.")
-        # A stored `guidance_scale` is for images; transformers would guide the text with it.
-        if generation_config is None:
-            kwargs["guidance_scale"] = None
-        else:
-            generation_config = copy.deepcopy(generation_config)
-            generation_config.guidance_scale = 1.0
         logits_processor = [*(kwargs.pop("logits_processor", None) or []), TextOnlyLogitsProcessor(self.config)]
         return super().generate(
             inputs, generation_config, logits_processor=LogitsProcessorList(logits_processor), **kwargs
         )
+
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
+        """transformers' merging of options, by our own rules; what is stored for images is not for its text loop."""
+        given, others = NextFlowGenerationConfig.merge({**kwargs, "generation_mode": "text"}, generation_config)
+        config = given.over(self.generation_config)
+        config.guidance_scale = None  # or the text would be guided
+        if config.cache_implementation == "preallocated":
+            config.cache_implementation = None
+        config.update(**config._get_default_generation_params(), defaults_only=True)
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(config, name):
+                others[name] = True
+        return config, others
 
     # What transformers' text loop needs to know about images in a prompt.
 

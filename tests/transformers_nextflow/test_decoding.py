@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from test_generation_nextflow import BOI, CODES, EOI, EOS, MARK, PAD, SCHEDULE, TEXT, N, build_model, seeded
 from transformers import DynamicCache, GenerationConfig
+from transformers.generation import CompileConfig
 
-from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, ScaleSchedule
+from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, ScaleCache, ScaleSchedule
 from transformers_nextflow.decoding import Decoding
 from transformers_nextflow.token_layout import TokenLayout
 
@@ -572,3 +573,119 @@ def test_what_a_mode_can_not_do_is_refused_by_name(model, mode, settings, messag
 def test_text_is_never_guided_in_silence(model):
     with pytest.raises(ValueError, match="Text mode does not take `guidance_scale`"):
         model.generate(PROMPTS, attention_mask=MASK, max_new_tokens=2, guidance_scale=3.0)
+
+
+# --- Stored options ---
+
+
+@pytest.mark.parametrize("mode", [*MODES, "text"])
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"thinking": True},
+        {"num_frames": 2},
+        {"prefix_scales": 2, "images_per_prefix": 3},
+        {"output_scores": True, "prefill_chunk_size": 4, "forced_eos_token_id": EOS},
+        {"cache_implementation": "preallocated"},
+        {"max_length": 8},
+        {"image_guidance_scale": 2.0, "max_new_images": 1},
+        {"prompt_styles": {"image": "chat"}, "temperature": 0.7},
+    ],
+)
+def test_an_option_that_is_stored_for_other_calls_is_in_no_calls_way(mode, stored):
+    model = build_model(max_position_embeddings=2048)
+    vars(model.generation_config).update(stored)
+    if mode == "text":
+        assert model.generate(PROMPTS, attention_mask=MASK, max_new_tokens=4).shape[1] >= 9
+        return
+    output = in_mode(model, mode)
+    assert output.sequences.shape[0] == 3
+    passed = model.generate(
+        PROMPTS, model.generation_config, attention_mask=MASK, generator=seeded(0), **MODES[mode]
+    )  # which asks for nothing new
+    assert torch.equal(passed, output.sequences)
+
+
+def test_a_stored_compile_config_compiles_where_it_can(model):
+    graphs = CompileConfig(backend="eager", mode=None)
+    for mode in MODES:
+        plain = in_mode(model, mode, guidance_scale=2.0)
+        compiled = in_mode(model, mode, guidance_scale=2.0, compile_config=graphs)
+        assert torch.equal(plain.sequences, compiled.sequences)
+
+
+def test_a_static_cache_has_room_for_rows_that_write_at_different_times(model):
+    class Turns:
+        """Row 0 writes much before its image and little behind it, row 1 the other way round."""
+
+        def __call__(self, ids, scores):
+            scores = scores.clone()
+            for row, (of_row, before) in enumerate(zip(ids, (11, 1), strict=True)):
+                drawn = (of_row >= TEXT).any()
+                written = int((of_row != PAD).sum()) - 5
+                scores[row, BOI] = 1e4 if written == before and not drawn else -1e4
+            return scores
+
+    settings = dict(
+        attention_mask=MASK[:2], generation_mode="interleaved", max_new_tokens=12, max_new_images=1,
+        logits_processor=[Turns()], do_sample=False,
+    )  # fmt: skip
+    expected = model.generate(PROMPTS[:2], **settings)
+    for cache in ("static", "preallocated"):
+        assert torch.equal(model.generate(PROMPTS[:2], cache_implementation=cache, **settings), expected)
+
+
+def test_a_cache_that_is_used_again_forgets_its_padding(model):
+    cache = ScaleCache(model.config, 400)
+    in_mode(model, "image", cache=cache)
+    cache.reset()
+    fresh = in_mode(model, "frames")
+    assert torch.equal(in_mode(model, "frames", cache=cache).sequences, fresh.sequences)
+
+
+@pytest.mark.parametrize("mode", ["image", "thinking"])
+def test_negative_prompts_are_one_or_one_for_each(model, mode):
+    for number in (2, 4):
+        negatives = torch.full((number, 2), 20)
+        with pytest.raises(ValueError, match=f"Got {number} negative prompts for 3 prompts"):
+            in_mode(model, mode, guidance_scale=2.0, negative_prompt_ids=negatives)
+
+
+def test_the_context_is_used_to_its_end():
+    small = build_model(max_position_embeddings=6 + N)
+    assert small.generate(torch.tensor([[5, 6, 7, 8, 9, BOI]]), generation_mode="image").shape[1] == 6 + N
+    with pytest.raises(ValueError, match=r"slots of the context are free|more than the model's context"):
+        negative = torch.full((1, 300), 7)
+        small.generate(PROMPTS[:1], generation_mode="image", guidance_scale=2.0, negative_prompt_ids=negative)
+
+
+@pytest.mark.parametrize(
+    "mode, settings",
+    [
+        ("image", {"max_time": 1.0}),
+        ("frames", {"temperature": 0.5}),
+        ("image", {"on_scale_end": lambda *_: {"code": 1}}),
+        ("image", {"on_scale_end": lambda *_: [1]}),
+        ("image", {"guidance_scale": 2.0, "on_scale_end": lambda *_: {"guidance_scale": float("nan")}}),
+        ("image", {"schedule": SCHEDULE}),
+        ("image", {"over": 1}),
+    ],
+)
+def test_nothing_is_without_effect_in_silence(model, mode, settings):
+    with pytest.raises(ValueError, match="|".join(settings)):
+        in_mode(model, mode, **settings)
+
+
+def test_a_thought_has_its_least_length(model):
+    thought = in_mode(model, "thinking", min_new_tokens=3, sequence_bias=[[[BOI], 1e4]])
+    assert thought.thought_ids.shape == (3, 3)
+
+
+def test_codes_of_a_callback_are_int64_wherever_they_were(model):
+    output = in_mode(model, "image", on_scale_end=lambda index, schedule, codes: codes.int())
+    assert output.image_codes.dtype == torch.long
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_cache_that_is_full_is_given_to_go_on_from(model, mode):
+    assert in_mode(model, mode, cache_implementation="static").cache is None

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from transformers.generation import CompileConfig
 
 from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, NextFlowSession
 
@@ -259,3 +260,39 @@ def test_what_a_session_gives_itself_is_refused(session, name):
     with pytest.raises(ValueError, match=f"A session sees to `{name}` itself"):
         session.ask("one", **{name: 1})
     assert session.num_turns == 0
+
+
+def test_a_stream_that_is_closed_late_leaves_the_next_one_alone(parts):
+    session = NextFlowSession(*parts, max_new_tokens=8, min_new_tokens=8, max_new_images=0)
+    first = session.stream("one")
+    next(first)
+    second = session.stream("two")
+    begun = [next(second)]
+    first.close()
+    rest = "".join(chunk.value for chunk in [*begun, *second])
+    alone = NextFlowSession(*parts, max_new_tokens=8, min_new_tokens=8, max_new_images=0)
+    alone._now = session._now
+    alone.undo()
+    assert session.num_turns == 2 and rest.strip() == alone.chat("two")[0].strip()
+
+
+def test_undo_counts_the_turn_that_is_open(session):
+    stream = session.stream("one", max_new_images=0)
+    next(stream)
+    session.undo()
+    assert session.num_turns == 0 and session.input_ids.shape[1] == 0
+
+
+@pytest.mark.parametrize("stored", [{"thinking": True}, {"num_frames": 2}, {"compile_config": CompileConfig()}])
+def test_what_a_model_stores_for_other_calls_disturbs_no_turn(parts, stored):
+    model, processor = parts
+    kept = dict(vars(model.generation_config))
+    vars(model.generation_config).update(stored)
+    try:
+        session = NextFlowSession(model, processor, max_new_tokens=2, guidance_scale=2.0)
+        session.ask("one")
+        assert session.draw("two", generator=seeded(0)).size == (80, 80) and session.last_thought == ""
+        session.chat("three", max_new_images=0)
+    finally:
+        vars(model.generation_config).clear()
+        vars(model.generation_config).update(kept)
