@@ -183,8 +183,8 @@ def read_settings(
     num_rows, one_image = len(ids) * copies, opening == "now" and images == 1
     _check_memory(model, num_rows * num_branches, ids.shape[1] + text + images * (schedule.num_tokens + 1))
     pad = model.config.eoi_token_id if config.pad_token_id is None else config.pad_token_id
-    negative = ids.new_empty(1, 0) if negative_prompt_ids is None else negative_prompt_ids.to(ids.device)
-    negative = read_prompts(negative, negative_prompt_attention_mask, pad)
+    words = ids.new_empty(1, 0) if negative_prompt_ids is None else negative_prompt_ids.to(ids.device)
+    negative = read_prompts(words, negative_prompt_attention_mask, pad, "negative_prompt_attention_mask")
     negative = end_with_boi(*negative, model.config.boi_token_id, pad)
     if negative_prompt_ids is not None and (opening == "free" or images > 1):
         raise ValueError(

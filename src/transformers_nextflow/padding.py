@@ -43,7 +43,9 @@ def check_not_empty(attention_mask: torch.Tensor) -> None:
         raise ValueError("A prompt is empty: `input_ids` must have one token at least that `attention_mask` keeps.")
 
 
-def read_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int) -> Prompts:
+def read_prompts(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int, name: str = "attention_mask"
+) -> Prompts:
     """Ids and mask, checked; without a mask, leading padding is found by its id."""
     check_left_padded(input_ids, attention_mask, pad_token_id)
     ids = input_ids.long()  # of an empty text tokenizers make floats
@@ -51,7 +53,7 @@ def read_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, p
         return ids, (ids != pad_token_id).cumsum(-1).clamp(max=1)
     if attention_mask.shape != ids.shape:
         raise ValueError(
-            f"The attention mask has shape {tuple(attention_mask.shape)}, but the prompts have {tuple(ids.shape)}."
+            f"The attention mask has shape {tuple(attention_mask.shape)} (`{name}`), the prompts {tuple(ids.shape)}."
         )
     return ids, attention_mask.to(ids.device).long()
 
