@@ -379,14 +379,3 @@ def _stop_check(criteria: Any) -> StopCheck | None:
         return torch.stack([verdict.to(ids.device) for verdict in verdicts]).any(0)
 
     return should_stop
-
-
-__all__ = [
-    "Call",
-    "DecodingSettings",
-    "StopCheck",
-    "TextOnlyLogitsProcessor",
-    "check_context",
-    "read_options",
-    "read_settings",
-]
