@@ -174,7 +174,7 @@ def read_settings(
     plan, num_branches = _plan(call, schedule.num_scales)
     pad = model.config.eoi_token_id if config.pad_token_id is None else config.pad_token_id
     away = ids.new_empty(1, 0) if negative_prompt_ids is None else negative_prompt_ids.to(ids.device)
-    negative = read_prompts(away, negative_prompt_attention_mask, pad)
+    negative = read_prompts(away, negative_prompt_attention_mask, pad, "negative_prompt_attention_mask")
     negative = end_with_boi(*negative, model.config.boi_token_id, pad)
     if len(negative[0]) not in (1, len(ids)):
         raise ValueError(
@@ -397,14 +397,3 @@ def _stop_check(criteria: Any) -> StopCheck | None:
         return torch.stack([verdict.to(ids.device) for verdict in verdicts]).any(0)
 
     return should_stop
-
-
-__all__ = [
-    "Call",
-    "DecodingSettings",
-    "StopCheck",
-    "TextOnlyLogitsProcessor",
-    "check_context",
-    "read_options",
-    "read_settings",
-]

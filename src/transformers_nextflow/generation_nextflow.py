@@ -314,11 +314,6 @@ class NextFlowGenerationMixin(_GenerationMixin):
         if ids is None:
             ids = torch.empty(1, 0, dtype=torch.long, device=self.device)
         prompts = read_prompts(ids, attention_mask, pad_token_id)
-        if grids is None and (prompts[0] >= self.config.text_vocab_size).any():
-            raise ValueError(
-                f"The prompts hold image codes (ids from {self.config.text_vocab_size} on), but `image_grid_shw` is "
-                "missing: pass one row (number of scales, bucket height, bucket width) for each image."
-            )
         return prompts, None if grids is None else grids.to(prompts[0].device)
 
     def decode_image_tokens(

@@ -12,12 +12,8 @@ Prompts = tuple[torch.Tensor, torch.Tensor]
 
 def check_left_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int | None):
     """Generation goes on after the last column, so padding must stand on the left."""
-    for name, tensor in {"input_ids": input_ids, "attention_mask": attention_mask}.items():
-        if tensor is not None and not isinstance(tensor, torch.Tensor):
-            raise ValueError(
-                f'`{name}` must be a tensor, but got {type(tensor).__name__}: pass `return_tensors="pt"` to the '
-                "processor or tokenizer."
-            )
+    if not isinstance(input_ids, torch.Tensor) or not isinstance(attention_mask, torch.Tensor | None):
+        raise ValueError('Prompts and `attention_mask` must be tensors: pass `return_tensors="pt"` to the processor.')
     if input_ids.ndim != 2:
         raise ValueError(f"Prompts must have shape (batch, length), but got shape {tuple(input_ids.shape)}.")
     if input_ids.numel() and input_ids.dtype not in (torch.int64, torch.int32):
@@ -43,7 +39,9 @@ def check_not_empty(attention_mask: torch.Tensor) -> None:
         raise ValueError("A prompt is empty: `input_ids` must have one token at least that `attention_mask` keeps.")
 
 
-def read_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int) -> Prompts:
+def read_prompts(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int, name: str = "attention_mask"
+) -> Prompts:
     """Ids and mask, checked; without a mask, leading padding is found by its id."""
     check_left_padded(input_ids, attention_mask, pad_token_id)
     ids = input_ids.long()  # of an empty text tokenizers make floats
@@ -51,7 +49,8 @@ def read_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, p
         return ids, (ids != pad_token_id).cumsum(-1).clamp(max=1)
     if attention_mask.shape != ids.shape:
         raise ValueError(
-            f"The attention mask has shape {tuple(attention_mask.shape)}, but the prompts have {tuple(ids.shape)}."
+            f"The attention mask has shape {tuple(attention_mask.shape)}, but the prompts have {tuple(ids.shape)} "
+            f"(`{name}`)."
         )
     return ids, attention_mask.to(ids.device).long()
 

@@ -62,15 +62,9 @@ def sampling_plan(
         `list[ScaleSampling]`, one per scale.
 
     Raises:
-        `ValueError`: if a value is out of range, or a sequence is not as long as there are scales.
+        `ValueError`: if a temperature, `top_k` or `top_p` is out of range, or a sequence has another length than there
+            are scales. The rest is checked by [`NextFlowGenerationConfig`].
     """
-    if guidance_schedule not in GUIDANCE_SCHEDULES:
-        legal = " or ".join(f'"{name}"' for name in GUIDANCE_SCHEDULES)
-        raise ValueError(f'`guidance_schedule` must be {legal}, but got "{guidance_schedule}".')
-    strengths = {"guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale}
-    for name, value in strengths.items():
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"`{name}` must be at least 0 and finite (1 turns guidance off), but got {value}.")
     temperatures = _one_a_scale("image_temperature", temperature, num_scales)
     top_ks = _one_a_scale("image_top_k", 0 if top_k is None else top_k, num_scales)
     top_ps = _one_a_scale("image_top_p", top_p, num_scales)
@@ -92,7 +86,7 @@ def sampling_plan(
     ]
     text_scales, image_scales = (
         [1.0 + ((1.0 if strength is None else strength) - 1.0) * share for share in ramp]
-        for strength in strengths.values()
+        for strength in (guidance_scale, image_guidance_scale)
     )
     settings = zip(text_scales, temperatures, top_ks, top_ps, image_scales, strict=True)
     return [ScaleSampling(*values) for values in settings]

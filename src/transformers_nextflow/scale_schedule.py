@@ -246,10 +246,8 @@ def nearest_sizes(
     """
 
     def distance(size: tuple[int, int]) -> float:
-        h, w = size
-        aspect = math.log(h / w) - math.log(height / width)
-        area = math.log(h * w) - math.log(height * width)
-        return 4 * aspect**2 + area**2
+        tall, wide = math.log(size[0] / height), math.log(size[1] / width)
+        return 4 * (tall - wide) ** 2 + (tall + wide) ** 2
 
     sizes = [(h * stride, w * stride) for h, w in _schedules_by_grid(tuple(sides))]
     return sorted(sizes, key=distance)[:count]

@@ -41,6 +41,13 @@ def _versions(config):
         ({"visual_feature_mode": "summed"}, '"residual" or "accumulated"'),
         ({"boi_token_id": 152064}, "must be a text id"),
         ({"tie_word_embeddings": True}, "must be False"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` must be finite and between 1"),
+        ({"num_hidden_layers": 2**40}, "`num_hidden_layers` must be finite and between 1 and 4096"),
+        ({"num_key_value_heads": 3}, "multiple of `num_key_value_heads`"),
+        ({"scale_reweight_alpha": float("nan")}, "`scale_reweight_alpha` must be finite"),
+        ({"hidden_size": "3584"}, "'hidden_size' expected int, got str"),
+        ({"num_hidden_layers": 2, "layer_types": ["full_attention"]}, "`num_hidden_layers`"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": "abc"}}, "`mrope_section` 'abc'"),
         ({"hidden_size": 256, "num_attention_heads": 4}, r"`mrope_section` \[16, 24, 24\] must add up to 32"),
     ],
 )
@@ -62,9 +69,20 @@ def test_bad_language_model_fields(arguments, message):
         ({"scale_sides": [1, 2, 4]}, "`num_scales` must be between 1 and 3, but got 18"),
         ({"scale_sides": [2, 4], "num_scales": 2}, "must begin with 1 and grow"),
         ({"num_scales": 19}, "`num_scales` must be between 1 and 18"),
+        ({"semantic_config": 5}, "`semantic_config` must be a dict or a config"),
+        ({"self_correction_temperature": 0.0}, "`self_correction_temperature` must be finite and between"),
+        ({"self_correction_token_fraction": 1.5}, "between 0 and 1, but got 1.5"),
+        ({"encoder_hidden_sizes": [8, 0]}, r"`encoder_hidden_sizes` must be finite and between 1 .*\[8, 0\]"),
         ({"semantic_image_mean": [0.5] * 3}, "both `semantic_image_mean` and `semantic_image_std`"),
     ],
 )
 def test_bad_image_tokenizer_fields(arguments, message):
     with pytest.raises(ValueError, match=message):
         NextFlowImageTokenizerConfig(**arguments)
+
+
+def test_a_field_is_checked_when_it_is_set_later():
+    config = NextFlowConfig()
+    with pytest.raises(ValueError, match=r"`num_scales` must be finite"):
+        config.num_scales = 0
+    assert config.num_scales == 18

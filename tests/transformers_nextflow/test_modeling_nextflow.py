@@ -574,6 +574,9 @@ BAD = {
     "not one of the 41": lambda m: m(IDS, torch.tensor([[5, -14, 18]])),
     "`num_scales` must be between": lambda m: m(IDS, torch.tensor([[-5, 14, 18]])),
     "`labels` must have the shape": shaped(labels=torch.ones(2, 2, dtype=torch.long)),
+    r"`labels` must be ids below .*float32": shaped(labels=torch.ones(2, 3)),
+    r"`labels` must be ids below .*\[-5, ": shaped(labels=torch.full((2, 3), -5)),
+    "`attention_mask` must be finite": shaped(attention_mask=torch.full((2, 3), torch.nan)),
     "scale steps have none": lambda m: code_step(m, IDS[:, FIRST : FIRST + 1], labels=IDS[:, FIRST : FIRST + 1]),
     "`num_items_in_batch` must be .* nan": shaped(labels=torch.ones(2, 3).long(), num_items_in_batch=torch.nan),
     "`num_items_in_batch` must be .* inf": shaped(

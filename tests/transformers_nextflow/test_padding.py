@@ -5,6 +5,7 @@ import torch
 
 from transformers_nextflow.padding import (
     check_left_padded,
+    check_not_empty,
     end_with_boi,
     move_right,
     read_prompts,
@@ -73,3 +74,22 @@ def test_grids_go_to_the_rows_that_hold_their_images():
     grids = torch.tensor([[1, 16, 16], [2, 16, 16], [3, 16, 16]])
     assert count_images(ids, TEXT) == [2, 0, 1]
     assert [rows.tolist() for rows in split_grids(ids, grids, TEXT)] == [grids[:2].tolist(), [], grids[2:].tolist()]
+
+
+def test_prompts_are_tensors_and_masks_are_0_and_1():
+    ids = torch.tensor([[5, 6, 7]])
+    for arguments in (([[5, 6, 7]], None), (ids, [[1, 1, 1]])):
+        with pytest.raises(ValueError, match='pass `return_tensors="pt"` to the processor'):
+            check_left_padded(*arguments, 0)
+    with pytest.raises(ValueError, match=r"must be integers, but got torch\.bool"):
+        check_left_padded(ids.bool(), None, 0)
+    for value in (torch.nan, 2, -1):
+        with pytest.raises(ValueError, match="`attention_mask` must be 1 for what is read and 0 for padding"):
+            check_left_padded(ids, torch.tensor([[value, 1, 1]]), 0)
+
+
+def test_text_does_not_go_on_from_nothing():
+    check_not_empty(torch.tensor([[0, 1], [1, 1]]))
+    for mask in (torch.tensor([[0, 1], [0, 0]]), torch.ones(2, 0)):
+        with pytest.raises(ValueError, match="A prompt is empty"):
+            check_not_empty(mask)

@@ -72,6 +72,9 @@ def test_illegal_size_names_the_nearest_legal_ones():
     [
         ({"bucket": (3, 3)}, r"\(3, 3\) is not one of the 41 aspect buckets; the nearest is"),
         ({"bucket": (0, 16)}, "not one of the 41"),
+        ({"bucket": (16,)}, "not one of the 41"),
+        ({"stride": 0}, "`stride` must be between 1 and 256"),
+        ({"stride": 10**9}, "`stride` must be between 1 and 256"),
         ({"num_scales": 0}, "between 1 and 18"),
         ({"num_scales": 19}, "between 1 and 18"),
         ({"num_scales": 4, "sides": (1, 2, 4)}, "between 1 and 3"),
@@ -85,7 +88,9 @@ def test_illegal_schedules(arguments, message):
         ScaleSchedule(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"bucket": (16.9, 16)}, {"num_scales": 7.9}, {"num_scales": "8"}])
+@pytest.mark.parametrize(
+    "arguments", [{"bucket": (16.9, 16)}, {"num_scales": 7.9}, {"num_scales": "8"}, {"stride": 1.5}, {"sides": "12"}]
+)
 def test_a_schedule_takes_whole_numbers(arguments):
     with pytest.raises(TypeError, match="must be whole numbers, but got"):
         ScaleSchedule(**arguments)
