@@ -40,7 +40,7 @@ def parts_of(model) -> Functions:
             (decoding, "draw_codes"),
             (decoding, "draw_seeds"),
         ],
-        "upsampling and connector": [(inner, "_embed_scale")],
+        "upsampling and connector": [(inner, "_features")],
         "cache writes": [(ScaleCacheLayer, "update"), (ScaleCacheLayer, "update_rows")],
     }
 

@@ -225,16 +225,14 @@ def test_parts_add_up_and_what_they_wrap_is_restored(benchmarks, monkeypatch, dt
 def test_a_schedule_is_drawn_as_it_is(benchmarks):
     from roofline import draw
 
-    from transformers_nextflow import NextFlowForCausalLM, aspect_buckets
+    from transformers_nextflow import NextFlowGenerationConfig, aspect_buckets
 
     class Model:
         def generate(self, prompt, height, width, num_scales, **settings):
-            self.schedule = NextFlowForCausalLM._image_schedule(
-                self, {"height": height, "width": width, "num_scales": num_scales}, None
-            )
+            size = {"height": height, "width": width, "num_scales": num_scales}
+            self.schedule = NextFlowGenerationConfig(**size).schedule(limit=18)
 
     model = Model()
-    model.generation_config, model.config = None, type("Config", (), {"num_scales": 18})
     for bucket in aspect_buckets():
         for num_scales in (1, 4, 12, 18):
             draw(model, [], ScaleSchedule(bucket, num_scales))
