@@ -207,10 +207,11 @@ class NextFlowBaseImageProcessor(BaseImageProcessor):
         image = to_eight_bits(image, input_data_format)
         limits.check_size(*image.size, copies=0)
         if kwargs["do_resize"]:
-            order = 1 if turn in SIDEWAYS else -1  # what follows is (height, width) of the upright picture
-            size = image.size[::order]
-            schedule = choose_schedule(size, *(kwargs[name] for name in ("num_scales", "height", "width", "stride")))
-            frame = (schedule.width, schedule.height)[::order]
+            upright = turn not in SIDEWAYS
+            width, height = image.size if upright else image.size[::-1]
+            options = (kwargs[name] for name in ("num_scales", "height", "width", "stride"))
+            schedule = choose_schedule((height, width), *options)
+            frame = (schedule.height, schedule.width) if upright else (schedule.width, schedule.height)
             image = shrink(image, frame, cover=not kwargs["do_pad"])
         return to_rgb(image if turn is None else image.transpose(turn), background_color)
 

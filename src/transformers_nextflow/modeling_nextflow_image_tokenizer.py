@@ -394,7 +394,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
         encoded: list[Any] = [
             self.encode(image[None], row, self_correction, generator) for image, row in zip(images, rows, strict=True)
         ]
-        lists = {name: [output[name][0] for output in encoded] for name in ("codes", "target_codes", "quantized")}
+        lists: Any = {name: [output[name][0] for output in encoded] for name in ("codes", "target_codes", "quantized")}
         return NextFlowImageTokenizerOutput(
             **lists, image_grid_shw=torch.cat([output.image_grid_shw for output in encoded])
         )

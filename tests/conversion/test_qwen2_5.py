@@ -18,7 +18,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizerConfig, NextFlowProcessor, tiny_checkpoint
+from transformers_nextflow import (
+    NextFlowForCausalLM,
+    NextFlowImageTokenizerConfig,
+    NextFlowProcessor,
+    hash_image_tokenizer,
+    tiny_checkpoint,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from conversion.qwen2_5 import (
@@ -149,6 +155,7 @@ class TestContent:
         processor = NextFlowProcessor.from_pretrained(converted[1])
         codebook = processor.image_tokenizer.quantizer.codebook()
         assert torch.equal(model.model.visual_codebook.weight, codebook.bfloat16())
+        assert model.config.image_tokenizer_hash == hash_image_tokenizer(processor.image_tokenizer)
 
     def test_it_draws_and_reads_through_the_processor(self, converted):
         model = NextFlowForCausalLM.from_pretrained(converted[1], dtype=torch.float32)

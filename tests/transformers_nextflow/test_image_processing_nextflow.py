@@ -9,7 +9,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from transformers import AutoImageProcessor
 
 from transformers_nextflow import NextFlowImageProcessor, NextFlowImageProcessorPil, ScaleSchedule, aspect_buckets
@@ -194,6 +194,23 @@ def test_upright(processor):
         processor(Image.open(buffer), return_tensors="np").pixel_values,
         processor(image, return_tensors="np").pixel_values,
     )
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+@pytest.mark.parametrize("size", [(128, 96), (2800, 1000)], ids=["small", "averaged"])
+def test_every_turn(kind, size):
+    """As PIL turns them; a long picture is cropped in the right direction."""
+    processor = NextFlowImageProcessorPil(num_scales=5)
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        buffer = io.BytesIO()
+        photo(*size).save(buffer, kind, exif=exif)
+        upright = ImageOps.exif_transpose(Image.open(buffer))
+        turned, expected = (processor(image, return_tensors="np") for image in (Image.open(buffer), upright))
+        assert turned.image_grid_shw.tolist() == expected.image_grid_shw.tolist()
+        # Cells that are averaged may begin at the other side.
+        np.testing.assert_allclose(levels(turned.pixel_values), levels(expected.pixel_values), atol=10)
 
 
 # Sources

@@ -8,9 +8,15 @@ import stat
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoProcessor
 
-from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, NextFlowImageTokenizer, NextFlowProcessor
+from transformers_nextflow import (
+    NextFlowConfig,
+    NextFlowForCausalLM,
+    NextFlowImageProcessor,
+    NextFlowImageTokenizer,
+    NextFlowProcessor,
+)
 
 INDEX = "model.safetensors.index.json"
 
@@ -131,6 +137,14 @@ def test_damaged_files_of_a_processor_are_named(copy, name, load):
     whole = (folder / name).read_text()
     (folder / name).write_text(whole[: len(whole) // 2])
     with pytest.raises((ValueError, OSError), match=name):
+        load(folder)
+
+
+@pytest.mark.parametrize("load", [AutoImageProcessor.from_pretrained, NextFlowImageProcessor.from_pretrained])
+def test_a_damaged_file_of_an_image_processor_is_named(copy, load):
+    folder = copy(load_model)
+    (folder / "processor_config.json").write_text("{")
+    with pytest.raises((ValueError, OSError), match=r"processor_config\.json"):
         load(folder)
 
 
