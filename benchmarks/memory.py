@@ -63,7 +63,7 @@ def measure(
     others["peak with what glibc keeps by default"] = ("preallocated", {})
     for name, settings in others.items():
         found, _ = peak(*settings)
-        yield Row(name, f"{found} MB", f"{ours.median:.0f} MB", found.median / ours.median)
+        yield Row(name, f"{found} MB", f"{ours.median:.0f} MB", found.median / max(ours.median, 1e-6))
 
 
 def main():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from forks import Fresh, run
+from forks import FRESH, run
 
 # The tests' tensors are small: more threads only wait for each other. Before torch is imported, and for subprocesses.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -143,15 +143,13 @@ def save_tiny_random_checkpoint(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def fresh_process():
     """Runs code where neither transformers nor the package was imported; returns the last line that it prints."""
-    fresh = Fresh()
 
     def last_line(code: str, *arguments: str, **environment: str) -> str:
-        done = fresh.run(["-c", code, *arguments], environment)
+        done = FRESH.run(["-c", code, *arguments], environment)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip().rpartition("\n")[2]
 
-    yield last_line
-    fresh.end()
+    return last_line
 
 
 @pytest.fixture(scope="session")

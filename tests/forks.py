@@ -1,5 +1,6 @@
 """Scripts and ranks in forks of this process: as apart as processes are, without importing torch anew for each."""
 
+import atexit
 import json
 import os
 import resource
@@ -127,6 +128,22 @@ def serve() -> None:
         os.chdir(folder)
         _, status = os.waitpid(fork(as_script(command), output, errors, env), 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+FRESH = Fresh()  # one for all tests of a process
+atexit.register(FRESH.end)
+
+
+def call_fresh(function: Callable[..., object], *arguments: str) -> None:
+    """Calls a module's function with texts in a fork of [`Fresh`]; if it fails, an AssertionError with its output.
+
+    For what itself forks and trains there: autograd can't be used in a fork of a process that has threads of it.
+    """
+    module = sys.modules[function.__module__]
+    paths = [str(Path(__file__).parent), str(Path(module.__file__).parent)]
+    code = f"import sys; sys.path[:0] = {paths!r}; import {module.__name__} as m; m.{function.__name__}(*sys.argv[1:])"
+    done = FRESH.run(["-c", code, *arguments])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def fork_ranks(function: Callable[[], object], folder: Path, number: int = 2) -> None:

@@ -32,7 +32,8 @@ class SessionMemory:
     Args:
         num_tokens (`int`): Tokens of the conversation so far, in the token view.
         num_images (`int`): Images among them.
-        num_bytes (`int`): Bytes of keys and values, those of guidance's branch included.
+        num_bytes (`int`): Bytes of keys and values, those of guidance's branch included. While a turn is answered
+            there may be twice as many: those from before it stay until it has succeeded.
         num_tokens_left (`int`): Tokens until the model's context is full.
     """
 
@@ -275,9 +276,9 @@ class NextFlowSession:
 
     def undo(self, num_turns: int = 1) -> None:
         """Forgets the last turns, the answers to them included."""
+        self._end_turn()
         if num_turns not in range(1, self.num_turns + 1):
             raise ValueError(f"There are {self.num_turns} turns, so {num_turns} can't be undone.")
-        self._end_turn()
         decoding, marks = self._now
         decoding = decoding.fork()
         decoding.rewind(marks[-num_turns])

@@ -27,7 +27,7 @@ OPTIONS = {
     "min_length": (9, "sss", {}),
     "min_new_tokens": (4, "sss", {}),
     "early_stopping": (True, "srs", {}),
-    "max_time": (60.0, "sss", {}),
+    "max_time": (60.0, "srs", {}),
     "do_sample": (True, "csc", {}),
     "num_beams": (2, "crr", {}),
     "use_mtp": (True, "-rr", {}),
@@ -106,7 +106,7 @@ ARGUMENTS = {
     "image_grid_shw": (torch.tensor([[3, 16, 16]]), "rrr"),
     "generation_config": (NextFlowGenerationConfig(image_top_k=1), "ccr"),
     "generator": (torch.Generator().manual_seed(7), "ccc"),
-    "negative_prompt_ids": (torch.tensor([[90]]), "ccc"),
+    "negative_prompt_ids": (torch.tensor([[90]]), "ccr"),
     "negative_prompt_attention_mask": (torch.ones(1, 9), "rrr"),  # of another shape
     "on_scale_end": (lambda index, schedule, codes: codes * 0, "crr"),
     "cache": (DynamicCache, "ssr"),  # a new one each time

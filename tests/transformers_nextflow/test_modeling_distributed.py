@@ -7,7 +7,7 @@ from test_modeling_nextflow import BOI, SCHEDULE, build, grids, loss_batch, rand
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from forks import fork_ranks
+from forks import call_fresh, fork_ranks
 
 TEXT_IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 IMAGE_IDS = torch.tensor([[5, BOI, *random_codes(SCHEDULE), 9, 10]])
@@ -56,9 +56,13 @@ def train_on_a_rank() -> None:
                 )
 
 
+def on_two_ranks(folder: str) -> None:
+    fork_ranks(train_on_a_rank, folder)
+
+
 @pytest.mark.slow
 def test_ranks_without_images_are_waited_for_by_none(tmp_path):
-    fork_ranks(train_on_a_rank, tmp_path)
+    call_fresh(on_two_ranks, str(tmp_path))
 
 
 @pytest.mark.parametrize("name", batches())

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from forks import fork_ranks
 from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor
 from transformers_nextflow.trainer import NextFlowDataCollator, NextFlowSFTConfig, NextFlowSFTTrainer
 
@@ -96,3 +97,7 @@ def main(folder: Path):
     results["tp"] = split_tensors(folder, batch)
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
+
+
+def on_two_ranks(folder: str) -> None:
+    fork_ranks(lambda: main(Path(folder)), Path(folder))

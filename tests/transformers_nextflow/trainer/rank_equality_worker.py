@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from peft import LoraConfig
 
+from forks import fork_ranks
 from transformers_nextflow import NextFlowImageTokenizer
 from transformers_nextflow.trainer import (
     NextFlowGRPOConfig,
@@ -76,3 +77,7 @@ def main(folder: Path):
             result["counts"] = trainer._counts
             result["discriminator"] = {name: value.detach() for name, value in trainer.discriminator.named_parameters()}
         torch.save(result, folder / f"{kind}-{num_processes}-{rank}.pt")
+
+
+def on_two_ranks(folder: str) -> None:
+    fork_ranks(lambda: main(Path(folder)), Path(folder))

@@ -2,10 +2,11 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import signal
 import sys
+from multiprocessing import get_context
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from diffusers_nextflow import NextFlowPipeline
+from forks import call_fresh
 from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizer, NextFlowProcessor
 from transformers_nextflow.trainer import (
     NextFlowGRPOConfig,
@@ -50,6 +52,10 @@ def brightness(images, **kwargs):
 
 @pytest.fixture(scope="module")
 def make_trainer(tiny_random_checkpoint, samples):
+    return maker_of_trainers(tiny_random_checkpoint, samples)
+
+
+def maker_of_trainers(tiny_random_checkpoint, samples):
     """Trainers of every kind whose runs have several epochs, draws, dropout and generations of several steps."""
     dataset = datasets.Dataset.from_list([samples[index % 3] for index in range(7)])
     pictures = torch.rand(3, 3, 80, 80, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -194,22 +200,33 @@ def train_until_killed(make, kind, folder, event: int, result):
     torch.save(weights(trainer), result)
 
 
-@pytest.mark.parametrize("kind", ["packed", "grpo", "tokenizer"])
-def test_killed_anywhere_it_ends_as_unbroken(make_trainer, unbroken, tmp_path, kind):
+def kill_and_go_on(checkpoint: str, samples: str, folder: str) -> None:
+    make, context = maker_of_trainers(checkpoint, json.loads(Path(samples).read_text())), get_context("fork")
+    for kind in KILLED:
+        expected, result = torch.load(f"{folder}/{kind}.pt"), Path(folder, "result.pt")
+        rng = np.random.default_rng(KINDS.index(kind))
+        for number in range(int(os.environ.get("NEXTFLOW_KILLS", "1"))):
+            run, deaths = Path(folder, f"{kind}-{number}"), 0
+            while not result.exists():
+                event = int(rng.integers(1, 60)) if deaths < 2 else 0
+                child = context.Process(target=train_until_killed, args=(make, kind, run, event, result))
+                child.start()
+                child.join()
+                assert child.exitcode in (0, -signal.SIGKILL)
+                deaths += child.exitcode != 0
+            assert_equal(torch.load(result), expected)
+            result.unlink()
+
+
+KILLED = ("packed", "grpo", "tokenizer")
+
+
+def test_killed_anywhere_it_ends_as_unbroken(unbroken, samples, tiny_random_checkpoint, tmp_path):
     """`NEXTFLOW_KILLS=100` tries many moments."""
-    expected, result = unbroken(kind)[1], tmp_path / "result.pt"
-    rng, context = np.random.default_rng(KINDS.index(kind)), multiprocessing.get_context("fork")
-    for number in range(int(os.environ.get("NEXTFLOW_KILLS", "1"))):
-        folder, deaths = tmp_path / f"run-{number}", 0
-        while not result.exists():
-            event = int(rng.integers(1, 60)) if deaths < 2 else 0
-            child = context.Process(target=train_until_killed, args=(make_trainer, kind, folder, event, result))
-            child.start()
-            child.join()
-            assert child.exitcode in (0, -signal.SIGKILL)
-            deaths += child.exitcode != 0
-        assert_equal(torch.load(result), expected)
-        result.unlink()
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    for kind in KILLED:
+        torch.save(unbroken(kind)[1], tmp_path / f"{kind}.pt")
+    call_fresh(kill_and_go_on, str(tiny_random_checkpoint), str(tmp_path / "samples.json"), str(tmp_path))
 
 
 def test_an_order_is_a_function_of_seed_and_epoch():

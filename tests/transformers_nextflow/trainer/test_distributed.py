@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from forks import fork_ranks
+from forks import call_fresh
 from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, NextFlowProcessor
 from transformers_nextflow.trainer import NextFlowSFTConfig, NextFlowSFTTrainer
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory, samples, tiny_random_checkpoint) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder) -> dict:
-    fork_ranks(lambda: distributed_worker.main(folder), folder)
+    call_fresh(distributed_worker.on_two_ranks, str(folder))
     return json.loads((folder / "results.json").read_text())
 
 

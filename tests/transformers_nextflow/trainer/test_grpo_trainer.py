@@ -1,6 +1,7 @@
 """GRPO: the loss against a loop, what is trained and what is not, VMR, masks, editing, resuming, two processes."""
 
 import json
+from pathlib import Path
 import threading
 
 import datasets
@@ -11,7 +12,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, 
 from PIL import Image
 from trl import GRPOConfig, TrlParser
 
-from forks import fork_ranks
+from forks import call_fresh, fork_ranks
 from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, ScaleSchedule
 from transformers_nextflow.trainer import NextFlowGRPOConfig, NextFlowGRPOTrainer, RewardOutput, middle_returns
 
@@ -554,20 +555,30 @@ def test_other_misuse_is_explained(make_trainer, tiny_random_checkpoint, tmp_pat
 # --- Processes ---
 
 
-@pytest.mark.slow
-def test_a_group_may_span_two_processes(make_trainer, tmp_path):
-    settings = {"shuffle_dataset": False, "num_generations": 8}
-    alone = make_trainer(**settings)
-    alone.train()
+SPANNING = {"shuffle_dataset": False, "num_generations": 8}
 
+
+def train_on_two_ranks(checkpoint: str, folder: str) -> None:
     def train():
-        trainer = make_trainer(**settings, per_device_train_batch_size=4)
+        trainer = NextFlowGRPOTrainer(
+            checkpoint,
+            brightness,
+            NextFlowGRPOConfig(f"{folder}/run", **{**SETTINGS, **SPANNING, "per_device_train_batch_size": 4}),
+            train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+        )
         assert trainer.accelerator.num_processes == 2
         trainer.train()
         if trainer.accelerator.is_main_process:
-            (tmp_path / "history.json").write_text(json.dumps(trainer.state.log_history))
+            Path(folder, "history.json").write_text(json.dumps(trainer.state.log_history))
 
-    fork_ranks(train, tmp_path)
+    fork_ranks(train, folder)
+
+
+@pytest.mark.slow
+def test_a_group_may_span_two_processes(make_trainer, tiny_random_checkpoint, tmp_path):
+    alone = make_trainer(**SPANNING)
+    alone.train()
+    call_fresh(train_on_two_ranks, str(tiny_random_checkpoint), str(tmp_path))
     together = json.loads((tmp_path / "history.json").read_text())
     for name in ("reward", "reward_std", "entropy", "grad_norm"):
         assert [e[name] for e in together if name in e] == pytest.approx(history(alone, name), rel=1e-3), name

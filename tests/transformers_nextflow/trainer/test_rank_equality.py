@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from forks import fork_ranks
+from forks import call_fresh
 
 sys.path.insert(0, str(Path(__file__).parent))
 import rank_equality_worker as worker
@@ -20,7 +20,7 @@ def folder(tmp_path_factory, samples, tiny_random_checkpoint) -> Path:
     # A picture in each: a rank without any is the model's affair.
     rows = [{**samples[index % 2], "id": str(index)} for index in range(8)]
     (folder / "samples.json").write_text(json.dumps(rows))
-    fork_ranks(lambda: worker.main(folder), folder)
+    call_fresh(worker.on_two_ranks, str(folder))
     worker.main(folder)
     return folder
 
