@@ -216,7 +216,9 @@ class NextFlowGenerationConfig(GenerationConfig):
                     raise ValueError(f"{mode} does not take `{name}={value!r}`: {reason}.")
                 setattr(self, name, None)
         if "prompt_styles" in keywords:
-            raise ValueError("`generate` takes prompts as they are; pipelines take a `prompt_style`.")
+            raise ValueError(
+                "`prompt_styles` is for pipelines (see `prompt_style`); `generate` takes prompts as they are."
+            )
         if {"thinking", "num_frames"} <= given and self.thinking:
             raise ValueError("`thinking` comes before one image: pass it or `num_frames`, not both.")
         unfit: dict[str, str] = {}

@@ -103,7 +103,7 @@ TEXT_TO_IMAGE = {
     "num_frames": ({"num_frames": 2}, lambda images: len(images[0]) == 2),
     "max_new_images": ({"max_new_images": 2}, "`max_new_images`"),
     "return_cache": ({"return_cache": True}, "return_cache"),
-    "prompt_styles": ({"prompt_styles": {"image": "chat"}}, "a `prompt_style`"),
+    "prompt_styles": ({"prompt_styles": {"image": "chat"}}, "see `prompt_style`"),
 }
 
 COMMAND = {
