@@ -1,8 +1,8 @@
 """GRPO: the loss against a loop, what is trained and what is not, VMR, masks, editing, resuming, two processes."""
 
 import json
-from pathlib import Path
 import threading
+from pathlib import Path
 
 import datasets
 import numpy as np
