@@ -157,13 +157,7 @@ def read_settings(
     The other arguments are [`~NextFlowGenerationMixin.generate`]'s.
     """
     model, config, ids = call.model, call.config, call.prompts[0]
-    # PEFT hangs its own method on the model for the time of a call.
-    peft_model = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
-    if getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ValueError(
-            "Adapters of PEFT's prompt learning (prompt, prefix and p-tuning) can't draw: their virtual tokens have no "
-            "place in the token view. Use LoRA."
-        )
+    _refuse_prompt_learning(model)
     if config.generation_mode == "interleaved":
         opening, images, text, default_text = "free", config.max_new_images, config.max_new_tokens, 256
     elif config.thinking:
@@ -172,14 +166,7 @@ def read_settings(
         opening, images, text, default_text = "now", config.num_frames or 1, 0, 0
     schedule = _schedule(call)
     plan, num_branches = _plan(call, schedule.num_scales)
-    pad = model.config.eoi_token_id if config.pad_token_id is None else config.pad_token_id
-    away = ids.new_empty(1, 0) if negative_prompt_ids is None else negative_prompt_ids.to(ids.device)
-    negative = read_prompts(away, negative_prompt_attention_mask, pad, "negative_prompt_attention_mask")
-    negative = end_with_boi(*negative, model.config.boi_token_id, pad)
-    if len(negative[0]) not in (1, len(ids)):
-        raise ValueError(
-            f"Got {len(negative[0])} negative prompts for {len(ids)} prompts. Pass one, or one per prompt."
-        )
+    negative = _negative(call, negative_prompt_ids, negative_prompt_attention_mask)
     ends_with_boi = (ids[:, -1:] == model.config.boi_token_id).any(-1)
     length = max(ids.shape[1] - int(len(ids) > 0 and bool(ends_with_boi.all())), negative[0].shape[1] - 1)
     if text is None and config.max_length is not None:
@@ -230,6 +217,29 @@ def read_settings(
         should_stop=_stop_check(stopping_criteria),
         **({} if opening == "now" else _text_settings(call, images, logits_processor, tokenizer)),
     )
+
+
+def _refuse_prompt_learning(model: Any) -> None:
+    # PEFT hangs its own method on the model for the time of a call.
+    peft_model = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
+    if getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "Adapters of PEFT's prompt learning (prompt, prefix and p-tuning) can't draw: their virtual tokens have no "
+            "place in the token view. Use LoRA."
+        )
+
+
+def _negative(call: Call, negative_ids: torch.Tensor | None, mask: torch.Tensor | None) -> Prompts:
+    """What guidance leads away from, ending with `<boi>`: by default that alone."""
+    config, ids = call.model.config, call.prompts[0]
+    pad = config.eoi_token_id if call.config.pad_token_id is None else call.config.pad_token_id
+    negative_ids = ids.new_empty(1, 0) if negative_ids is None else negative_ids.to(ids.device)
+    negative = read_prompts(negative_ids, mask, pad, "negative_prompt_attention_mask")
+    if len(negative_ids) not in (1, len(ids)):
+        raise ValueError(
+            f"Got {len(negative_ids)} negative prompts for {len(ids)} prompts. Pass one, or one per prompt."
+        )
+    return end_with_boi(*negative, config.boi_token_id, pad)
 
 
 def _text_settings(call: Call, num_images: int, processors: Any, tokenizer: Any) -> dict[str, Any]:
