@@ -30,6 +30,37 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "GenerationEvent",
+    "NextFlowConfig",
+    "NextFlowForCausalLM",
+    "NextFlowGenerateOutput",
+    "NextFlowGenerationConfig",
+    "NextFlowGenerationMixin",
+    "NextFlowImageProcessor",
+    "NextFlowImageProcessorPil",
+    "NextFlowImageTokenizer",
+    "NextFlowImageTokenizerConfig",
+    "NextFlowImageTokenizerOutput",
+    "NextFlowModel",
+    "NextFlowPreTrainedModel",
+    "NextFlowProcessor",
+    "NextFlowSession",
+    "NextFlowTextToImagePipeline",
+    "ScaleCache",
+    "ScaleSchedule",
+    "SessionMemory",
+    "StreamChunk",
+    "add_remote_code",
+    "aspect_buckets",
+    "check_same_codebook",
+    "hash_image_tokenizer",
+    "nearest_bucket",
+    "nearest_sizes",
+    "reseat_codebook",
+    "tiny_checkpoint",
+]
+
 _MODULES = {
     "codebook": ("check_same_codebook", "hash_image_tokenizer", "reseat_codebook"),
     "configuration_nextflow": ("NextFlowConfig", "NextFlowImageTokenizerConfig"),
@@ -48,8 +79,6 @@ _MODULES = {
     "session": ("NextFlowSession", "SessionMemory"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-
-__all__ = [*_MODULE_OF, "tiny_checkpoint"]
 
 
 def __getattr__(name: str):
