@@ -80,12 +80,13 @@ def resized_size(image_size: tuple[int, int], frame: tuple[int, int], cover: boo
 def shrink(image: Image.Image, frame: tuple[int, int], cover: bool) -> Image.Image:
     """Crops a long picture and averages a large one over cells, so that memory follows the `frame` (height, width).
 
-    It leaves twice as much as the frame shows on each axis; usual pictures stay as they are.
+    At least half as much again as the frame shows is left on each axis; usual pictures stay as they are.
     """
     (width, height), (rows, columns) = image.size, frame
     top = max(0, height - 2 * width * rows // columns - 4) // 2 if cover else 0
     left = max(0, width - 2 * height * columns // rows - 4) // 2 if cover else 0
-    factor = (min if cover else max)(height // rows, width // columns) // 2 if width * height > LARGE else 1
+    ratio = (min if cover else max)(height // rows, width // columns)
+    factor = (ratio + 1) // 2 if width * height > LARGE else 1
     box = (left, top, width - left, height - top)
     return image if factor <= 1 and box == (0, 0, width, height) else image.reduce(max(1, factor), box)
 

@@ -41,7 +41,7 @@ class SourceLimits:
         max_download_seconds (`float`): The most seconds that a download may take in all.
     """
 
-    max_pixels: int = 50_000_000
+    max_pixels: int = 44_000_000
     max_aspect_ratio: float = 64.0
     allow_urls: bool = True
     allow_paths: bool = True
