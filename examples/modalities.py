@@ -115,8 +115,7 @@ def stories(pipe: NextFlowPipeline, seed: int, number: int, folder: Path) -> Ima
     rng, rows = np.random.default_rng(seed), []
     for i in range(number):
         _, prompt = parts_of(sample_story(rng, "test").messages[0])
-        chat = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-        frames = pipe(chat, num_frames=3, generator=seeded(seed + i)).frames[0]
+        frames = pipe(prompt, num_frames=3, prompt_style="chat", generator=seeded(seed + i)).frames[0]
         if i == 0:
             export_to_gif([frame.resize((256, 256)) for frame in frames], str(folder / "story.gif"), fps=2)
         rows.append([(frame, prompt if j == 0 else "") for j, frame in enumerate(frames)])

@@ -5,9 +5,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from transformers_nextflow import NextFlowForCausalLM, NextFlowImageProcessor, NextFlowImageTokenizer, NextFlowProcessor
+from transformers_nextflow import (
+    NextFlowForCausalLM,
+    NextFlowGenerationConfig,
+    NextFlowImageProcessor,
+    NextFlowImageTokenizer,
+    NextFlowProcessor,
+)
 from transformers_nextflow.remote_code import add_remote_code
 from transformers_nextflow.trainer import hash_image_tokenizer
 
@@ -94,8 +100,11 @@ def package(
     folder: Path,
 ) -> None:
     """Writes the checkpoint in bfloat16, with everything that `from_pretrained` of either library asks for."""
-    model.generation_config = GenerationConfig(
-        eos_token_id=text_tokenizer.eos_token_id, pad_token_id=text_tokenizer.pad_token_id, **GENERATION
+    model.generation_config = NextFlowGenerationConfig(
+        eos_token_id=text_tokenizer.eos_token_id,
+        pad_token_id=text_tokenizer.pad_token_id,
+        prompt_styles={"frames": "chat"},  # stories are trained as chat turns only
+        **GENERATION,
     )
     model.config.image_tokenizer_hash = hash_image_tokenizer(image_tokenizer)  # trainers refuse codes of others
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -170,9 +170,12 @@ class NextFlowPipeline(DiffusionPipeline):
         for name, component in self.components.items():
             wrapped = type(component).__module__.split(".")[0] == "peft"
             if wrapped or getattr(component, "_hf_peft_config_loaded", False):
+                merge = f"pipe.{name}.merge_and_unload()"
+                if not wrapped:
+                    merge = "PeftModel.from_pretrained(base, adapter_folder).merge_and_unload()"
                 raise ValueError(
-                    f"`{name}` carries a PEFT adapter, which a pipeline cannot save. Merge it first: "
-                    f"`pipe.{name} = pipe.{name}.merge_and_unload()`; or save the adapter by itself."
+                    f"`{name}` carries a PEFT adapter, which a pipeline cannot save. Merge it first: `pipe.{name} = "
+                    f"{merge}`; or save the adapter by itself."
                 )
         if kwargs.get("push_to_hub"):
             return super().save_pretrained(save_directory, *args, **kwargs)
@@ -312,12 +315,19 @@ class NextFlowPipeline(DiffusionPipeline):
                     "prompt_embeds": lambda: self.model.get_input_embeddings()(text_ids),
                 }
                 tensors = {name: makers[name]() for name in callback_on_step_end_tensor_inputs}
+                before = tensors["latents"].clone() if "latents" in tensors else None
                 returned = callback_on_step_end(self, step, step, tensors)
                 if not isinstance(returned, dict | None) or set(returned or ()) - set(makers):
                     raise ValueError(f"A callback returns None or a dict of {sorted(makers)}, not {returned!r:.80}.")
-                changed = (tensors | (returned or {})).get("codes", codes).to(codes)
+                after = tensors | (returned or {})
+                if "latents" in after and (before is None or not torch.equal(before, after["latents"])):
+                    raise ValueError("A callback can change `codes`, of which `latents` are a view; change those.")
+                changed = after.get("codes", codes)
                 if changed.shape != codes.shape:
                     raise ValueError(f"A callback must not change shapes: codes {tuple(codes.shape)}.")
+                if changed.is_floating_point():
+                    raise ValueError(f"A callback gives `codes` as whole numbers, but these are {changed.dtype}.")
+                changed = changed.to(codes)
                 changes = codes = changed
                 if self.guidance_scale != strength:
                     changes = {"codes": codes, "guidance_scale": _strength(self.guidance_scale)}

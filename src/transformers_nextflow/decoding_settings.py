@@ -193,7 +193,7 @@ def read_settings(
             "them out."
         )
     if negative_prompt_ids is not None and num_branches == 1:
-        logger.warning_once("`negative_prompt_ids` has no effect without a `guidance_scale`.")
+        logger.warning_once("`negative_prompt_ids` has no effect without a `guidance_scale` other than 1.")
     if not one_image and len(negative[0]) > 1:
         negative = negative[0].repeat_interleave(copies, dim=0), negative[1].repeat_interleave(copies, dim=0)
     sharing = _sharing(call, schedule.num_scales, copies) if one_image else (0, 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from .sampling import GUIDANCE_SCHEDULES
+from .sampling import GUIDANCE_SCHEDULES, check_candidates
 from .scale_schedule import ScaleSchedule
 
 GENERATION_MODES = ("text", "image", "interleaved")
@@ -141,6 +141,8 @@ class NextFlowGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Real) and 0 <= float(value) < math.inf):
                 raise ValueError(f"`{name}` must be a number of at least 0 (1 turns guidance off), but got {value!r}.")
+        temperature, top_p = (1.0 if v is None else v for v in (self.image_temperature, self.image_top_p))
+        check_candidates(None, None, temperature, self.image_top_k, top_p)
         styles = {} if self.prompt_styles is None else self.prompt_styles
         if not isinstance(styles, dict) or set(styles) - set(PROMPT_TASKS) or set(styles.values()) - set(PROMPT_STYLES):
             raise ValueError(

@@ -461,6 +461,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
         **kwargs,
     ) -> dict[str, Any]:
         """Model inputs of a text step; grids are passed only for images that are still among its ids."""
+        for name in ("tokenizer", "assistant_tokenizer"):  # transformers hands on what is for `generate` alone
+            kwargs.pop(name, None)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

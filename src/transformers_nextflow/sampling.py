@@ -65,21 +65,7 @@ def sampling_plan(
         `ValueError`: if a temperature, `top_k` or `top_p` is out of range, or a sequence has another length than there
             are scales. The rest is checked by [`NextFlowGenerationConfig`].
     """
-    temperatures = _one_a_scale("image_temperature", temperature, num_scales)
-    top_ks = _one_a_scale("image_top_k", 0 if top_k is None else top_k, num_scales)
-    top_ps = _one_a_scale("image_top_p", top_p, num_scales)
-    if not all(0 < value < math.inf for value in temperatures):
-        raise ValueError(
-            f"`image_temperature` must be positive and finite, but got {temperature}. For the likeliest codes pass "
-            "`do_sample=False`."
-        )
-    if not all(float(value).is_integer() and 0 <= value <= codebook_size for value in top_ks):
-        raise ValueError(
-            f"`image_top_k` must be a whole number from 1 to {codebook_size} (the codebook's size), or 0 for no limit, "
-            f"but got {top_k}."
-        )
-    if not all(0 < value <= 1 for value in top_ps):
-        raise ValueError(f"`image_top_p` must be above 0 and at most 1 (no limit), but got {top_p}.")
+    temperatures, top_ks, top_ps = check_candidates(num_scales, codebook_size, temperature, top_k, top_p)
     top_ks = [int(value) if do_sample else 1 for value in top_ks]
     ramp = [
         s / (num_scales - 1) if guidance_schedule == "linear" and num_scales > 1 else 1.0 for s in range(num_scales)
@@ -92,12 +78,35 @@ def sampling_plan(
     return [ScaleSampling(*values) for values in settings]
 
 
-def _one_a_scale(name: str, value: Any, num_scales: int) -> list[Any]:
+def check_candidates(
+    num_scales: int | None, codebook_size: int | None, temperature: Any = 1.0, top_k: Any = None, top_p: Any = 1.0
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Temperatures, top-k and top-p of each scale; a `ValueError` for what no image (None: of this model) can take."""
+    temperatures = _one_a_scale("image_temperature", temperature, num_scales)
+    top_ks = _one_a_scale("image_top_k", 0 if top_k is None else top_k, num_scales)
+    top_ps = _one_a_scale("image_top_p", top_p, num_scales)
+    most = math.inf if codebook_size is None else codebook_size
+    if not all(0 < value < math.inf for value in temperatures):
+        raise ValueError(
+            f"`image_temperature` must be positive and finite, but got {temperature}. For the likeliest codes pass "
+            "`do_sample=False`."
+        )
+    if not all(float(value).is_integer() and 0 <= value <= most for value in top_ks):
+        raise ValueError(
+            f"`image_top_k` must be a whole number from 1 to {codebook_size or 'K'} (the codebook's size), or 0 for "
+            f"no limit, but got {top_k}."
+        )
+    if not all(0 < value <= 1 for value in top_ps):
+        raise ValueError(f"`image_top_p` must be above 0 and at most 1 (no limit), but got {top_p}.")
+    return temperatures, top_ks, top_ps
+
+
+def _one_a_scale(name: str, value: Any, num_scales: int | None) -> list[Any]:
     values = value.tolist() if hasattr(value, "tolist") else value  # arrays and tensors
-    values = list(values) if isinstance(values, list | tuple) else [values] * num_scales
+    values = list(values) if isinstance(values, list | tuple) else [values] * (num_scales or 1)
     if not all(isinstance(number, Real) for number in values):
         raise ValueError(f"`{name}` must be a number, or a list with one per scale, but got {value!r}.")
-    if len(values) != num_scales:
+    if len(values) != num_scales and num_scales is not None:
         raise ValueError(
             f"`{name}` has {len(values)} entries, but the image has {num_scales} scales. Pass one number for all "
             "scales, or one per scale."
@@ -311,7 +320,7 @@ def make_generators(
         if len(generator) != num_samples:
             raise ValueError(
                 f"Got {len(generator)} generators for {num_samples} images. Pass one, or one per image (number of "
-                "prompts times `num_return_sequences`)."
+                "prompts times images per prompt)."
             )
         if all(isinstance(of_one, torch.Generator) for of_one in generator):
             return list(generator)

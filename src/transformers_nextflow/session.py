@@ -68,6 +68,10 @@ class NextFlowSession:
     """
 
     def __init__(self, model: NextFlowForCausalLM, processor: NextFlowProcessor, **settings):
+        if not isinstance(processor, NextFlowProcessor):
+            raise ValueError(
+                f"A session takes a model and its `NextFlowProcessor`, but got {type(processor).__name__}."
+            )
         processor._image_parts()  # says what is missing
         check_same_codebook(model.config, processor.image_tokenizer)
         self.model, self.processor, self.settings = model, processor, settings

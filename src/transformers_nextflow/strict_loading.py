@@ -79,7 +79,7 @@ class StrictPreTrainedModel(PreTrainedModel):
                 the latter anew), are NaN, infinite or no floating-point numbers, if the checkpoint is not all
                 safetensors in the folder itself, if a file is damaged, or if quantisation is to untie embeddings.
         """
-        path = pretrained_model_name_or_path
+        path, options = pretrained_model_name_or_path, None
         if kwargs.get("use_safetensors") is None:  # diffusers says so
             kwargs["use_safetensors"] = True
         if not kwargs["use_safetensors"] or kwargs.get("gguf_file"):
@@ -91,7 +91,8 @@ class StrictPreTrainedModel(PreTrainedModel):
             raise ValueError("NextFlow's head and input embeddings aren't tied: leave `untie_embedding_weights` False.")
         if path is not None:
             _check_names(path, kwargs)
-            read_json(path, "generation_config.json", **kwargs)  # transformers would pass over a damaged one
+            # transformers would pass over a damaged one, and over an adapter's
+            options = read_json(path, "generation_config.json", **kwargs)
         accept_mismatches = kwargs.get("ignore_mismatched_sizes", False)
         kwargs["ignore_mismatched_sizes"] = strict or accept_mismatches
         load: Any = super().from_pretrained
@@ -123,6 +124,8 @@ class StrictPreTrainedModel(PreTrainedModel):
                 f"Check {' and '.join(f'`{name}`' for name in cls.size_fields)}, or convert the checkpoint again."
             )
         _check_finite(path, model)
+        if options and getattr(model, "_hf_peft_config_loaded", False):
+            model.generation_config = type(model.generation_config).from_dict(options)
         return (model, info) if output_loading_info else model
 
     @staticmethod

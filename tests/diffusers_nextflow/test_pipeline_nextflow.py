@@ -15,7 +15,13 @@ from diffusers.utils import export_to_gif
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from diffusers_nextflow import NextFlowPipeline, NextFlowPipelineOutput
-from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizer, NextFlowProcessor, ScaleSchedule
+from transformers_nextflow import (
+    NextFlowForCausalLM,
+    NextFlowImageTokenizer,
+    NextFlowProcessor,
+    ScaleSchedule,
+    tiny_checkpoint,
+)
 
 PROMPT = "a red circle"
 NUM_SCALES = 5
@@ -422,3 +428,29 @@ def test_sequential_cpu_offload_draws_the_same(pipe, monkeypatch):
 def test_bad_arguments(pipe, settings, message):
     with pytest.raises(ValueError, match=message):
         pipe(**{"prompt": PROMPT, **settings})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: {"latents": tensors["latents"] + 1}, "can change `codes`, of which `latents` are a view"),
+        (lambda tensors: tensors["latents"].add_(1) is None or {}, "can change `codes`, of which `latents` are a view"),
+        (lambda tensors: {"codes": tensors["codes"].float() + 0.5}, "gives `codes` as whole numbers"),
+    ],
+    ids=["returned latents", "latents in place", "float codes"],
+)
+def test_changes_of_callbacks_that_would_have_no_effect(pipe, change, message):
+    settings = {"callback_on_step_end_tensor_inputs": ["latents", "codes"]}
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, callback_on_step_end=lambda pipe, step, timestep, tensors: change(tensors), **settings)
+
+
+def test_the_shipped_checkpoint_draws_stories_as_it_was_trained():
+    pipe = NextFlowPipeline.from_pretrained(tiny_checkpoint())
+    options = {"num_frames": 2, "num_scales": 2}
+    by_default, chat, bare = (
+        pipe("it moves right", generator=seeded(), output_type="latent", **options, **style).images
+        for style in ({}, {"prompt_style": "chat"}, {"prompt_style": "bare"})
+    )
+    assert torch.equal(by_default, chat)
+    assert not torch.equal(by_default, bare)

@@ -79,6 +79,12 @@ UNWRITABLE = {
 }
 
 
+def test_the_sheets_of_the_modalities(run, tmp_path):
+    run(ROOT / "examples" / "modalities.py", "--output", str(tmp_path), "--number", "2")
+    assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".gif"}
+    assert len(list(tmp_path.iterdir())) == 7
+
+
 @pytest.mark.parametrize("stem", MISSING)
 def test_a_file_that_is_missing(stem, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

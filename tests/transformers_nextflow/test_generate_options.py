@@ -247,3 +247,13 @@ def test_an_argument_is_used_or_refused(name, parts):
         new = value() if value is DynamicCache else value
         became = outcome(name, door(*given, **guided), door, *given, **guided, **{name: new})[1]
         assert became == OUTCOMES[letter], (door.__name__, became)
+
+
+def test_stop_strings_end_a_text(tiny_random_checkpoint):
+    model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint)
+    tokenizer = NextFlowProcessor.from_pretrained(tiny_random_checkpoint).tokenizer
+    ids = tokenizer("a ring", return_tensors="pt").input_ids
+    whole = model.generate(ids, max_new_tokens=8, do_sample=False)
+    third = tokenizer.decode(whole[0, ids.shape[1] + 2])
+    text = model.generate(ids, max_new_tokens=8, do_sample=False, stop_strings=[third], tokenizer=tokenizer)
+    assert text.shape[1] < whole.shape[1] and torch.equal(text, whole[:, : text.shape[1]])

@@ -109,6 +109,10 @@ def test_layers():
         ({"image_guidance_scale": float("inf")}, "`image_guidance_scale` must be a number"),
         ({"prompt_styles": {"picture": "chat"}}, "`prompt_styles` maps tasks"),
         ({"prompt_styles": {"image": "ask"}}, "`prompt_styles` maps tasks"),
+        ({"image_top_k": -5}, "`image_top_k` must be a whole number"),
+        ({"image_temperature": "hot"}, "`image_temperature` must be a number, or a list"),
+        ({"image_temperature": [1.0, 0.0]}, "`image_temperature` must be positive"),
+        ({"image_top_p": 7}, "`image_top_p` must be above 0 and at most 1"),
         ({"num_return_sequences": 0}, "`num_return_sequences` must be a whole number"),
     ],
 )

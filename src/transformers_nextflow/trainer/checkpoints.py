@@ -181,12 +181,15 @@ class NextFlowTrainerMixin(_Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         (folder / "README.md").write_text(self._model_card(), encoding="utf-8")
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel) and hasattr(model, "generation_config"):
+            model.generation_config.save_pretrained(folder)  # it says how the adapter was prompted
         if processor is None:
             return
         words = copy.copy(processor)
         words.image_tokenizer = None
         words.save_pretrained(folder)
-        if processor.image_tokenizer is None or isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+        if processor.image_tokenizer is None or isinstance(model, PeftModel):
             return  # an adapter is loaded into a folder that has one
         own = folder / IMAGE_TOKENIZER_FOLDER
         try:  # it is frozen: all checkpoints share one copy on disk
@@ -210,11 +213,14 @@ class NextFlowTrainerMixin(_Trainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         base, args = Path(getattr(model.config, "_name_or_path", "") or "a new model").name, self.args
         names = {"learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
-        settings = "\n".join(f"- `{n}`: {getattr(args, n)!s}" for n in sorted(names.union(type(args).__annotations__)))
+        settings = "\n".join(
+            f"- `{n}`: {getattr(getattr(args, n), 'value', getattr(args, n))!s}"
+            for n in sorted(names.union(type(args).__annotations__))
+        )
         facts = "".join(f"- {fact}\n" for fact in self._card_facts)
         load = f"{type(model).__name__}.from_pretrained(folder)"
         if isinstance(model, PeftModel):
-            load = "PeftModel.from_pretrained(NextFlowForCausalLM.from_pretrained(base), folder)"
+            load = f"{type(model.get_base_model()).__name__}.from_pretrained(folder)  # with its base"
         elif self.processor is not None and self.processor.image_tokenizer is not None:
             load = "NextFlowPipeline.from_pretrained(folder)"
         return f"""---

@@ -110,6 +110,14 @@ def encode_messages(
     pictures = [part.get("image") for part in parts if part["type"] == "image"]
     if any(picture is None for picture in pictures):
         raise ValueError('A part {"type": "image"} needs its picture under "image".')
+    if not pictures and any(
+        processor.image_token in part["text"]
+        for part in (part for message in messages for part in _parts(message) if part["type"] == "text")
+    ):
+        raise ValueError(
+            f"A text holds the mark {processor.image_token}, but the conversation has no picture. Put it in a part "
+            '{"type": "image", "image": picture}.'
+        )
     token_ids, completion_mask = _tokenize(chat, processor, prompt_style)
     if not any(completion_mask):
         raise ValueError("The conversation has nothing to learn: no message of an assistant.")

@@ -1,5 +1,6 @@
 """GRPO with prefix-tuning on TRL."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -208,6 +209,8 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         """
         processor, prompt, images, image = self.processor, row["prompt"], row.get("images"), row.get("image")
         pictures = list(images) if images is not None and len(images) else [] if image is None else [image]
+        if isinstance(prompt, str):
+            processor.check_plain([prompt.replace(processor.image_token, "")])
         styles = getattr(self.accelerator.unwrap_model(self.model).generation_config, "prompt_styles", None) or {}
         if isinstance(prompt, str) and styles.get("edit" if pictures else "image") == "chat":
             prompt = [{"role": "user", "content": prompt}]
@@ -427,11 +430,11 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         for name, column in zip(self.reward_func_names, per_function.unbind(1), strict=True):
             known = column[~column.isnan()]
             metrics[f"rewards/{name}/mean"].append(float(known.mean()))
-            metrics[f"rewards/{name}/std"].append(float(known.std(correction=0)))
+            metrics[f"rewards/{name}/std"].append(float(known.std(correction=0)) if len(known) else math.nan)
             metrics[f"rewards/{name}/unscored"].append(float(len(column) - len(known)))
         known = rewards[~rewards.isnan()]
         metrics["reward"].append(float(known.mean()))
-        metrics["reward_std"].append(float(known.std(correction=0)))
+        metrics["reward_std"].append(float(known.std(correction=0)) if len(known) else math.nan)
         groups = values.view(-1, group_size).nan_to_num(0)
         metrics["frac_reward_zero_std"].append(float((groups.amax(1) == groups.amin(1)).float().mean()))
         # What reward functions logged with TRL's `log_metric`; all processes must ask for the same names in one order.

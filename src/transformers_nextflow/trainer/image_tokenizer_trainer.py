@@ -180,7 +180,9 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
             self._shown = (pixels.detach(), prediction.detach())
         parts["psnr"] = psnr(prediction.detach(), pixels).mean()
         for name, value in parts.items():
-            self._count(model.training, name, torch.tensor([float(value), 1.0], device=args.device) * len(pixels))
+            self._count(
+                model.training, name, torch.tensor([float(value.detach()), 1.0], device=args.device) * len(pixels)
+            )
         outputs = {"loss": loss, "pixel_values": prediction, "codes": codes}
         return (loss, outputs) if return_outputs else loss
 

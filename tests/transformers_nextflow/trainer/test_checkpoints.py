@@ -294,6 +294,9 @@ def test_the_documented_way_and_merged_adapters_load(make_trainer, tiny_random_c
         NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint), tmp_path / "run" / "checkpoint-1"
     )
     assert not (tmp_path / "run" / "checkpoint-1" / "image_tokenizer").exists()
+    loaded = NextFlowForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-1")
+    styles = trainer.model.generation_config.prompt_styles
+    assert styles and loaded.generation_config.prompt_styles == styles
     ids = torch.tensor([[5, 6, 7]])
     expected = adapter.eval()(ids).logits
     trainer.save_merged(str(tmp_path / "merged"))

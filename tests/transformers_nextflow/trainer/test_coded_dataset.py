@@ -152,6 +152,11 @@ class TestBadInput:
         with pytest.raises(ValueError, match='needs its picture under "image"'):
             encode_messages(messages, processor)
 
+    def test_a_mark_without_a_picture(self, processor):
+        messages = [{"role": "user", "content": "<image>x"}, {"role": "assistant", "content": "y"}]
+        with pytest.raises(ValueError, match="holds the mark <image>, but the conversation has no picture"):
+            encode_messages(messages, processor)
+
     def test_codes_of_another_tokenizer(self, sample, config):
         with pytest.raises(ValueError, match="codebook of 4096 codes, but the model's has 64"):
             expand_sample({**sample, "codebook_size": 4096}, config)

@@ -395,6 +395,11 @@ def test_special_tokens_in_conversations_are_text(make_trainer):
     assert (batches[0]["input_ids"] == special).sum() == (batches[1]["input_ids"] == special).sum()
 
 
+def test_special_tokens_in_a_prompt(make_trainer):
+    with pytest.raises(ValueError, match=r"must not hold any of <boi>, <\|im_end\|>"):
+        make_trainer()._read_prompts([{"prompt": "a <boi> ring <|im_end|>"}])
+
+
 def blind(images):
     return brightness(images)
 
