@@ -459,6 +459,11 @@ def _onload(module: torch.nn.Module) -> None:
 
 def _index_of_transformers_checkpoint(folder: Path) -> dict[str, Any]:
     """What `model_index.json` would say of a transformers checkpoint: all flat but the image tokenizer's sub-folder."""
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(
+            f'"{folder}" is an adapter, and a pipeline takes a whole model: write one by `trainer.save_merged`, or '
+            "load its base and give the pipeline `PeftModel.from_pretrained(pipe.model, folder).merge_and_unload()`."
+        )
     for name in ("config.json", "tokenizer_config.json", "image_tokenizer"):
         if not (folder / name).exists():
             raise ValueError(

@@ -133,7 +133,7 @@ class NextFlowGenerationConfig(GenerationConfig):
             if (value := getattr(self, name)) is not None and value not in legal:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, but got {value!r}.")
         counts = (*SIZE, "num_frames", "prefix_scales", "images_per_prefix", "max_new_tokens", "num_return_sequences")
-        for name, least in {**dict.fromkeys(counts, 1), "num_beams": 1, "max_new_images": 0}.items():
+        for name, least in {**dict.fromkeys(counts, 1), "num_beams": 1, "max_new_images": 0, "top_k": 0}.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, but got {value!r}.")

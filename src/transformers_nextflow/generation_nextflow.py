@@ -389,8 +389,13 @@ class NextFlowGenerationMixin(_GenerationMixin):
             )
             if pad_token_id == eos_token_id:
                 pad_token_id = None  # a prompt may end with it
-            check_left_padded(ids, kwargs.get("attention_mask"), pad_token_id)
-            check_not_empty(ids + 1 if kwargs.get("attention_mask") is None else kwargs["attention_mask"])
+            mask = kwargs.get("attention_mask")
+            check_left_padded(ids, mask, pad_token_id)
+            if mask is not None and mask.shape != ids.shape and kwargs.get("cache") is None:
+                raise ValueError(
+                    f"The attention mask has shape {tuple(mask.shape)}, but the prompts have {tuple(ids.shape)}."
+                )
+            check_not_empty(ids + 1 if mask is None else mask)
             grids = kwargs.get("image_grid_shw")
             grids = [] if grids is None else [grids.tolist()]
             check_context(ids.shape[-1], 1, self.config.max_position_embeddings, grids)

@@ -131,7 +131,8 @@ def to_eight_bits(image: ImageInput, input_data_format: str | ChannelDimension |
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:
-    low, high, kind = array.min(), array.max(), array.dtype.kind
+    kind = array.dtype.kind
+    low, high = (array.min(), array.max()) if kind in "biuf" else (math.nan, math.nan)
     if array.dtype == np.uint8:
         return array
     if kind == "b":

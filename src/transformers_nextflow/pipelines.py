@@ -87,6 +87,8 @@ class NextFlowTextToImagePipeline(Pipeline):
         seed = kwargs.get("seed")
         if not isinstance(seed, int | None):
             raise TypeError(f"`seed` must be a whole number, but got {seed!r}.")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"`seed` must be from 0 to 2**63 - 1, but got {seed}.")
         if seed is not None and kwargs.get("generator") is not None:
             raise ValueError("Pass `seed` or `generator`, not both.")
         prompting: dict[str, Any] = {"negative_prompt": negative_prompt, "style": prompt_style}

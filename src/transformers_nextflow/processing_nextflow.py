@@ -407,7 +407,7 @@ class NextFlowProcessor(ProcessorMixin):
         """
         runs = [list(self._runs(ids)) for ids in _to_rows(token_ids)[0]]
         codes = [[token - self.visual_token_offset for token in run] for row in runs for visual, run in row if visual]
-        pictures = iter(self.decode_codes(codes, image_grid_shw) if codes or len(image_grid_shw) else [])
+        pictures = iter(self.decode_codes(codes, image_grid_shw) if codes or len(read_grids(image_grid_shw)) else [])
         segments = [
             [
                 next(pictures) if visual else self.tokenizer.decode(run, skip_special_tokens=True).strip()

@@ -285,6 +285,8 @@ class ScaleCache(Cache):
 
 def make_cache(config: PreTrainedConfig, implementation: str, length: int, num_unstored: int = 0) -> Cache:
     """An empty cache of `length` slots per row, by its name in `generate`; `num_unstored` as in [`ScaleCache`]."""
+    if implementation.startswith("offloaded") and not torch.accelerator.is_available():
+        raise ValueError(f'"{implementation}" moves a cache off an accelerator, and there is none: leave it out.')
     if implementation in ("preallocated", "quantized"):
         return ScaleCache(config, length, "int8" if implementation == "quantized" else None, num_unstored)
     if implementation in ("static", "offloaded_static"):

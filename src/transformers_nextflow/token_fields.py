@@ -58,8 +58,8 @@ def truncate(fields: dict[str, list[list[Any]]], max_length: int | None, num_mar
     """Cuts texts to a length on a side; a picture is never cut."""
     if max_length is None:
         return
-    if max_length < 1:
-        raise ValueError(f"`max_length` must be at least 1, but got {max_length}.")
+    if not isinstance(max_length, int) or max_length < 1:
+        raise ValueError(f"`max_length` must be a whole number of at least 1, but got {max_length!r}.")
     for row, ids in enumerate(fields["input_ids"]):
         if len(ids) <= max_length:
             continue

@@ -430,6 +430,12 @@ def test_bad_arguments(pipe, settings, message):
         pipe(**{"prompt": PROMPT, **settings})
 
 
+def test_an_adapter_alone_is_no_pipeline(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is an adapter, and a pipeline takes a whole model"):
+        NextFlowPipeline.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

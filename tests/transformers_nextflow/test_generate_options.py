@@ -257,3 +257,9 @@ def test_stop_strings_end_a_text(tiny_random_checkpoint):
     third = tokenizer.decode(whole[0, ids.shape[1] + 2])
     text = model.generate(ids, max_new_tokens=8, do_sample=False, stop_strings=[third], tokenizer=tokenizer)
     assert text.shape[1] < whole.shape[1] and torch.equal(text, whole[:, : text.shape[1]])
+
+
+def test_an_attention_mask_of_another_length(tiny_random_checkpoint):
+    model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint)
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 3\), but the prompts have \(2, 1\)"):
+        model.generate(torch.full((2, 1), 65), attention_mask=torch.ones(2, 3), max_new_tokens=2)

@@ -109,6 +109,7 @@ def test_layers():
         ({"image_guidance_scale": float("inf")}, "`image_guidance_scale` must be a number"),
         ({"prompt_styles": {"picture": "chat"}}, "`prompt_styles` maps tasks"),
         ({"prompt_styles": {"image": "ask"}}, "`prompt_styles` maps tasks"),
+        ({"top_k": "5"}, "`top_k` must be a whole number of at least 0"),
         ({"image_top_k": -5}, "`image_top_k` must be a whole number"),
         ({"image_temperature": "hot"}, "`image_temperature` must be a number, or a list"),
         ({"image_temperature": [1.0, 0.0]}, "`image_temperature` must be positive"),

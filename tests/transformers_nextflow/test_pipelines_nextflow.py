@@ -236,6 +236,7 @@ def test_negative_prompts_of_batches(draw):
         ({"negative_prompt": ["red"]}, "`negative_prompt` one string for all"),
         ({"inputs": "a cat<boi>", "thinking": True}, "must not hold any of <boi>"),
         ({"inputs": "a <image> of a cat"}, "must not hold any of <image>"),
+        ({"seed": -1}, "`seed` must be from 0 to"),
         ({"prompt_style": "haiku"}, 'A prompt style is "bare" or "chat"'),
         ({"num_images_per_prompt": 1.5}, "`num_images_per_prompt` must be at least 1, but got 1.5"),
         ({"generator": [torch.Generator()] * 2}, "Got 2 generators for 1 images"),
