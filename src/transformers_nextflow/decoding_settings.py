@@ -127,6 +127,13 @@ def read_options(
     for name, value in vars(given).items():  # what a configuration repeats of the model's own is not asked for
         if name not in keywords and value == stored.get(name):
             setattr(given, name, None)
+    if extra := sorted(
+        vars(generation_config or given).keys() - vars(NextFlowGenerationConfig()).keys() - stored.keys()
+    ):
+        raise ValueError(
+            f"`generation_config` has {', '.join(f'`{name}`' for name in extra)}, which no option is called. See "
+            "`NextFlowGenerationConfig`."
+        )
     config = given.over(model.generation_config)
     config.check_drawing(keywords, {name for name, value in vars(given).items() if value is not None})
     if config.generation_mode == "image" and not config.thinking and others.get("logits_processor") is not None:

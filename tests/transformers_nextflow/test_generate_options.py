@@ -263,3 +263,10 @@ def test_an_attention_mask_of_another_length(tiny_random_checkpoint):
     model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint)
     with pytest.raises(ValueError, match=r"mask has shape \(2, 3\), but the prompts have \(2, 1\)"):
         model.generate(torch.full((2, 1), 65), attention_mask=torch.ones(2, 3), max_new_tokens=2)
+
+
+def test_a_configuration_with_a_misspelt_option(tiny_random_checkpoint):
+    model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint)
+    config = NextFlowGenerationConfig(generation_mode="image", image_topk=1)
+    with pytest.raises(ValueError, match="`generation_config` has `image_topk`, which no option is called"):
+        model.generate(torch.full((1, 3), 65), generation_config=config)
