@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from typing import NamedTuple
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 sys.path.extend(str(Path(__file__).parents[2] / folder) for folder in ("tests", "tests/conversion", "examples", "."))
+
+from tqdm import tqdm
 
 from conftest import save_tiny_random_checkpoint
 from forks import as_script, fork
@@ -277,6 +280,7 @@ class Runner:
 
         def limited():
             os.chdir(ROOT)
+            tqdm.set_lock(threading.RLock())  # the one of all forks stays locked where one was killed while it wrote
             resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
             start = time.process_time()
             killer.install()
