@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from doors import Bad, Door, World
+from hypothesis import HealthCheck, Phase
 
 OURS = (str(Path("src") / "transformers_nextflow"), str(Path("src") / "diffusers_nextflow"))
 MEMORY_LIMIT = 300 * 2**20
 CPU_SECONDS = 20
+# Of hypothesis: cases are made, never shrunk or stored, and may take their time.
+GENERATE: dict[str, Any] = {
+    "deadline": None,
+    "database": None,
+    "phases": [Phase.generate],
+    "suppress_health_check": list(HealthCheck),
+}
 GRAVE = ("hang", "memory", "wrong result", "accepted")
 
 

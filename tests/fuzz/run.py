@@ -24,8 +24,8 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from doors import DOORS, Door, World
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from judge import GRAVE, judge
+from hypothesis import given, seed, settings
+from judge import GENERATE, GRAVE, judge
 
 from conftest import save_tiny_random_checkpoint
 from forks import fork, limit_memory
@@ -44,10 +44,7 @@ def try_door(door: Door, world: World, number: int, first: int, report: Path) ->
     @seed(first)
     @settings(
         max_examples=number,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        **GENERATE,
     )
     @given(case=door.cases)
     def try_all(case):

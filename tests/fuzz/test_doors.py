@@ -2,9 +2,9 @@
 
 import pytest
 from doors import DOORS, World
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import GRAVE, judge
+from judge import GENERATE, GRAVE, judge
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +17,7 @@ def test_what_comes_in_is_used_or_refused(door, world):
     @settings(
         max_examples=max(10, int(200 / max(1.0, door.cost))),
         derandomize=True,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        **GENERATE,
     )
     @given(case=door.cases)
     def try_all(case):

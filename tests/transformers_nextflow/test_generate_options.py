@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, TextStreamer
 
+from random_weights import sharpen
 from transformers_nextflow import NextFlowForCausalLM, NextFlowGenerationConfig, NextFlowProcessor, NextFlowSession
 from transformers_nextflow.decoding_settings import INPUTS
 from transformers_nextflow.generation_config_nextflow import OWN_OPTIONS
@@ -131,10 +132,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def parts(tiny_random_checkpoint):
     model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
+    sharpen(model)
     return model, NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, StaticCache, pipeline
 
+from random_weights import sharpen
 from transformers_nextflow.configuration_nextflow import NextFlowConfig
 from transformers_nextflow.generation_nextflow import NextFlowGenerateOutput
 from transformers_nextflow.modeling_nextflow import NextFlowForCausalLM
@@ -49,10 +50,7 @@ def build_model(**config) -> NextFlowForCausalLM:
             }
         )
     )
-    with torch.no_grad():  # far from uniform, so that a wrong mask or position shows
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
+    sharpen(model)
     model.generation_config.eos_token_id = None  # texts of a fixed length
     return model.eval()
 

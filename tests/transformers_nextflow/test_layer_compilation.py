@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import CompileConfig, GenerationConfig
 
+from random_weights import sharpen
 from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, ScaleCache, ScaleSchedule, scale_cache
 from transformers_nextflow.decoding_state import DecodingState
 
@@ -39,10 +40,7 @@ def model():
         eos_token_id=34,
     )
     model = NextFlowForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
+    sharpen(model)
     return model.eval()
 
 

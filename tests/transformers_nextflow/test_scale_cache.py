@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
+from random_weights import sharpen
 from transformers_nextflow import scale_cache
 from transformers_nextflow.configuration_nextflow import NextFlowConfig
 from transformers_nextflow.modeling_nextflow import NextFlowForCausalLM
@@ -43,10 +44,7 @@ MASK = (PROMPTS != PAD).long()
 def model():
     torch.manual_seed(0)
     model = NextFlowForCausalLM(CONFIG)
-    with torch.no_grad():  # far from uniform, so that a wrong slot shows
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
+    sharpen(model)
     return model.eval()
 
 

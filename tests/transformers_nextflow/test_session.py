@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers.generation import CompileConfig
 
+from random_weights import sharpen
 from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, NextFlowSession
 
 PICTURE = Image.new("RGB", (80, 80), "skyblue")
@@ -16,10 +17,7 @@ PICTURE = Image.new("RGB", (80, 80), "skyblue")
 @pytest.fixture(scope="module")
 def parts(tiny_random_checkpoint):
     model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
+    sharpen(model)
     model.config.max_position_embeddings = 2048
     return model, NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
 
