@@ -1,4 +1,4 @@
-"""The three families in one stream, and the photographs that only the evaluation may see."""
+"""The families in one stream, and the photographs that only the evaluation may see."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from .emoji import load_emoji, sample_emoji
+from .photographs import load_photographs, sample_photograph
 from .shapes import SIDE, render, sample_scene
 from .words import render_word, sample_word
 
@@ -73,9 +74,20 @@ def _sample_emoji(rng, split, cache):
     return sample_emoji(rng, load_emoji(cache), split)[:2]
 
 
+def _sample_photographs(rng, split, cache):
+    if split != "train":
+        raise ValueError("Photographs are for training; `load_photos` has those of the evaluation.")
+    return "", sample_photograph(rng, load_photographs(cache))
+
+
 def _sample_words(rng, split, cache):
     lettering = sample_word(rng, split)
     return lettering.caption, render_word(lettering)
 
 
-_SAMPLERS = {"shapes": _sample_shapes, "emoji": _sample_emoji, "words": _sample_words}
+_SAMPLERS = {
+    "shapes": _sample_shapes,
+    "emoji": _sample_emoji,
+    "words": _sample_words,
+    "photographs": _sample_photographs,
+}

@@ -19,6 +19,7 @@ STAGES = (
     (5, 2, 6, 192, 4),
     (3, 1, 6, 320, 1),
 )
+MAPS_AFTER = (0, 2, 4)  # blocks, the last ones of their size
 STEM_CHANNELS = 32
 HEAD_CHANNELS = 1280
 NUM_CLASSES = 1000
@@ -115,6 +116,19 @@ class EfficientNetTeacher(nn.Module):
         for block in self._blocks:
             x = block(x)
         return x
+
+    def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Feature maps at a half, a quarter and an eighth of the size of pictures `(B, 3, H, W)` in [-1, 1].
+
+        For a perceptual loss: gradients pass, and the network is run under autocast if there is one.
+        """
+        x = _relu6(self._bn0(self._conv_stem(images.contiguous(memory_format=torch.channels_last))))
+        maps = []
+        for index, block in enumerate(self._blocks[: MAPS_AFTER[-1] + 1]):
+            x = block(x)
+            if index in MAPS_AFTER:
+                maps.append(x)
+        return maps
 
     @torch.no_grad()
     def pool(self, features: torch.Tensor) -> torch.Tensor:

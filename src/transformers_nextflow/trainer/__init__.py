@@ -15,6 +15,7 @@ _MODULES = {
     ".grpo_losses": "code_log_probs group_advantages middle_returns policy_loss propagate_mask",
     ".grpo_trainer": "NextFlowGRPOTrainer",
     ".image_tokenizer_config": "NextFlowImageTokenizerTrainingConfig",
+    ".image_tokenizer_losses": "FeatureLoss PatchDiscriminator",
     ".image_tokenizer_trainer": "NextFlowImageTokenizerTrainer",
     ".packing": "PackSampler make_packs rank_imbalance sample_costs sequence_flops",
     ".reward_call": "RewardOutput",

@@ -20,12 +20,10 @@ USAGE_DECAY = 0.97  # a step; a code is dead when its running count falls below 
 
 
 def draw_kept_scales(num_scales: int, dropout: float, generator: torch.Generator | None = None) -> list[int]:
-    """Scales to quantize on: all, or with probability `dropout` the first, the last and each other one by a coin."""
-    if torch.rand((), generator=generator) >= dropout:
-        return list(range(num_scales))
-    coins = torch.rand(num_scales, generator=generator) < 0.5
-    coins[[0, -1]] = True
-    return coins.nonzero()[:, 0].tolist()
+    """Scales to quantize on: the first, the last, and each other one unless its coin, of probability `dropout`, falls."""
+    kept = torch.rand(num_scales, generator=generator) >= dropout
+    kept[[0, -1]] = True
+    return kept.nonzero()[:, 0].tolist()
 
 
 @torch.no_grad()
@@ -82,9 +80,10 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
         teacher (callable, *optional*):
             From images `(B, 3, H, W)` in [-1, 1] to features `(B, C, h, w)` on the last scale's grid, C being
             `config.semantic_feature_dim`: any frozen encoder. Needed for the stage `"joint"`.
-        perceptual_loss (callable, *optional*): From two batches of images to a loss, a scalar (LPIPS, ...).
+        perceptual_loss (callable, *optional*):
+            From two batches of images to a loss, a scalar: [`FeatureLoss`] over any network, LPIPS, ...
         discriminator (`nn.Module`, *optional*):
-            From images to scores of any shape, high for real ones. It is trained beside the tokenizer with the hinge
+            [`PatchDiscriminator`] or another. From images to scores of any shape, high for real ones. It is trained beside the tokenizer with the hinge
             loss, by an optimizer of its own at the run's learning rate.
         kwargs: Everything else that `Trainer` takes. A sample of `train_dataset` is a dict with `pixel_values`
             `(3, H, W)` in [-1, 1]; images of a batch have one size.
@@ -159,7 +158,7 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
             parts["semantic"] = args.semantic_weight * self._distance_to_teacher(pixels, output.semantic_features)
         if self.perceptual_loss is not None:
             parts["perceptual"] = args.perceptual_weight * self.perceptual_loss(prediction, pixels)
-        if self.discriminator is not None and model.training:
+        if self.discriminator is not None and model.training and self.state.global_step >= args.adversarial_start_steps:
             parts["discriminator"] = self._train_discriminator(pixels, prediction.detach())
             self.discriminator.requires_grad_(False)  # its own loss is the one above
             parts["adversarial"] = args.adversarial_weight * -self.discriminator(prediction).mean()

@@ -1,0 +1,78 @@
+"""Draws nextflow-tiny's world into parquet files, which the package's own scripts extract and train on.
+
+    python examples/make_tiny_data.py pictures --number 40000 --output runs/tiny/data/pictures
+
+Every file is made of a seed and its number alone, and written when it is whole: run the same command again after a
+kill. Needs `pip install -e ".[tiny]"`, and once the network for emoji (npm) and photographs (Debian).
+"""
+
+import argparse
+import io
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PillowImage
+
+from tiny_world.dataset import mixed_sample
+from tiny_world.tasks import TASKS
+
+ROWS_OF_A_FILE = 2000
+# Of the image tokenizer's diet. "tasks" are pictures of edits and stories, in which things stand anywhere.
+PICTURES = {"shapes": 0.25, "tasks": 0.1, "emoji": 0.33, "words": 0.14, "photographs": 0.18}
+
+
+def to_png(pixels: np.ndarray) -> dict[str, Any]:
+    """uint8 `(H, W, 3)` as datasets keeps pictures."""
+    buffer = io.BytesIO()
+    PillowImage.fromarray(pixels).save(buffer, "png", compress_level=1)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def draw_picture(rng: np.random.Generator, cache: Path | None) -> dict[str, Any]:
+    """A picture and its caption, for the image tokenizer."""
+    family = str(rng.choice(list(PICTURES), p=list(PICTURES.values())))
+    if family == "tasks":
+        messages = TASKS[str(rng.choice(["editing", "story", "look"]))](rng, "train").messages
+        pictures = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+        caption, picture = "", pictures[rng.integers(len(pictures))]
+    else:
+        caption, picture, _ = mixed_sample(rng, {family: 1.0}, cache)
+    return {"image": to_png(picture), "text": caption, "family": family}
+
+
+PICTURE_FEATURES = Features({"image": Image(), "text": Value("string"), "family": Value("string")})
+
+
+def write(draw: Callable[[np.random.Generator], dict[str, Any]], features: Features, number: int, seed: int, to: Path):
+    """`number` rows in files of [`ROWS_OF_A_FILE`]; those that are there are kept."""
+    to.mkdir(parents=True, exist_ok=True)
+    for index in range(-(-number // ROWS_OF_A_FILE)):
+        path = to / f"{index:05d}.parquet"
+        if not path.exists():
+            rng = np.random.default_rng((seed, index))
+            rows = [draw(rng) for _ in range(min(ROWS_OF_A_FILE, number - index * ROWS_OF_A_FILE))]
+            temporary = path.with_suffix(".part")
+            Dataset.from_list(rows, features=features).to_parquet(temporary)
+            temporary.rename(path)
+            print(path, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("kind", choices=["pictures"])
+    parser.add_argument("--number", type=int, required=True, help="rows")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, help="where fetched packages are kept (default: the user's cache)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    write(partial(draw_picture, cache=options.cache), PICTURE_FEATURES, options.number, options.seed, options.output)
+
+
+if __name__ == "__main__":
+    main()
