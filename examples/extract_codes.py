@@ -45,13 +45,14 @@ from tqdm import tqdm
 from transformers_nextflow import NextFlowProcessor, tiny_checkpoint
 from transformers_nextflow.trainer import (
     coded_features,
-    encode_messages,
+    encode_conversations,
     load_coded_dataset,
 )
 from transformers_nextflow.trainer.coded_dataset import open_shard
 
 MANIFEST, BAD = "extraction.json", "bad.jsonl"
 START_METHOD = "spawn"  # of worker processes: a fork would take CUDA and threads along
+ENCODED_TOGETHER = 32  # rows
 MAX_DEATHS = 3  # of workers, with no shard finished in between
 
 
@@ -201,21 +202,37 @@ def make_messages(row: dict[str, Any], extraction: Extraction, columns: Sequence
 
 def encode_rows(extraction: Extraction, indices: range, device: str) -> Iterator[tuple[dict[str, Any], str | None]]:
     """`(sample, None)`, or `(id, error)` for a row that can't be encoded."""
+    for start in range(indices.start, indices.stop, ENCODED_TOGETHER):
+        block = range(start, min(start + ENCODED_TOGETHER, indices.stop))
+        try:
+            yield from [(sample, None) for sample in _encode_block(extraction, block, device)]
+        except Exception:  # one of them can't be encoded: which one?
+            for index in block:
+                try:
+                    yield _encode_block(extraction, range(index, index + 1), device)[0], None
+                except Exception as error:  # it is listed, the others go on
+                    yield {"id": row_name(extraction, index), "row": index}, f"{type(error).__name__}: {error}"
+
+
+def _encode_block(extraction: Extraction, indices: range, device: str) -> list[dict[str, Any]]:
     (rows, columns), processor = load_source(extraction), load_processor(extraction.checkpoint, device)
     options: dict[str, Any] = {"num_scales": extraction.num_scales} if extraction.num_scales else {}
     options |= {name: getattr(extraction, name) for name in ("self_correction", "caption_prompt", "prompt_style")}
-    for index in indices:
-        name = str(index)
-        try:
-            row = rows[index]
-            name = str(row.get("id") or row.get("__key__") or index)
-            generator = torch.Generator(device).manual_seed(extraction.seed * 1_000_003 + index)
-            messages = make_messages(row, extraction, columns)
-            sample = encode_messages(messages, processor, generator=generator, **options)
-        except Exception as error:  # it is listed, the others go on
-            yield {"id": name, "row": index}, f"{type(error).__name__}: {error}"
-        else:
-            yield {**sample, "id": name}, None
+    messages = [make_messages(rows[index], extraction, columns) for index in indices]
+    generators = [torch.Generator(device).manual_seed(extraction.seed * 1_000_003 + index) for index in indices]
+    samples = encode_conversations(messages, processor, generators=generators, **options)
+    return [
+        {**sample, "id": row_name(extraction, index)} for index, sample in zip(indices, samples, strict=True)
+    ]
+
+
+def row_name(extraction: Extraction, index: int) -> str:
+    """What a row is called: by its own `id` or `__key__`, or its number."""
+    try:
+        row = load_source(extraction)[0][index]
+    except Exception:  # not even that can be read
+        return str(index)
+    return str(row.get("id") or row.get("__key__") or index)
 
 
 def shard_fingerprint(output: Path, number: int) -> str:

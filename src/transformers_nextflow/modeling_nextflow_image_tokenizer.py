@@ -330,7 +330,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
         pixel_values: torch.Tensor | Sequence[torch.Tensor],
         image_grid_shw: torch.Tensor | None = None,
         self_correction: bool = False,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> NextFlowImageTokenizerOutput:
         """Encodes images to codes.
 
@@ -342,7 +342,9 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
                 The schedules to use; by default those of the images' sizes.
             self_correction (`bool`, *optional*, defaults to `False`):
                 Draw some codes among the nearest few (the config's `self_correction_*`).
-            generator (`torch.Generator`, *optional*): Source of those draws, on the model's device.
+            generator (`torch.Generator` or a list of B, *optional*):
+                Source of those draws, on the model's device. With one for each image, what an image draws does not
+                depend on the others.
 
         Returns:
             [`NextFlowImageTokenizerOutput`]; lists in, lists out.
@@ -365,7 +367,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
         features: torch.Tensor,
         schedule: ScaleSchedule | None = None,
         self_correction: bool = False,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> NextFlowImageTokenizerOutput:
         """The second half of [`~NextFlowImageTokenizer.encode`]: codes of a joint feature map `(B, D, h, w)`."""
         if schedule is None:
@@ -391,8 +393,10 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
                 "A list of images must hold tensors of shape (3, height, width); a batch must be a tensor."
             )
         rows = [None] * len(images) if image_grid_shw is None else _one_row_an_image(image_grid_shw, len(images))
+        own = generator if isinstance(generator, Sequence) else [generator] * len(images)
         encoded: list[Any] = [
-            self.encode(image[None], row, self_correction, generator) for image, row in zip(images, rows, strict=True)
+            self.encode(image[None], row, self_correction, source)
+            for image, row, source in zip(images, rows, own, strict=True)
         ]
         lists: Any = {name: [output[name][0] for output in encoded] for name in ("codes", "target_codes", "quantized")}
         return NextFlowImageTokenizerOutput(

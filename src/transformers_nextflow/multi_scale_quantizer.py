@@ -134,31 +134,33 @@ class MultiScaleQuantizer(nn.Module):
         vectors: torch.Tensor,
         codebook: torch.Tensor,
         self_correction: SelfCorrection | None,
-        generator: torch.Generator | None,
+        generators: Sequence[torch.Generator | None],
         semantic_weight: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes taken and nearest codes, both `(M,)`, of normalised `vectors` `(M, D)`."""
-        taken, nearest = [], []
-        for rows in vectors.split(max(1, _MAX_DISTANCES // len(codebook))):
-            distances = self.distances(rows, codebook, semantic_weight)
-            if self_correction is None:
-                nearest.append(distances.argmin(-1))
-                taken.append(nearest[-1])
-                continue
-            top, candidates = distances.topk(self_correction.top_k, largest=False)
-            probabilities = (-top / self_correction.temperature).softmax(-1)
-            drawn = torch.multinomial(probabilities, 1, generator=generator)
-            chosen = torch.rand(len(rows), 1, device=rows.device, generator=generator) < self_correction.token_fraction
-            nearest.append(candidates[:, 0])
-            taken.append(torch.where(chosen, candidates.gather(-1, drawn), candidates[:, :1])[:, 0])
-        return torch.cat(taken), torch.cat(nearest)
+        """Codes taken and nearest codes, both `(M,)`, of normalised `vectors` `(M, D)`.
+
+        The rows are dealt out to the generators in runs of equal length.
+        """
+        slices = vectors.split(max(1, _MAX_DISTANCES // len(codebook)))
+        distances = (self.distances(rows, codebook, semantic_weight) for rows in slices)
+        if self_correction is None:
+            nearest = torch.cat([part.argmin(-1) for part in distances])
+            return nearest, nearest
+        tops, found = zip(*(part.topk(self_correction.top_k, largest=False) for part in distances), strict=True)
+        candidates, probabilities = torch.cat(found), (-torch.cat(tops) / self_correction.temperature).softmax(-1)
+        drawn, coins = [], []
+        for part, generator in zip(probabilities.chunk(len(generators)), generators, strict=True):
+            drawn.append(torch.multinomial(part, 1, generator=generator))
+            coins.append(torch.rand(len(part), 1, device=part.device, generator=generator))
+        places = torch.where(torch.cat(coins) < self_correction.token_fraction, torch.cat(drawn), 0)
+        return candidates.gather(-1, places)[:, 0], candidates[:, 0]
 
     def forward(
         self,
         features: torch.Tensor,
         grids: Sequence[Grid],
         self_correction: SelfCorrection | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         pixel_only: bool = False,
     ) -> QuantizedResult:
         """Quantizes `features` scale by scale.
@@ -169,11 +171,13 @@ class MultiScaleQuantizer(nn.Module):
                 Grids, coarse to fine. Code vectors are upsampled to `(h, w)`, also when the last grid is a smaller
                 one (a scale was dropped).
             self_correction ([`SelfCorrection`], *optional*): Draw some codes instead of taking the nearest.
-            generator (`torch.Generator`, *optional*): Source of the draws, on the features' device.
+            generator (`torch.Generator` or a list of B, *optional*):
+                Source of the draws, on the features' device; of a list, each image draws from its own.
             pixel_only (`bool`, *optional*, defaults to `False`):
                 Choose codes by the pixel half alone, and leave the semantic half out of the losses.
         """
         semantic_weight = 0.0 if pixel_only else None
+        generators = generator if isinstance(generator, Sequence) else [generator]
         trained = slice(self.split[0] if pixel_only else 0, None)
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
@@ -184,7 +188,7 @@ class MultiScaleQuantizer(nn.Module):
                 vectors = self.normalize(downsample(residual, grid), dim=1)  # (B, D, h_s, w_s)
                 rows = vectors.permute(0, 2, 3, 1).flatten(0, 2)
                 codes, targets = self._look_up(
-                    rows.detach(), codebook.detach(), self_correction, generator, semantic_weight
+                    rows.detach(), codebook.detach(), self_correction, generators, semantic_weight
                 )
                 found = F.embedding(codes, codebook).reshape(len(features), *grid, -1).permute(0, 3, 1, 2)
                 # Straight through before upsampling: the gradient reaches the features by way of every scale.

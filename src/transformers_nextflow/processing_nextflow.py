@@ -200,9 +200,9 @@ class NextFlowProcessor(ProcessorMixin):
             raise ValueError(str(error)) from error
 
     def _encode_images(
-        self, pictures: list[Any], self_correction: bool, generator: torch.Generator | None, images_kwargs: dict
+        self, pictures: list[Any], self_correction: bool, generator: Any, images_kwargs: dict
     ) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
-        """Visual ids, target ids and grids, one entry per picture."""
+        """Visual ids, target ids and grids, one entry per picture; `generator` may be a list with one for each."""
         ids: list[list[int]] = []
         target_ids: list[list[int]] = []
         rows: list[list[int]] = []
@@ -217,11 +217,20 @@ class NextFlowProcessor(ProcessorMixin):
             chosen = pictures[first : first + number]
             inputs = self.image_processor(chosen, **{**images_kwargs, "return_tensors": "pt"})
             pixel_values, grids = inputs["pixel_values"], inputs["image_grid_shw"]
-            if len(grids.unique(dim=0)) > 1:
-                pixel_values = list(pixel_values)  # even if the sizes agree: several buckets share coarse grids
-            encoded = image_tokenizer.encode(pixel_values, grids, self_correction=self_correction, generator=generator)
-            ids += [(codes + offset).tolist() for codes in encoded["codes"]]
-            target_ids += [(codes + offset).tolist() for codes in encoded["target_codes"]]
+            draws = generator[first : first + number] if isinstance(generator, list) else [generator] * len(chosen)
+            together: dict[tuple[int, ...], list[int]] = {}
+            for index, row in enumerate(grids.tolist()):
+                together.setdefault(tuple(row), []).append(index)
+            codes: list[Any] = [None] * len(chosen)
+            for members in together.values():
+                own = [draws[index] for index in members] if draws[0] is not None else None
+                batch = torch.stack([pixel_values[index] for index in members])
+                encoded = image_tokenizer.encode(batch, grids[members], self_correction, own)
+                pairs = zip(encoded["codes"] + offset, encoded["target_codes"] + offset, strict=True)
+                for index, pair in zip(members, pairs, strict=True):
+                    codes[index] = [part.tolist() for part in pair]
+            ids += [pair[0] for pair in codes]
+            target_ids += [pair[1] for pair in codes]
             rows += grids.tolist()
         return ids, target_ids, rows
 

@@ -8,7 +8,8 @@ import importlib
 # The public names of each module: the only list of them.
 _MODULES = {
     ".checkpoints": "find_last_checkpoint",
-    ".coded_dataset": "coded_features drop_condition encode_messages expand_sample invert_task load_coded_dataset",
+    ".coded_dataset": "coded_features drop_condition encode_conversations encode_messages expand_sample invert_task "
+    "load_coded_dataset",
     "..codebook": "hash_image_tokenizer",
     ".data_collator": "NextFlowDataCollator",
     ".grpo_config": "NextFlowGRPOConfig",

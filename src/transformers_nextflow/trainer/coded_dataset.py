@@ -102,41 +102,79 @@ def encode_messages(
     Raises:
         `ValueError`: if an assistant says nothing, or an image part has no picture.
     """
+    options = {"caption_prompt": caption_prompt, "prompt_style": prompt_style, **images_kwargs}
+    return encode_conversations([messages], processor, self_correction, generator and [generator], **options)[0]
+
+
+def encode_conversations(
+    conversations: Sequence[Sequence[dict[str, Any]]],
+    processor: NextFlowProcessor,
+    self_correction: bool = False,
+    generators: Sequence[torch.Generator] | None = None,
+    caption_prompt: str = "",
+    prompt_style: Literal["chat", "bare"] = "chat",
+    **images_kwargs,
+) -> list[CodedSample]:
+    """[`encode_messages`] of several conversations; pictures of one size are encoded together.
+
+    `generators` has one for each conversation, which its pictures draw from: what a conversation draws does not depend
+    on the others.
+    """
     if prompt_style not in ("chat", "bare"):
         raise ValueError(f'`prompt_style` must be "chat" or "bare", but got {prompt_style!r}.')
     special = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
-    chat = read_messages(messages, special, [])
-    parts = [part for message in chat for part in _parts(message)]
-    pictures = [part.get("image") for part in parts if part["type"] == "image"]
+    samples, pictures, sources = list[CodedSample](), list[Any](), list[torch.Generator]()
+    for index, messages in enumerate(conversations):
+        chat = read_messages(messages, special, [])
+        own = [part.get("image") for message in chat for part in _parts(message) if part["type"] == "image"]
+        _check_pictures(messages, own, processor.image_token)
+        token_ids, completion_mask = _tokenize(chat, processor, prompt_style)
+        if not any(completion_mask):
+            raise ValueError("The conversation has nothing to learn: no message of an assistant.")
+        inverse = _inverted(chat, caption_prompt)
+        inverse_ids, inverse_mask = _tokenize(inverse, processor, prompt_style) if inverse else ([], [])
+        samples.append(
+            {
+                "token_ids": token_ids,
+                "completion_mask": completion_mask,
+                "inverse_token_ids": inverse_ids,
+                "inverse_completion_mask": inverse_mask,
+                "prompt_style": prompt_style,
+                "num_images": len(own),
+            }
+        )
+        pictures += own
+        sources += [_spawn(generators[index]) for _ in own] if generators else []
+    encoded = processor._encode_images(pictures, self_correction, sources or None, images_kwargs)
+    offset, images = processor.visual_token_offset or 0, processor.image_tokenizer
+    remaining = zip(*encoded, strict=True)
+    for sample in samples:
+        own = [next(remaining) for _ in range(sample.pop("num_images"))]
+        sample |= {
+            "codes": [[code - offset for code in codes] for codes, _, _ in own],
+            "target_codes": [[code - offset for code in targets] for _, targets, _ in own],
+            "image_grid_shw": [grid for _, _, grid in own],
+            "codebook_size": images.config.codebook_size if images else 0,
+            "image_tokenizer_hash": hash_image_tokenizer(images) if images else "",
+        }
+    return samples
+
+
+def _spawn(generator: torch.Generator) -> torch.Generator:
+    """A source of draws for one picture, which no other picture's draws move."""
+    seed = int(torch.randint(2**62, (), device=generator.device, generator=generator))
+    return torch.Generator(generator.device).manual_seed(seed)
+
+
+def _check_pictures(messages: Sequence[dict[str, Any]], pictures: list[Any], mark: str) -> None:
     if any(picture is None for picture in pictures):
         raise ValueError('A part {"type": "image"} needs its picture under "image".')
-    if not pictures and any(
-        processor.image_token in part["text"]
-        for part in (part for message in messages for part in _parts(message) if part["type"] == "text")
-    ):
+    texts = [part["text"] for message in messages for part in _parts(message) if part["type"] == "text"]
+    if not pictures and any(mark in text for text in texts):
         raise ValueError(
-            f"A text holds the mark {processor.image_token}, but the conversation has no picture. Put it in a part "
+            f"A text holds the mark {mark}, but the conversation has no picture. Put it in a part "
             '{"type": "image", "image": picture}.'
         )
-    token_ids, completion_mask = _tokenize(chat, processor, prompt_style)
-    if not any(completion_mask):
-        raise ValueError("The conversation has nothing to learn: no message of an assistant.")
-    inverse = _inverted(chat, caption_prompt)
-    inverse_token_ids, inverse_completion_mask = _tokenize(inverse, processor, prompt_style) if inverse else ([], [])
-    codes, targets, grids = processor._encode_images(pictures, self_correction, generator, images_kwargs)
-    offset, images = processor.visual_token_offset or 0, processor.image_tokenizer
-    return {
-        "token_ids": token_ids,
-        "completion_mask": completion_mask,
-        "codes": [[code - offset for code in image] for image in codes],
-        "target_codes": [[code - offset for code in image] for image in targets],
-        "image_grid_shw": grids,
-        "codebook_size": images.config.codebook_size if images else 0,
-        "image_tokenizer_hash": hash_image_tokenizer(images) if images else "",
-        "inverse_token_ids": inverse_token_ids,
-        "inverse_completion_mask": inverse_completion_mask,
-        "prompt_style": prompt_style,
-    }
 
 
 def _tokenize(chat: list[dict[str, Any]], processor: NextFlowProcessor, style: str) -> tuple[list[int], list[int]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from .packing import PACKING_STRATEGIES
-from .settings import AT_LEAST_0, SHARE, name_activation_checkpointing, one_of, refuse
+from .settings import AT_LEAST_0, POSITIVE, SHARE, name_activation_checkpointing, one_of, refuse
 
 STAGES = ("full", "alignment")
 
@@ -56,6 +56,9 @@ class NextFlowSFTConfig(SFTConfig):
             unconditional branch.
         task_inversion (`float`, *optional*, defaults to 0.0):
             Probability that a sample which draws from a text is turned into one that describes its picture.
+        muon_learning_rate (`float`, *optional*):
+            Train the matrices of the layers with torch's Muon at this learning rate, and the rest with AdamW at
+            `learning_rate`. Not with FSDP or ZeRO, which cut matrices into pieces.
         completion_only_loss (`bool`, *optional*, defaults to `True`): Learn answers only.
     """
 
@@ -65,6 +68,7 @@ class NextFlowSFTConfig(SFTConfig):
     scale_reweight_alpha: float | None = field(default=None, metadata={"help": "Exponent of the scale weights."})
     condition_dropout: float = field(default=0.1, metadata={"help": "Share of samples that lose their prompt's text."})
     task_inversion: float = field(default=0.0, metadata={"help": "Share of drawn pictures that are described instead."})
+    muon_learning_rate: float | None = field(default=None, metadata={"help": "Muon for the matrices of the layers."})
     completion_only_loss: bool | None = field(default=True, metadata={"help": "Learn answers only."})
     max_length: int | None = field(default=None, metadata={"help": "Longest sample, or cost of a pack."})
 
@@ -78,7 +82,10 @@ class NextFlowSFTConfig(SFTConfig):
             scale_reweight_alpha=AT_LEAST_0,
             condition_dropout=SHARE,
             task_inversion=SHARE,
+            muon_learning_rate=POSITIVE,
         )
+        if self.muon_learning_rate is not None and not str(self.optim).startswith("adamw_torch"):
+            raise ValueError(f"`muon_learning_rate` goes with AdamW for the rest, but `optim` is {self.optim!s}.")
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
                 f'`train_sampling_strategy` must be "random" or "sequential", but got '

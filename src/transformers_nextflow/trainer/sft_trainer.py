@@ -22,6 +22,7 @@ from ..varlen_attention import SDPA_VARLEN
 from .checkpoints import NextFlowTrainerMixin, copy_settings, load_model
 from .coded_dataset import check_codes, check_columns, hash_image_tokenizer, invert_task
 from .data_collator import NextFlowDataCollator
+from .muon import MuonWithAdamW
 from .packing import make_packs, sample_costs
 from .sft_config import NextFlowSFTConfig
 
@@ -126,19 +127,23 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
             **kwargs,
         )
         self._model_config, self._packs = config, None
-        self._refuse_sharded_rows()
+        self._refuse_sharded_weights()
         if args.packing:
             num_ranks = self.accelerator.num_processes
             self._packs = make_packs(self._packing_costs, args.max_length, num_ranks, self._data_seed)
         if isinstance(train_dataset, datasets.Dataset):
             self._note_how_it_was_prompted(network, train_dataset)
 
-    def _refuse_sharded_rows(self) -> None:
-        if self.args.stage == "alignment" and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+    def _refuse_sharded_weights(self) -> None:
+        if not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            return
+        if self.args.stage == "alignment":
             raise ValueError(
                 '`stage="alignment"` trains single rows of `embed_tokens` and `lm_head`, which FSDP and ZeRO-3 cut '
                 "into pieces. What it trains is small: use DDP or ZeRO-2."
             )
+        if self.args.muon_learning_rate is not None:
+            raise ValueError("Muon needs whole matrices, which FSDP and ZeRO-3 cut into pieces: use DDP.")
 
     # Data
 
@@ -197,6 +202,16 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
             self._count(training, f"loss_scale_{scale}", sums[scale])
 
     # Optimizer and checkpoints
+
+    def create_optimizer(self, model=None):
+        """The stock one, or Muon with AdamW."""
+        args = self.args
+        if args.muon_learning_rate is not None and self.optimizer is None:
+            parameters = (self.model if model is None else model).named_parameters()
+            betas = (args.adam_beta1, args.adam_beta2)
+            options = {"weight_decay": args.weight_decay, "betas": betas, "eps": args.adam_epsilon}
+            self.optimizer = MuonWithAdamW(parameters, args.learning_rate, args.muon_learning_rate, **options)
+        return super().create_optimizer(model)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Rows that are frozen by a mask must not decay either."""

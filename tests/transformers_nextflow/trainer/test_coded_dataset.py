@@ -9,6 +9,7 @@ import torch
 from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, NextFlowProcessor
 from transformers_nextflow.trainer import (
     drop_condition,
+    encode_conversations,
     encode_messages,
     expand_sample,
     hash_image_tokenizer,
@@ -173,3 +174,32 @@ class TestBadInput:
     def test_codes_that_do_not_fill_their_grid(self, sample, config):
         with pytest.raises(ValueError, match="has 55 codes, but the sample has 54 and 55 targets"):
             expand_sample({**sample, "codes": [sample["codes"][0][:-1], sample["codes"][1]]}, config)
+
+
+def test_conversations_together_are_those_one_by_one(processor):
+    """Also with draws, several pictures in a conversation, none, and other sizes beside them."""
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (side, 80, 3), dtype=np.uint8) for side in (80, 80, 160, 80)]
+
+    def turn(role: str, *parts) -> dict:
+        kinds = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]
+        return {"role": role, "content": kinds}
+
+    conversations = [
+        [turn("user", "a"), turn("assistant", pictures[0])],
+        [turn("user", pictures[1], pictures[2]), turn("assistant", pictures[3], "there")],
+        [turn("user", "How are you?"), turn("assistant", "Fine.")],
+        [turn("user", "b"), turn("assistant", pictures[2])],
+    ]
+
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in range(4)]
+
+    together = encode_conversations(conversations, processor, True, generators())
+    alone = [
+        encode_messages(messages, processor, True, generator)
+        for messages, generator in zip(conversations, generators(), strict=True)
+    ]
+    assert together == alone and together[0]["codes"] != together[0]["target_codes"]
+    backwards = encode_conversations(conversations[::-1], processor, True, generators()[::-1])
+    assert backwards == alone[::-1]

@@ -9,8 +9,10 @@ from torch import nn
 
 from transformers_nextflow import NextFlowImageTokenizer
 from transformers_nextflow.trainer import (
+    FeatureLoss,
     NextFlowImageTokenizerTrainer,
     NextFlowImageTokenizerTrainingConfig,
+    PatchDiscriminator,
     find_last_checkpoint,
 )
 from transformers_nextflow.trainer.image_tokenizer_trainer import draw_kept_scales, psnr, revive_dead_codes
@@ -85,12 +87,12 @@ def test_the_larger_decoder_is_a_stage_of_its_own(make_trainer):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
-def test_scales_are_dropped_as_often_as_asked_and_never_the_ends(dropout):
+def test_each_scale_falls_as_often_as_asked_and_the_ends_never(dropout):
     generator = torch.Generator().manual_seed(0)
-    draws = [draw_kept_scales(8, dropout, generator) for _ in range(400)]
+    draws = [draw_kept_scales(8, dropout, generator) for _ in range(3000)]
     assert all(kept[0] == 0 and kept[-1] == 7 and kept == sorted(set(kept)) for kept in draws)
-    whole = sum(len(kept) == 8 for kept in draws) / 400
-    assert whole == pytest.approx(1 - dropout * (1 - 1 / 64), abs=0.08)
+    for scale in range(1, 7):
+        assert sum(scale in kept for kept in draws) / 3000 == pytest.approx(1 - dropout, abs=0.04)
     assert draw_kept_scales(1, 1.0) == [0]
 
 
@@ -122,6 +124,47 @@ def test_optional_terms(make_trainer):
     terms = ("reconstruction", "codebook", "residual", "perceptual", "adversarial")
     entry = trainer.state.log_history[0]
     assert entry["loss"] == pytest.approx(sum(entry[name] for name in terms), abs=1e-3)
+
+
+def test_the_discriminator_joins_in_after_its_warm_up(make_trainer):
+    torch.manual_seed(0)
+    trainer = make_trainer("pixel", discriminator=PatchDiscriminator(8, 2), adversarial_start_steps=3, max_steps=5)
+    trainer.train()
+    assert ["adversarial" in entry for entry in trainer.state.log_history[:5]] == [False] * 3 + [True] * 2
+
+
+def test_tokenflows_weights_by_name(tmp_path):
+    settings = NextFlowImageTokenizerTrainingConfig(str(tmp_path), loss_preset="tokenflow", use_cpu=True)
+    assert (settings.l1_weight, settings.l2_weight, settings.semantic_weight) == (0.0, 1.0, 1.0)
+    assert (settings.perceptual_weight, settings.adversarial_weight) == (1.0, 0.5)
+    assert settings.adversarial_start_steps == 20_000 and settings.residual_weight == 0.0
+    with pytest.raises(ValueError, match='`l2_weight` is 3.0, but the preset "tokenflow" sets it to 1.0'):
+        NextFlowImageTokenizerTrainingConfig(str(tmp_path), loss_preset="tokenflow", l2_weight=3.0, use_cpu=True)
+
+
+def test_the_feature_loss_is_what_its_formula_says():
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.rand(2, 3, 8, 8, generator=generator, requires_grad=grad) for grad in (True, False))
+    loss = FeatureLoss(lambda images: [images, images[..., ::2, ::2]])(ours, theirs)
+    distances = [
+        ((a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True)) ** 2).sum(1).mean()
+        for a, b in ((ours, theirs), (ours[..., ::2, ::2], theirs[..., ::2, ::2]))
+    ]
+    torch.testing.assert_close(loss, sum(distances) / 2)
+    loss.backward()
+    assert ours.grad.abs().sum() > 0 and FeatureLoss(lambda images: [images])(theirs, theirs) == 0
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_a_score_of_the_critic_judges_a_patch(num_layers):
+    torch.manual_seed(0)
+    critic = PatchDiscriminator(8, num_layers).requires_grad_(False)
+    image = torch.rand(1, 3, 64, 64, requires_grad=True)
+    scores = critic(image)
+    assert scores.shape == (1, 1, 64 // 2**num_layers, 64 // 2**num_layers)
+    if num_layers == 1:  # no norm, so what a score depends on is its patch alone
+        scores[0, 0, 0, 0].backward()
+        assert image.grad[..., :7, :7].abs().sum() > 0 and image.grad[..., 7:, 7:].abs().sum() == 0
 
 
 def test_pictures_are_written_and_a_resumed_run_goes_on(make_trainer, tmp_path):
