@@ -221,9 +221,7 @@ def _encode_block(extraction: Extraction, indices: range, device: str) -> list[d
     messages = [make_messages(rows[index], extraction, columns) for index in indices]
     generators = [torch.Generator(device).manual_seed(extraction.seed * 1_000_003 + index) for index in indices]
     samples = encode_conversations(messages, processor, generators=generators, **options)
-    return [
-        {**sample, "id": row_name(extraction, index)} for index, sample in zip(indices, samples, strict=True)
-    ]
+    return [{**sample, "id": row_name(extraction, index)} for index, sample in zip(indices, samples, strict=True)]
 
 
 def row_name(extraction: Extraction, index: int) -> str:

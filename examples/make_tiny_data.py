@@ -1,9 +1,12 @@
 """Draws nextflow-tiny's world into parquet files, which the package's own scripts extract and train on.
 
     python examples/make_tiny_data.py pictures --number 40000 --output runs/tiny/data/pictures
+    python examples/make_tiny_data.py captions --number 40000 --output runs/tiny/data/captions
+    python examples/make_tiny_data.py tasks --number 60000 --output runs/tiny/data/tasks
 
-Every file is made of a seed and its number alone, and written when it is whole: run the same command again after a
-kill. Needs `pip install -e ".[tiny]"`, and once the network for emoji (npm) and photographs (Debian).
+`pictures` are for the image tokenizer, `captions` and `tasks` (conversations, 4 of 10 in words alone) for the language
+model. Every file is made of a seed and its number alone, and written when it is whole: run the same command again after
+a kill. Needs `pip install -e ".[tiny]"`, and once the network for emoji (npm) and photographs (Debian).
 """
 
 import argparse
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PillowImage
 
 from tiny_world.dataset import mixed_sample
@@ -23,6 +26,13 @@ from tiny_world.tasks import TASKS
 ROWS_OF_A_FILE = 2000
 # Of the image tokenizer's diet. "tasks" are pictures of edits and stories, in which things stand anywhere.
 PICTURES = {"shapes": 0.25, "tasks": 0.1, "emoji": 0.33, "words": 0.14, "photographs": 0.18}
+
+CAPTIONS = {"shapes": 0.5, "emoji": 0.3, "words": 0.2}
+# Of 100 conversations 40 have no picture ("text" and "reading"); with the captions that is a quarter of all samples.
+TASK_SHARES = {
+    "text": 0.26, "reading": 0.14, "look": 0.2, "editing": 0.16, "plan": 0.06, "looking first": 0.04, "turns": 0.06,
+    "thought": 0.02, "story": 0.04, "example": 0.02,
+}  # fmt: skip
 
 
 def to_png(pixels: np.ndarray) -> dict[str, Any]:
@@ -47,6 +57,35 @@ def draw_picture(rng: np.random.Generator, cache: Path | None) -> dict[str, Any]
 PICTURE_FEATURES = Features({"image": Image(), "text": Value("string"), "family": Value("string")})
 
 
+def draw_caption(rng: np.random.Generator, cache: Path | None) -> dict[str, Any]:
+    """A picture to draw from its caption."""
+    caption, picture, _ = mixed_sample(rng, CAPTIONS, cache)
+    return {"image": to_png(picture), "text": caption}
+
+
+CAPTION_FEATURES = Features({"image": Image(), "text": Value("string")})
+
+
+def draw_task(rng: np.random.Generator) -> dict[str, Any]:
+    """A conversation with its pictures, in the form that `extract_codes.py --messages-column messages` reads."""
+    sample = TASKS[str(rng.choice(list(TASK_SHARES), p=list(TASK_SHARES.values())))](rng, "train")
+    messages, pictures = [], []
+    for message in sample.messages:
+        pictures += [to_png(part["image"]) for part in message["content"] if part["type"] == "image"]
+        texts = ["<image>" if part["type"] == "image" else part["text"] for part in message["content"]]
+        messages.append({"role": message["role"], "content": "".join(texts)})
+    return {"messages": messages, "images": pictures, "task": sample.task}
+
+
+TASK_FEATURES = Features(
+    {
+        "messages": List({"role": Value("string"), "content": Value("string")}),
+        "images": List(Image()),
+        "task": Value("string"),
+    }
+)
+
+
 def write(draw: Callable[[np.random.Generator], dict[str, Any]], features: Features, number: int, seed: int, to: Path):
     """`number` rows in files of [`ROWS_OF_A_FILE`]; those that are there are kept."""
     to.mkdir(parents=True, exist_ok=True)
@@ -65,13 +104,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("kind", choices=["pictures"])
+    parser.add_argument("kind", choices=["pictures", "captions", "tasks"])
     parser.add_argument("--number", type=int, required=True, help="rows")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="where fetched packages are kept (default: the user's cache)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    write(partial(draw_picture, cache=options.cache), PICTURE_FEATURES, options.number, options.seed, options.output)
+    kinds: dict[str, tuple[Callable[..., dict[str, Any]], Features]] = {
+        "pictures": (partial(draw_picture, cache=options.cache), PICTURE_FEATURES),
+        "captions": (partial(draw_caption, cache=options.cache), CAPTION_FEATURES),
+        "tasks": (draw_task, TASK_FEATURES),
+    }
+    write(*kinds[options.kind], options.number, options.seed, options.output)
 
 
 if __name__ == "__main__":

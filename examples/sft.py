@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, tiny_checkpoint
@@ -34,7 +34,9 @@ class Data:
     """What is trained on."""
 
     pictures: str | None = field(default=None, metadata={"help": "Folder of pictures with a metadata.jsonl."})
-    codes: str | None = field(default=None, metadata={"help": "Coded samples, from examples/extract_codes.py."})
+    codes: list[str] | None = field(
+        default=None, metadata={"help": "Coded samples, from examples/extract_codes.py: one folder or several."}
+    )
     caption_column: str = field(default="text", metadata={"help": "Column of the captions."})
     self_correction: bool = field(default=True, metadata={"help": "Draw some of the codes that are seen."})
 
@@ -54,7 +56,7 @@ def load_samples(data: Data, processor: NextFlowProcessor) -> Dataset:
     if (data.pictures is None) == (data.codes is None):
         raise ValueError("Give either `--pictures`, a folder of pictures, or `--codes`, a folder of coded samples.")
     if data.codes is not None:
-        return load_coded_dataset(data.codes)
+        return concatenate_datasets([load_coded_dataset(folder) for folder in data.codes])
     pictures = load_dataset("imagefolder", data_dir=data.pictures, split="train")
     if data.caption_column not in pictures.column_names:
         raise ValueError(

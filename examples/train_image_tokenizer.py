@@ -50,7 +50,7 @@ class Parts:
     discriminator_hidden_size: int | None = field(
         default=None, metadata={"help": "Width of a PatchGAN critic; none by default."}
     )
-    widen: int | None = field(default=None, metadata={"help": "A new pixel decoder, so many times as wide."})
+    widen: float | None = field(default=None, metadata={"help": "A new pixel decoder, so many times as wide."})
     deepen: int = field(default=1, metadata={"help": "And with so many times as many blocks."})
 
 

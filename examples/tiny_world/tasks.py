@@ -480,6 +480,22 @@ def _riddle(rng: np.random.Generator, kind: str, scene: Scene) -> tuple[str, str
     return f"{words[whole - number]} less than {words[whole]} {thing.colour} {noun}", thought
 
 
+def sample_text(rng: np.random.Generator, split: str = "train") -> TaskSample:
+    """What other tasks ask of pictures, asked of words: sums, things and their colours, edits of a description."""
+    if rng.random() < 0.3:
+        kind = str(rng.choice(THOUGHTS))
+        riddle = sample_thought(rng, split, kind)
+        question, thought = (message["content"][0]["text"] for message in riddle.messages)
+        messages = (_message("user", f"What is {question}?"), _message("assistant", thought))
+        return TaskSample(f"text: {kind}", messages, _word_judge(thought))
+    kind = str(rng.choice([kind for kind in EDITS if kind != "move"]))  # of which a description says nothing
+    edit = sample_edit(rng, split, kind)
+    source, target = map(describe, edit.scenes)
+    instruction = edit.messages[0]["content"][1]["text"]
+    messages = (_message("user", f"{source}; {instruction}"), _message("assistant", target))
+    return TaskSample("text: edit", messages, _word_judge(target))
+
+
 # Several turns, and examples instead of instructions
 
 
@@ -547,6 +563,7 @@ TASKS: dict[str, Callable[..., TaskSample]] = {
     "look": sample_look,
     "story": sample_story,
     "thought": sample_thought,
+    "text": sample_text,
     "turns": sample_turns,
     "example": sample_example,
 }

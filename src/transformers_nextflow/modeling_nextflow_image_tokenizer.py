@@ -568,14 +568,14 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
             commitment_loss=result.commitment_loss,
         )
 
-    def enlarge_pixel_decoder(self, widen: int = 2, deepen: int = 1) -> None:
+    def enlarge_pixel_decoder(self, widen: float = 2, deepen: int = 1) -> None:
         """Replaces the pixel decoder by a new, larger one, which the last training stage trains alone.
 
         Args:
-            widen (`int`, *optional*, defaults to 2): Factor of the widths; the paper doubles the decoder's capacity.
+            widen (`float`, *optional*, defaults to 2): Factor of the widths; the paper doubles the decoder's capacity.
             deepen (`int`, *optional*, defaults to 1): Factor of the residual blocks per level (TokenFlow: 2).
         """
-        self.config.decoder_hidden_sizes = [widen * width for width in self.config.decoder_hidden_sizes]
+        self.config.decoder_hidden_sizes = [round(widen * width) for width in self.config.decoder_hidden_sizes]
         self.config.decoder_num_res_blocks = deepen * self.config.decoder_num_res_blocks
         decoder = NextFlowPixelDecoder(self.config)
         self.pixel_decoder = decoder.to(device=self.device, dtype=self.dtype)

@@ -75,6 +75,7 @@ class NextFlowImageTokenizerTrainingConfig(TrainingArguments):
             given = getattr(self, name)
             if given not in (defaults[name], value):
                 raise ValueError(
-                    f'`{name}` is {given}, but the preset "{self.loss_preset}" sets it to {value}: leave one of them out.'
+                    f'`{name}` is {given}, but the preset "{self.loss_preset}" sets it to {value}: leave one of '
+                    "them out."
                 )
             setattr(self, name, value)

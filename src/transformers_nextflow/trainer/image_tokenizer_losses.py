@@ -1,6 +1,7 @@
 """The optional terms of the image tokenizer's training: a perceptual loss over any features, and a PatchGAN critic."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -61,12 +62,12 @@ class PatchDiscriminator(nn.Sequential):
 
     Args:
         hidden_size (`int`, *optional*, defaults to 64): Channels after the first convolution; they double twice.
-        num_layers (`int`, *optional*, defaults to 3): Strided convolutions; scores stand `2 ** num_layers` pixels apart.
+        num_layers (`int`, *optional*, defaults to 3): Strided convolutions: scores are `2 ** num_layers` pixels apart.
     """
 
     def __init__(self, hidden_size: int = 64, num_layers: int = 3):
         widths = [hidden_size * 2 ** min(layer, 2) for layer in range(num_layers)]
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for before, width in zip(widths, widths[1:], strict=False):
+        for before, width in pairwise(widths):
             layers += [nn.Conv2d(before, width, 4, stride=2, padding=1), nn.GroupNorm(8, width), nn.LeakyReLU(0.2)]
         super().__init__(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))

@@ -20,7 +20,7 @@ USAGE_DECAY = 0.97  # a step; a code is dead when its running count falls below 
 
 
 def draw_kept_scales(num_scales: int, dropout: float, generator: torch.Generator | None = None) -> list[int]:
-    """Scales to quantize on: the first, the last, and each other one unless its coin, of probability `dropout`, falls."""
+    """Scales to quantize on: the first, the last, and each other one with probability `1 - dropout`."""
     kept = torch.rand(num_scales, generator=generator) >= dropout
     kept[[0, -1]] = True
     return kept.nonzero()[:, 0].tolist()
@@ -83,8 +83,8 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
         perceptual_loss (callable, *optional*):
             From two batches of images to a loss, a scalar: [`FeatureLoss`] over any network, LPIPS, ...
         discriminator (`nn.Module`, *optional*):
-            [`PatchDiscriminator`] or another. From images to scores of any shape, high for real ones. It is trained beside the tokenizer with the hinge
-            loss, by an optimizer of its own at the run's learning rate.
+            [`PatchDiscriminator`] or another, from images to scores of any shape, high for real ones. It is trained
+            beside the tokenizer with the hinge loss, by an optimizer of its own at the run's learning rate.
         kwargs: Everything else that `Trainer` takes. A sample of `train_dataset` is a dict with `pixel_values`
             `(3, H, W)` in [-1, 1]; images of a batch have one size.
 

@@ -289,7 +289,7 @@ def test_alignment_trains_what_is_new(make_trainer, tiny_random_checkpoint):
     assert losses(trainer)[-1] < losses(trainer)[0]
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="FSDP and ZeRO-3 cut into pieces"):
-        trainer._refuse_sharded_rows()
+        trainer._refuse_sharded_weights()
     with pytest.raises(ValueError, match="leave `peft_config` out"):
         make_trainer(stage="alignment", peft_config=LoraConfig(task_type="CAUSAL_LM"))
 
