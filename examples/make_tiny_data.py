@@ -35,6 +35,14 @@ TASK_SHARES = {
 }  # fmt: skip
 
 
+def only(weights: dict[str, float], families: Sequence[str] | None) -> dict[str, float]:
+    """The weights of some families, of all by default; they add up to one."""
+    kept = {name: weight for name, weight in weights.items() if families is None or name in families}
+    if not kept:
+        raise ValueError(f"None of {', '.join(families or [])} is one of {', '.join(weights)}.")
+    return {name: weight / sum(kept.values()) for name, weight in kept.items()}
+
+
 def to_png(pixels: np.ndarray) -> dict[str, Any]:
     """uint8 `(H, W, 3)` as datasets keeps pictures."""
     buffer = io.BytesIO()
@@ -42,9 +50,12 @@ def to_png(pixels: np.ndarray) -> dict[str, Any]:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def draw_picture(rng: np.random.Generator, cache: Path | None) -> dict[str, Any]:
+def draw_picture(
+    rng: np.random.Generator, cache: Path | None = None, families: Sequence[str] | None = None
+) -> dict[str, Any]:
     """A picture and its caption, for the image tokenizer."""
-    family = str(rng.choice(list(PICTURES), p=list(PICTURES.values())))
+    weights = only(PICTURES, families)
+    family = str(rng.choice(list(weights), p=list(weights.values())))
     if family == "tasks":
         messages = TASKS[str(rng.choice(["editing", "story", "look"]))](rng, "train").messages
         pictures = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
@@ -57,9 +68,11 @@ def draw_picture(rng: np.random.Generator, cache: Path | None) -> dict[str, Any]
 PICTURE_FEATURES = Features({"image": Image(), "text": Value("string"), "family": Value("string")})
 
 
-def draw_caption(rng: np.random.Generator, cache: Path | None) -> dict[str, Any]:
+def draw_caption(
+    rng: np.random.Generator, cache: Path | None = None, families: Sequence[str] | None = None
+) -> dict[str, Any]:
     """A picture to draw from its caption."""
-    caption, picture, _ = mixed_sample(rng, CAPTIONS, cache)
+    caption, picture, _ = mixed_sample(rng, only(CAPTIONS, families), cache)
     return {"image": to_png(picture), "text": caption}
 
 
@@ -108,11 +121,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--number", type=int, required=True, help="rows")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="where fetched packages are kept (default: the user's cache)")
+    parser.add_argument("--families", nargs="+", help="of pictures and captions; by default all")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    common = {"cache": options.cache, "families": options.families}
     kinds: dict[str, tuple[Callable[..., dict[str, Any]], Features]] = {
-        "pictures": (partial(draw_picture, cache=options.cache), PICTURE_FEATURES),
-        "captions": (partial(draw_caption, cache=options.cache), CAPTION_FEATURES),
+        "pictures": (partial(draw_picture, **common), PICTURE_FEATURES),
+        "captions": (partial(draw_caption, **common), CAPTION_FEATURES),
         "tasks": (draw_task, TASK_FEATURES),
     }
     write(*kinds[options.kind], options.number, options.seed, options.output)

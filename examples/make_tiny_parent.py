@@ -19,18 +19,17 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conversion.qwen_tokenizer import build_qwen_tokenizer
 
-NUM_RANKS = 8192
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--ranks", type=Path, required=True, help="qwen.tiktoken, from PyPI's dashscope 2.0.2")
+    parser.add_argument("--num-ranks", type=int, default=8192, help="of the text vocabulary, the first ones")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    tokenizer = build_qwen_tokenizer(options.ranks, NUM_RANKS)
+    tokenizer = build_qwen_tokenizer(options.ranks, options.num_ranks)
     torch.manual_seed(options.seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),

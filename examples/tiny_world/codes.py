@@ -10,9 +10,13 @@ import torch
 from transformers_nextflow import NextFlowImageTokenizer
 
 from .dataset import mixed_sample
-from .train_image_tokenizer import to_pixels
 
 CHUNK = 2000
+
+
+def to_pixels(images: np.ndarray) -> torch.Tensor:
+    """uint8 `(B, H, W, 3)` to fp32 `(B, 3, H, W)` in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 @dataclass(frozen=True)

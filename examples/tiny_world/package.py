@@ -103,7 +103,7 @@ def package(
     model.generation_config = NextFlowGenerationConfig(
         eos_token_id=text_tokenizer.eos_token_id,
         pad_token_id=text_tokenizer.pad_token_id,
-        prompt_styles={"frames": "chat"},  # stories are trained as chat turns only
+        prompt_styles=model.generation_config.prompt_styles,  # as the trainer saw them
         **GENERATION,
     )
     model.config.image_tokenizer_hash = hash_image_tokenizer(image_tokenizer)  # trainers refuse codes of others

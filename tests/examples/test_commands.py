@@ -75,7 +75,6 @@ UNWRITABLE = {
     "extract_codes": ["--data", "PICTURES", "--checkpoint", "CHECKPOINT", "--output", "file/out"],
     "modalities": ["--output", "file/out"],
     "ablations": ["--work", "file/out"],
-    "train_tasks": ["--work", "file/out"],
 }
 
 

@@ -102,8 +102,9 @@ def encode_messages(
     Raises:
         `ValueError`: if an assistant says nothing, or an image part has no picture.
     """
-    options = {"caption_prompt": caption_prompt, "prompt_style": prompt_style, **images_kwargs}
-    return encode_conversations([messages], processor, self_correction, generator and [generator], **options)[0]
+    generators = None if generator is None else [generator]
+    options: dict[str, Any] = {"caption_prompt": caption_prompt, "prompt_style": prompt_style, **images_kwargs}
+    return encode_conversations([messages], processor, self_correction, generators, **options)[0]
 
 
 def encode_conversations(
@@ -146,16 +147,16 @@ def encode_conversations(
         pictures += own
         sources += [_spawn(generators[index]) for _ in own] if generators else []
     encoded = processor._encode_images(pictures, self_correction, sources or None, images_kwargs)
-    offset, images = processor.visual_token_offset or 0, processor.image_tokenizer
+    offset, tokenizer = processor.visual_token_offset or 0, processor.image_tokenizer
     remaining = zip(*encoded, strict=True)
     for sample in samples:
-        own = [next(remaining) for _ in range(sample.pop("num_images"))]
+        images = [next(remaining) for _ in range(sample.pop("num_images"))]
         sample |= {
-            "codes": [[code - offset for code in codes] for codes, _, _ in own],
-            "target_codes": [[code - offset for code in targets] for _, targets, _ in own],
-            "image_grid_shw": [grid for _, _, grid in own],
-            "codebook_size": images.config.codebook_size if images else 0,
-            "image_tokenizer_hash": hash_image_tokenizer(images) if images else "",
+            "codes": [[code - offset for code in codes] for codes, _, _ in images],
+            "target_codes": [[code - offset for code in targets] for _, targets, _ in images],
+            "image_grid_shw": [grid for _, _, grid in images],
+            "codebook_size": tokenizer.config.codebook_size if tokenizer else 0,
+            "image_tokenizer_hash": hash_image_tokenizer(tokenizer) if tokenizer else "",
         }
     return samples
 

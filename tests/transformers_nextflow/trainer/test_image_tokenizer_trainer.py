@@ -138,7 +138,7 @@ def test_tokenflows_weights_by_name(tmp_path):
     assert (settings.l1_weight, settings.l2_weight, settings.semantic_weight) == (0.0, 1.0, 1.0)
     assert (settings.perceptual_weight, settings.adversarial_weight) == (1.0, 0.5)
     assert settings.adversarial_start_steps == 20_000 and settings.residual_weight == 0.0
-    with pytest.raises(ValueError, match='`l2_weight` is 3.0, but the preset "tokenflow" sets it to 1.0'):
+    with pytest.raises(ValueError, match=r'`l2_weight` is 3\.0, but the preset "tokenflow" sets it to 1\.0'):
         NextFlowImageTokenizerTrainingConfig(str(tmp_path), loss_preset="tokenflow", l2_weight=3.0, use_cpu=True)
 
 
