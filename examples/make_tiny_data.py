@@ -1,8 +1,8 @@
 """Draws nextflow-tiny's world into parquet files, which the package's own scripts extract and train on.
 
-    python examples/make_tiny_data.py pictures --number 40000 --output runs/tiny/data/pictures
-    python examples/make_tiny_data.py captions --number 40000 --output runs/tiny/data/captions
-    python examples/make_tiny_data.py tasks --number 60000 --output runs/tiny/data/tasks
+    python examples/make_tiny_data.py --kind pictures --number 40000 --output runs/tiny/data/pictures
+    python examples/make_tiny_data.py --kind captions --number 40000 --output runs/tiny/data/captions
+    python examples/make_tiny_data.py --kind tasks --number 60000 --output runs/tiny/data/tasks
 
 `pictures` are for the image tokenizer, `captions` and `tasks` (conversations, 4 of 10 in words alone) for the language
 model. Every file is made of a seed and its number alone, and written when it is whole: run the same command again after
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("kind", choices=["pictures", "captions", "tasks"])
+    parser.add_argument("--kind", required=True, help="pictures, captions or tasks")
     parser.add_argument("--number", type=int, required=True, help="rows")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="where fetched packages are kept (default: the user's cache)")
@@ -130,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "captions": (partial(draw_caption, **common), CAPTION_FEATURES),
         "tasks": (draw_task, TASK_FEATURES),
     }
+    if options.kind not in kinds:
+        parser.error(f"--kind must be one of {', '.join(kinds)}, not {options.kind}")
     write(*kinds[options.kind], options.number, options.seed, options.output)
 
 

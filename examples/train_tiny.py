@@ -47,7 +47,7 @@ def steps(options: argparse.Namespace) -> Iterator[Step]:
     script = {name: (sys.executable, str(ROOT / "examples" / f"{name}.py")) for name in ("extract_codes", "sft")}
 
     def data(kind: str, number: int, seed: int) -> Step:
-        words = (sys.executable, str(ROOT / "examples" / "make_tiny_data.py"), kind, "--seed", str(seed))
+        words = (sys.executable, str(ROOT / "examples" / "make_tiny_data.py"), "--kind", kind, "--seed", str(seed))
         words += ("--number", str(max(16, round(number * small))), "--output", str(work / "data" / kind))
         words += ("--families", *options.families) if options.families else ()
         return Step(f"data: {kind}", words + (("--cache", str(options.cache)) if options.cache else ()))
