@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from tiny_world import ocr, shapes, words
+from tiny_world import ocr, second_judge, shapes, words
 
 IMAGENET_CATS = range(281, 286)
 IMAGENET_ESPRESSO = 967
@@ -49,6 +51,34 @@ class TestTeacher:
         assert not features.requires_grad and not teacher.training
         torch.testing.assert_close(features[4:], teacher.features(pixels[4:]))
         torch.testing.assert_close(teacher.embed(pixels).norm(dim=-1), torch.ones(5))
+
+
+class TestSecondJudge:
+    def test_it_sees_what_was_drawn(self):
+        pytest.importorskip("skimage")
+        rng = np.random.default_rng(0)
+        for split in ("test", "heldout", "hard"):
+            for _ in range(15):
+                kind = "free" if split == "hard" else str(rng.choice(["colour", "two", "count", "position"]))
+                scene = shapes.sample_scene(rng, split, kind)
+                image = shapes.render(scene)
+                soft = ndimage.gaussian_filter(image.astype(float), (1, 1, 0)) + rng.normal(0, 4, image.shape)
+                for picture in (image, soft.clip(0, 255).astype(np.uint8)):
+                    found = second_judge.detect(picture)
+                    wanted = sorted((thing.shape, thing.colour) for thing in scene.objects)
+                    assert sorted((d.shape, d.colour) for d in found) == wanted
+                    for thing in scene.objects:
+                        assert min(np.abs(d.centre - (thing.cx, thing.cy)).max() for d in found) < 4
+
+    @pytest.mark.parametrize("box", [(10, 40, 86, 52), (10, 30, 86, 66)])
+    def test_other_pieces_are_no_shapes(self, box):
+        pytest.importorskip("skimage")
+        picture = Image.new("RGB", (96, 96), "white")
+        draw = ImageDraw.Draw(picture)
+        for method in (draw.rectangle, draw.ellipse):
+            draw.rectangle((0, 0, 96, 96), fill="white")
+            method(box, fill=shapes.COLOURS["red"])
+            assert [d.shape for d in second_judge.detect(np.asarray(picture))] == ["unknown"]
 
 
 class TestReaders:
