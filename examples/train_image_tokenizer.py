@@ -1,7 +1,7 @@
 """Trains an image tokenizer, one of the paper's three stages a run, each a file of settings.
 
-    python examples/train_image_tokenizer.py --config examples/configs/tiny/image_tokenizer_pixel.yaml \\
-        --pictures runs/tiny/data/pictures --output_dir runs/tiny/image_tokenizer_pixel
+    python examples/train_image_tokenizer.py --config examples/recipes/tiny/image_tokenizer_pixel.yaml \\
+        --model_name_or_path examples/recipes/tiny/image_tokenizer.json --pictures FOLDER --output_dir runs/pixel
 
 `--model_name_or_path` is the folder that the stage before wrote, or a configuration (`*.json`) for new weights.
 `--pictures` is a folder of pictures or of parquet files with a column `image`; squares are cut from their middle. A run

@@ -107,7 +107,7 @@ def tiny_checkpoint() -> Path:
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
             f'nextflow-tiny is missing: there is no checkpoint in "{path}". Reinstall transformers-nextflow with its '
-            "package data, or train the checkpoint with `python examples/train_tiny.py`."
+            "package data, or train the checkpoint with `python examples/run_recipe.py`."
         )
     return path
 

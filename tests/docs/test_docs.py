@@ -24,7 +24,7 @@ def checkpoint() -> Path:
     try:
         return tiny_checkpoint()
     except FileNotFoundError:
-        pytest.skip("nextflow-tiny is not in this checkout; `python examples/train_tiny.py` makes it")
+        pytest.skip("nextflow-tiny is not in this checkout; `python examples/run_recipe.py` makes it")
 
 
 def blocks(page: Path, language: str) -> Iterator[tuple[str, int, bool]]:

