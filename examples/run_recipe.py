@@ -5,9 +5,9 @@
         --from language_64 --launcher "torchrun --nproc_per_node 2"
 
 A stage is a script of this repository with its options. In them `{here}` is the folder that the stage writes, `{NAME}`
-that of an earlier stage, `{recipe}` the recipe's own folder, and anything else is given with `--set NAME=VALUE`. What is
-finished is not done again, and a training goes on from its last whole checkpoint: run the same line again after a kill.
-`--miniature` runs every stage with the options that the recipe has for trying it out in minutes. `--list` only prints
+that of an earlier stage, `{recipe}` the recipe's own folder, and anything else is given with `--set NAME=VALUE`. What
+is finished is not done again, and a training goes on from its last whole checkpoint: run the same line again after a
+kill. `--miniature` runs every stage with the options that the recipe has for trying it out in minutes. `--list` only prints
 the commands, to run them elsewhere.
 """
 
