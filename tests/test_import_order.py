@@ -14,9 +14,10 @@ SOURCE = Path(__file__).parents[1] / "src"
 ORDER = """
     scale_schedule whole_folder strict_loading remote_code configuration_nextflow
     token_layout model_inputs varlen_attention linear_cross_entropy scale_cache layer_compilation
-    sampling padding generation_config_nextflow decoding_state decoding_settings decoding generation_nextflow
+    multi_scale_quantizer sampling padding kept_regions
+    generation_config_nextflow decoding_state decoding_settings decoding generation_nextflow
     modeling_nextflow
-    multi_scale_quantizer semantic_branch strip_decoding modeling_nextflow_image_tokenizer codebook
+    semantic_branch strip_decoding modeling_nextflow_image_tokenizer codebook
     picture_sources image_processing_pil_nextflow image_processing_nextflow
     chat_template token_fields stream_decoding processing_nextflow
     session pipelines _registration

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from .decoding_settings import DecodingSettings
 from .decoding_state import DecodingState
+from .kept_regions import Keeper
 from .padding import Prompts, end_with_boi, move_right, stack_rows, unconditional_prompts
 from .sampling import ScaleSampling, draw_codes, draw_seeds, sample_codes
 from .scale_cache import ScaleCache, check_empty, make_cache
@@ -109,6 +110,7 @@ def draw_scales(
     prefix_scales: int = 0,
     images_per_prefix: int = 1,
     rows: Sequence[int] = (),
+    keeper: Keeper | None = None,
 ) -> Iterator[DecodingStep]:
     """Draws R images, scale by scale.
 
@@ -124,6 +126,7 @@ def draw_scales(
             Each group of `images_per_prefix` images shares its first `prefix_scales` scales: until then the group is
             one row, drawn by the generator of its first image.
         rows (`list[int]`, *optional*): The images' numbers in the steps.
+        keeper ([`Keeper`], *optional*): What is kept of other images; a row for each that is drawn, or for each prefix.
 
     Yields:
         [`DecodingStep`] of kind `"scale"`. Nothing of a scale is run before the next step is asked for.
@@ -157,7 +160,10 @@ def draw_scales(
             first = 0 if config.visual_feature_mode == "accumulated" else schedule.offsets[index - 1]
             inputs = codes[:, first:] + config.text_vocab_size
             drawn = _run_branches(states, inputs, schedule, index, sampler)
-        codes = torch.cat([codes, drawn.to(codes.device)], dim=1)
+        drawn = drawn.to(codes.device)
+        if keeper is not None:
+            drawn = keeper.place(index, codes, drawn)
+        codes = torch.cat([codes, drawn], dim=1)
         step = DecodingStep(
             "scale", list(rows), codes, schedule, index, sampling.guidance_scale, config.visual_codebook_size
         )
@@ -367,9 +373,15 @@ class Decoding:
         generators = [settings.generators[row] for row in numbers]
         schedule, offset = settings.schedule, self.config.text_vocab_size
         sharing = settings.prefix_scales, settings.images_per_prefix
-        codes = self.ids[:, :0]
+        codes, keeper = self.ids[:, :0], None
+        if settings.kept is not None:
+            kept = settings.kept.select(self.rows[:: settings.images_per_prefix])
+            every_code = torch.arange(self.config.visual_codebook_size, device=self.ids.device)
+            keeper = Keeper(kept, schedule, self.model.model.visual_codebook(every_code))
         try:
-            for step in draw_scales(states, logits, schedule, settings.plan, generators, *sharing, rows=numbers):
+            for step in draw_scales(
+                states, logits, schedule, settings.plan, generators, *sharing, rows=numbers, keeper=keeper
+            ):
                 codes = step.ids
                 yield step
                 codes = step.ids

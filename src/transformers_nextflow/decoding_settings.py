@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from .configuration_nextflow import NextFlowConfig
 from .generation_config_nextflow import SIZE, NextFlowGenerationConfig
+from .kept_regions import KeptCodes, read_kept
 from .padding import Prompts, end_with_boi, read_prompts
 from .sampling import ScaleSampling, make_generators, sampling_plan
 from .scale_schedule import ScaleSchedule
@@ -28,6 +29,7 @@ logger = logging.get_logger(__name__)
 INPUTS = (
     *("input_ids", "attention_mask", "image_grid_shw", "cache"),
     *("generator", "negative_prompt_ids", "negative_prompt_attention_mask", "on_scale_end"),
+    *("keep_codes", "keep_mask", "keep_repair"),
     *("stopping_criteria", "logits_processor", "streamer", "tokenizer", "synced_gpus"),
 )
 
@@ -49,6 +51,7 @@ class DecodingSettings:
             wants an image; `"must"`, an image follows where the text ends or reaches its limit.
         text_after_images (`bool`): Whether a row that has all its images goes on with text.
         prefix_scales, images_per_prefix (`int`): See [`draw_scales`].
+        kept ([`KeptCodes`], *optional*): What is kept of other images, one row per row.
         cache (`Cache`, *optional*), cache_implementation (`str`): What keys and values are kept in.
         keeps_cache (`bool`): Whether anything goes on from the cache.
         compile_config (`CompileConfig`, *optional*): Compiles the layers of scale steps; needs a [`ScaleCache`].
@@ -72,6 +75,7 @@ class DecodingSettings:
     text_after_images: bool = True
     prefix_scales: int = 0
     images_per_prefix: int = 1
+    kept: KeptCodes | None = None
     cache: Cache | None = None
     cache_implementation: str = "dynamic"
     keeps_cache: bool = True
@@ -153,6 +157,9 @@ def read_settings(
     generator: Any = None,
     negative_prompt_ids: torch.Tensor | None = None,
     negative_prompt_attention_mask: torch.Tensor | None = None,
+    keep_codes: torch.Tensor | None = None,
+    keep_mask: torch.Tensor | None = None,
+    keep_repair: bool | None = None,
     stopping_criteria: Any = None,
     logits_processor: Any = None,
     tokenizer: Any = None,
@@ -171,7 +178,10 @@ def read_settings(
         opening, images, text, default_text = "must", 1, config.max_new_tokens, 128
     else:
         opening, images, text, default_text = "now", config.num_frames or 1, 0, 0
-    schedule = _schedule(call)
+    schedule, num_codes = _schedule(call), model.config.visual_codebook_size
+    kept = read_kept(keep_codes, keep_mask, keep_repair, len(ids), schedule, num_codes, ids.device)
+    if kept is not None and (opening == "free" or images != 1):
+        raise ValueError("`keep_codes` are of one image: they are for single images. Leave them out.")
     plan, num_branches = _plan(call, schedule.num_scales)
     negative = _negative(call, negative_prompt_ids, negative_prompt_attention_mask)
     ends_with_boi = (ids[:, -1:] == model.config.boi_token_id).any(-1)
@@ -215,6 +225,7 @@ def read_settings(
         text_after_images=opening == "free",
         prefix_scales=sharing[0],
         images_per_prefix=sharing[1],
+        kept=kept and kept.select(torch.arange(len(ids), device=ids.device).repeat_interleave(copies)),
         cache=cache,
         cache_implementation=implementation,
         keeps_cache=cache is not None or bool(keeps_own),

@@ -126,6 +126,9 @@ class NextFlowGenerationMixin(_GenerationMixin):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         negative_prompt_ids: torch.LongTensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
+        keep_codes: torch.LongTensor | None = None,
+        keep_mask: torch.Tensor | None = None,
+        keep_repair: bool | None = None,
         on_scale_end: OnScaleEnd | None = None,
         **kwargs,
     ):
@@ -148,6 +151,14 @@ class NextFlowGenerationMixin(_GenerationMixin):
                 Text of the unconditional branch, padded on the left. By default it has none: the prompt's images, if
                 any, and `<boi>`. For single images, with or without `thinking`.
             negative_prompt_attention_mask (`torch.Tensor` of the same shape, *optional*): 0 where it is padding.
+            keep_codes (`torch.LongTensor` of shape `(B, N)` or `(1, N)`, *optional*):
+                All codes of an image of the size that is drawn, of which parts are kept. For single images.
+            keep_mask (`torch.Tensor` of shape `(B, N)` or `(B, H, W)`, *optional*):
+                Which: a bool for each code, or for each pixel how much of it is kept, from 0 (drawn) to 1. A cell is
+                kept on every scale on which at least half of its pixels are. One row may serve all prompts.
+            keep_repair (`bool`, *optional*, defaults to `True`):
+                Choose kept codes anew where coarser ones were drawn, so that the kept part looks as in the source:
+                codes are residual. False takes them as they are.
             on_scale_end (`Callable`, *optional*):
                 Called as `on_scale_end(index, schedule, codes)` after each scale, `index` from 0 to S - 1, `codes`
                 `(rows that draw, codes so far)` int64 (one row for each prefix as long as images share it). It may
@@ -172,6 +183,9 @@ class NextFlowGenerationMixin(_GenerationMixin):
             "generator": generator,
             "negative_prompt_ids": negative_prompt_ids,
             "negative_prompt_attention_mask": negative_prompt_attention_mask,
+            "keep_codes": keep_codes,
+            "keep_mask": keep_mask,
+            "keep_repair": keep_repair,
             "on_scale_end": on_scale_end,
         }
         if self._mode(generation_config, kwargs) == "text":

@@ -39,6 +39,8 @@ def draw(tiny_random_checkpoint):
     return pipeline("text-to-image", model=tiny_random_checkpoint)
 
 
+KEPT = {"keep_codes": torch.zeros(1, 55, dtype=torch.long), "keep_mask": torch.arange(55)[None] >= 30}
+
 # Greedy, guided: what is asked for shows, and nothing else does.
 PLAIN = {"image_top_k": 1, "guidance_scale": 5.0}
 CHANGES = "changes the picture"
@@ -92,6 +94,9 @@ TEXT_TO_IMAGE = {
         {"negative_prompt_ids": torch.tensor([[97]]), "negative_prompt_attention_mask": torch.ones(1, 2)},
         "attention mask has shape",
     ),
+    "keep_codes": (KEPT, CHANGES),
+    "keep_mask": ({"keep_mask": KEPT["keep_mask"]}, "`keep_codes` and `keep_mask` together"),
+    "keep_repair": ({"keep_repair": False}, "`keep_repair` says how codes are kept"),
     "image_temperature": ({"image_temperature": 0.0}, "`image_temperature` must be positive"),
     "image_top_k": ({"image_top_k": 0}, CHANGES),
     "image_top_p": ({"image_top_p": 2.0}, "`image_top_p` must be above 0"),

@@ -30,6 +30,8 @@ class Streamer:
         pass
 
 
+KEPT = {"keep_codes": torch.zeros(1, 14, dtype=torch.long), "keep_mask": torch.ones(1, 48, 48), "keep_repair": False}
+
 # A legal value of each, and what goes with it.
 VALUES = {
     "height": SMALL,
@@ -51,6 +53,7 @@ VALUES = {
     "generator": {"generator": torch.Generator()},
     "on_scale_end": {"on_scale_end": lambda *_: None},
     "negative_prompt_ids": {"negative_prompt_ids": torch.tensor([[97, 98]]), "guidance_scale": 2.0},
+    **dict.fromkeys(("keep_codes", "keep_mask", "keep_repair"), KEPT),
     "do_sample": {"do_sample": True},
     "num_return_sequences": {"num_return_sequences": 2, "do_sample": True},
     "stopping_criteria": {"stopping_criteria": [lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)]},

@@ -99,7 +99,8 @@ HANDED_ON = {
     *("speculation_type", "continuous_batching_config", "compile_config", "low_memory", "penalty_alpha"),
     *("dola_layers", "diversity_penalty", "num_beam_groups", "constraints", "force_words_ids", "stop_strings"),
 }
-# A value, and what it does to an image by `generate`, by `stream` and in a session.
+KEPT = {"keep_codes": 4 * torch.arange(14)[None], "keep_mask": torch.arange(14)[None] >= 5}
+# A value, what it does to an image by `generate`, by `stream` and in a session; and what has to be given with it.
 ARGUMENTS = {
     "inputs": (torch.tensor([[80, 81]]), "rrr"),  # beside `input_ids`
     "input_ids": (torch.tensor([[80, 81]]), "ccr"),
@@ -109,6 +110,9 @@ ARGUMENTS = {
     "generator": (torch.Generator().manual_seed(7), "ccc"),
     "negative_prompt_ids": (torch.tensor([[90]]), "ccr"),
     "negative_prompt_attention_mask": (torch.ones(1, 9), "rrr"),  # of another shape
+    "keep_codes": (torch.ones(1, 14, dtype=torch.long), "ccc", KEPT),
+    "keep_mask": (torch.ones(1, 48, 48), "ccc", KEPT),
+    "keep_repair": (False, "ccc", KEPT),
     "on_scale_end": (lambda index, schedule, codes: codes * 0, "crr"),
     "cache": (DynamicCache, "ssr"),  # a new one each time
     "stopping_criteria": (
@@ -232,7 +236,8 @@ def test_an_option_of_a_session_is_that_of_its_turns(name, parts):
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_an_argument_is_used_or_refused(name, parts):
-    model, (value, expected) = parts[0], ARGUMENTS[name]
+    model, (value, expected, *needed) = parts[0], ARGUMENTS[name]
+    needs = needed[0] if needed else {}
 
     def draw(**settings):
         session = NextFlowSession(*parts)
@@ -241,9 +246,9 @@ def test_an_argument_is_used_or_refused(name, parts):
 
     doors = {by_keyword: (model, "image"), by_stream: (model, "image"), draw: ()}
     for (door, given), letter in zip(doors.items(), expected, strict=True):
-        guided = {} if door is draw else GUIDED
+        guided = needs if door is draw else {**GUIDED, **needs}
         new = value() if value is DynamicCache else value
-        became = outcome(name, door(*given, **guided), door, *given, **guided, **{name: new})[1]
+        became = outcome(name, door(*given, **guided), door, *given, **{**guided, name: new})[1]
         assert became == OUTCOMES[letter], (door.__name__, became)
 
 
