@@ -20,6 +20,7 @@ from .decoding_settings import DecodingSettings
 from .decoding_state import DecodingState
 from .kept_regions import Keeper
 from .padding import Prompts, end_with_boi, move_right, stack_rows, unconditional_prompts
+from .regional_prompts import Regions
 from .sampling import ScaleSampling, draw_codes, draw_seeds, sample_codes
 from .scale_cache import ScaleCache, check_empty, make_cache
 from .scale_schedule import ScaleSchedule
@@ -111,6 +112,7 @@ def draw_scales(
     images_per_prefix: int = 1,
     rows: Sequence[int] = (),
     keeper: Keeper | None = None,
+    regions: Regions | None = None,
 ) -> Iterator[DecodingStep]:
     """Draws R images, scale by scale.
 
@@ -127,13 +129,14 @@ def draw_scales(
             one row, drawn by the generator of its first image.
         rows (`list[int]`, *optional*): The images' numbers in the steps.
         keeper ([`Keeper`], *optional*): What is kept of other images; a row for each that is drawn, or for each prefix.
+        regions ([`Regions`], *optional*): Their branches are the last of all.
 
     Yields:
         [`DecodingStep`] of kind `"scale"`. Nothing of a scale is run before the next step is asked for.
     """
     config, device = states[0].model.config, states[0].mask.device
     sources = generators[::images_per_prefix]
-    num_branches = len(logits) // len(sources)
+    num_branches = len(logits) // len(sources) - len(regions.prompts if regions else ())
     lengths = [0 if sampling.top_k == 1 else n for sampling, n in zip(plan, schedule.scale_lengths, strict=True)]
     shared = prefix_scales if images_per_prefix > 1 else len(plan)
     seeds = draw_seeds(sources, lengths[:shared], device)
@@ -154,6 +157,8 @@ def draw_scales(
             num_codes=config.visual_codebook_size,
             num_branches=num_branches,
         )
+        if regions is not None:
+            sampler = partial(_draw_mixed, sampler, regions, slice(*schedule.offsets[index : index + 2]), num_branches)
         if index == 0:
             drawn = sampler(lambda values: values, logits[:, None].float())
         else:
@@ -176,6 +181,12 @@ def draw_scales(
                     f"The guidance scale can't become {guidance_scale} after scale {index}: this drawing began without "
                     "guidance, so there is no unconditional branch. Begin with a `guidance_scale` other than 1."
                 )
+
+
+def _draw_mixed(
+    sampler: Callable[..., torch.Tensor], regions: Regions, scale: slice, num_branches: int, head: Any, states: Any
+) -> torch.Tensor:
+    return sampler(head, regions.mix(states, scale, num_branches))
 
 
 def _run_branches(
@@ -248,6 +259,10 @@ class Decoding:
         for with_images in (True, False)[: settings.num_branches - 1]:
             branch = unconditional_prompts((self.ids, self.real), settings.negative, first_code, pad, with_images)
             ids, mask = stack_rows((ids, mask), branch, pad)
+        regions = settings.regions.prompts if settings.regions else []
+        for region in regions:  # in place of the prompt's text
+            branch = unconditional_prompts((self.ids, self.real), region, first_code, pad)
+            ids, mask = stack_rows((ids, mask), branch, pad)
         self.real = self.real.bool()
         self.grids = [[tuple(grid) for grid in of_row] for of_row in grids]
         # The keys of the last scale serve its own step only, if nothing follows the image.
@@ -256,7 +271,7 @@ class Decoding:
         self.state = self._new_state(len(ids), settings, length, settings.cache, 0 if settings.keeps_cache else last)
         if isinstance(self.state.cache, ScaleCache):
             self.state.cache.set_padding(None if mask.all() else mask)
-        rows_with_images = list(self.grids) * min(settings.num_branches, 2)
+        rows_with_images = list(self.grids) * (min(settings.num_branches, 2) + len(regions))
         logits = self.state.run(ids, None if mask.all() else mask, _grid_rows(rows_with_images), visual_logits=True)
         shared = torch.arange(len(ids), device=ids.device).repeat_interleave(copies // settings.images_per_prefix)
         self.state.select(shared)
@@ -380,7 +395,7 @@ class Decoding:
             keeper = Keeper(kept, schedule, self.model.model.visual_codebook(every_code))
         try:
             for step in draw_scales(
-                states, logits, schedule, settings.plan, generators, *sharing, rows=numbers, keeper=keeper
+                states, logits, schedule, settings.plan, generators, *sharing, numbers, keeper, settings.regions
             ):
                 codes = step.ids
                 yield step

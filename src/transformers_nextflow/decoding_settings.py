@@ -20,6 +20,7 @@ from .configuration_nextflow import NextFlowConfig
 from .generation_config_nextflow import SIZE, NextFlowGenerationConfig
 from .kept_regions import KeptCodes, read_kept
 from .padding import Prompts, end_with_boi, read_prompts
+from .regional_prompts import Region, Regions, read_regions
 from .sampling import ScaleSampling, make_generators, sampling_plan
 from .scale_schedule import ScaleSchedule
 
@@ -29,7 +30,7 @@ logger = logging.get_logger(__name__)
 INPUTS = (
     *("input_ids", "attention_mask", "image_grid_shw", "cache"),
     *("generator", "negative_prompt_ids", "negative_prompt_attention_mask", "on_scale_end"),
-    *("keep_codes", "keep_mask", "keep_repair"),
+    *("keep_codes", "keep_mask", "keep_repair", "regions"),
     *("stopping_criteria", "logits_processor", "streamer", "tokenizer", "synced_gpus"),
 )
 
@@ -52,6 +53,7 @@ class DecodingSettings:
         text_after_images (`bool`): Whether a row that has all its images goes on with text.
         prefix_scales, images_per_prefix (`int`): See [`draw_scales`].
         kept ([`KeptCodes`], *optional*): What is kept of other images, one row per row.
+        regions ([`Regions`], *optional*): Parts of the image with prompts of their own.
         cache (`Cache`, *optional*), cache_implementation (`str`): What keys and values are kept in.
         keeps_cache (`bool`): Whether anything goes on from the cache.
         compile_config (`CompileConfig`, *optional*): Compiles the layers of scale steps; needs a [`ScaleCache`].
@@ -76,6 +78,7 @@ class DecodingSettings:
     prefix_scales: int = 0
     images_per_prefix: int = 1
     kept: KeptCodes | None = None
+    regions: Regions | None = None
     cache: Cache | None = None
     cache_implementation: str = "dynamic"
     keeps_cache: bool = True
@@ -160,6 +163,7 @@ def read_settings(
     keep_codes: torch.Tensor | None = None,
     keep_mask: torch.Tensor | None = None,
     keep_repair: bool | None = None,
+    regions: Sequence[Region] | None = None,
     stopping_criteria: Any = None,
     logits_processor: Any = None,
     tokenizer: Any = None,
@@ -203,7 +207,9 @@ def read_settings(
     keeps_own = config.return_dict_in_generate and config.return_cache is not False and "static" not in implementation
     # Rows that write at different times share columns: one phase of text for each image, and one behind them.
     new_slots = text * min(num_rows, images + 1) + images * (schedule.num_tokens + 1)
-    _check_memory(model, implementation, num_rows * num_branches, ids.shape[1] + new_slots)
+    areas = _regions(call, regions, schedule, one_image, num_branches)
+    num_areas = len(areas.prompts) if areas else 0
+    _check_memory(model, implementation, num_rows * (num_branches + num_areas), ids.shape[1] + new_slots)
     if negative_prompt_ids is not None and (opening == "free" or images > 1):
         raise ValueError(
             "`negative_prompt_ids` would stand between the images of a sequence: they are for single images. Leave "
@@ -225,6 +231,7 @@ def read_settings(
         text_after_images=opening == "free",
         prefix_scales=sharing[0],
         images_per_prefix=sharing[1],
+        regions=areas,
         kept=kept and kept.select(torch.arange(len(ids), device=ids.device).repeat_interleave(copies)),
         cache=cache,
         cache_implementation=implementation,
@@ -258,6 +265,22 @@ def _negative(call: Call, negative_ids: torch.Tensor | None, mask: torch.Tensor 
             f"Got {len(negative_ids)} negative prompts for {len(ids)} prompts. Pass one, or one per prompt."
         )
     return end_with_boi(*negative, config.boi_token_id, pad)
+
+
+def _regions(call: Call, regions: Any, schedule: ScaleSchedule, one_image: bool, num_branches: int) -> Regions | None:
+    model_config = call.model.config
+    pad = model_config.eoi_token_id if call.config.pad_token_id is None else call.config.pad_token_id
+    areas = read_regions(regions, call.prompts, schedule, model_config, pad)
+    if areas is None:
+        return None
+    if not one_image:
+        raise ValueError("`regions` are parts of one image: they are for single images without `thinking`.")
+    if any(areas.negative) and num_branches != 2:
+        raise ValueError(
+            "Negative `regions` are what guidance leads away from: pass a `guidance_scale` other than 1, and no "
+            "`image_guidance_scale`."
+        )
+    return areas
 
 
 def _text_settings(call: Call, num_images: int, processors: Any, tokenizer: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from .decoding_settings import (
 )
 from .generation_config_nextflow import OWN_OPTIONS, NextFlowGenerationConfig
 from .padding import Prompts, check_left_padded, check_not_empty, read_prompts
+from .regional_prompts import Region
 from .scale_schedule import ScaleSchedule
 from .token_layout import TokenLayout, count_images, split_grids
 
@@ -129,6 +130,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         keep_codes: torch.LongTensor | None = None,
         keep_mask: torch.Tensor | None = None,
         keep_repair: bool | None = None,
+        regions: Sequence[Region] | None = None,
         on_scale_end: OnScaleEnd | None = None,
         **kwargs,
     ):
@@ -159,6 +161,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
             keep_repair (`bool`, *optional*, defaults to `True`):
                 Choose kept codes anew where coarser ones were drawn, so that the kept part looks as in the source:
                 codes are residual. False takes them as they are.
+            regions (list of [`Region`], *optional*):
+                Parts of the image with prompts of their own, each a branch beside those of guidance. For single images.
             on_scale_end (`Callable`, *optional*):
                 Called as `on_scale_end(index, schedule, codes)` after each scale, `index` from 0 to S - 1, `codes`
                 `(rows that draw, codes so far)` int64 (one row for each prefix as long as images share it). It may
@@ -186,6 +190,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
             "keep_codes": keep_codes,
             "keep_mask": keep_mask,
             "keep_repair": keep_repair,
+            "regions": regions,
             "on_scale_end": on_scale_end,
         }
         if self._mode(generation_config, kwargs) == "text":

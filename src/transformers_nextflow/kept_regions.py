@@ -38,26 +38,33 @@ class KeptCodes:
 
 
 def kept_places(mask: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
-    """The kept places of every scale: cells of whose pixels at least half are kept.
+    """The kept places of every scale, bool `(B, N)`: cells of whose pixels at least half are kept.
+
+    Arguments and errors are those of [`pixel_shares`].
+    """
+    return pixel_shares(mask, schedule) >= LEAST_SHARE
+
+
+def pixel_shares(mask: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
+    """How much of each cell a mask covers, on every scale.
 
     Args:
-        mask (`torch.Tensor` of shape `(B, H, W)`): 1 where pixels are kept, 0 where they are drawn.
+        mask (`torch.Tensor` of shape `(B, H, W)`): From 0 to 1 for each pixel.
         schedule (`ScaleSchedule`): Of an image of this size.
 
     Returns:
-        `torch.BoolTensor` of shape `(B, N)`.
+        `torch.FloatTensor` of shape `(B, N)`, from 0 to 1.
 
     Raises:
-        `ValueError`: for a mask of another size or with values outside of 0 to 1.
+        `ValueError`: for a mask of another size or with other values.
     """
-    if mask.ndim != 3 or tuple(mask.shape[1:]) != (schedule.height, schedule.width):
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 3 or mask.shape[1:] != (schedule.height, schedule.width):
         raise ValueError(
-            f"A mask of pixels has the image's size, (batch, {schedule.height}, {schedule.width}), but this one has "
-            f"the shape {tuple(mask.shape)}."
+            f"A mask of pixels has the image's size, (batch, {schedule.height}, {schedule.width}), but got "
+            f"{_describe(mask)}."
         )
     check_shares(mask)
-    shares = [downsample(mask[:, None].float(), grid).flatten(1) for grid in schedule.grids]
-    return torch.cat(shares, dim=1) >= LEAST_SHARE
+    return torch.cat([downsample(mask[:, None].float(), grid).flatten(1) for grid in schedule.grids], dim=1)
 
 
 def check_shares(mask: torch.Tensor) -> None:
@@ -188,4 +195,4 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
     return torch.cat([(half_squares - part @ codebook.T).argmin(-1) for part in parts])
 
 
-__all__ = ["Keeper", "KeptCodes", "kept_places", "nearest_codes", "read_kept"]
+__all__ = ["Keeper", "KeptCodes", "kept_places", "nearest_codes", "pixel_shares", "read_kept"]

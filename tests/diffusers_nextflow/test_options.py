@@ -96,7 +96,7 @@ TEXT_TO_IMAGE = {
     ),
     "keep_codes": (KEPT, CHANGES),
     "keep_mask": ({"keep_mask": KEPT["keep_mask"]}, "`keep_codes` and `keep_mask` together"),
-    "keep_repair": ({"keep_repair": False}, "`keep_repair` says how codes are kept"),
+    "keep_repair": ({"keep_repair": False}, "`keep_repair` says how `keep_codes` are kept"),
     "image_temperature": ({"image_temperature": 0.0}, "`image_temperature` must be positive"),
     "image_top_k": ({"image_top_k": 0}, CHANGES),
     "image_top_p": ({"image_top_p": 2.0}, "`image_top_p` must be above 0"),

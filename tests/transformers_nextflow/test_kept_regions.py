@@ -144,7 +144,7 @@ def test_the_other_precision(model):
     [
         ({"keep_mask": None}, "`keep_codes` and `keep_mask` together"),
         ({"keep_codes": None}, "`keep_codes` and `keep_mask` together"),
-        ({"keep_codes": None, "keep_mask": None, "keep_repair": True}, "`keep_repair` says how codes are kept"),
+        ({"keep_codes": None, "keep_mask": None, "keep_repair": True}, "`keep_repair` says how `keep_codes` are kept"),
         ({"keep_repair": "yes"}, "`keep_repair` must be True or False, but got 'yes'"),
         ({"keep_codes": SOURCE[:, :-1]}, r"the codes of an image of 80 x 80 pixels .* but got torch.int64 of shape"),
         ({"keep_codes": SOURCE.float()}, "`keep_codes` must be whole numbers"),
