@@ -388,14 +388,15 @@ class Decoding:
         generators = [settings.generators[row] for row in numbers]
         schedule, offset = settings.schedule, self.config.text_vocab_size
         sharing = settings.prefix_scales, settings.images_per_prefix
-        codes, keeper = self.ids[:, :0], None
+        codes, drawn_rows, keeper = self.ids[:, :0], self.rows[:: settings.images_per_prefix], None
+        regions = settings.regions and settings.regions.select(drawn_rows)
         if settings.kept is not None:
-            kept = settings.kept.select(self.rows[:: settings.images_per_prefix])
+            kept = settings.kept.select(drawn_rows)
             every_code = torch.arange(self.config.visual_codebook_size, device=self.ids.device)
             keeper = Keeper(kept, schedule, self.model.model.visual_codebook(every_code))
         try:
             for step in draw_scales(
-                states, logits, schedule, settings.plan, generators, *sharing, numbers, keeper, settings.regions
+                states, logits, schedule, settings.plan, generators, *sharing, numbers, keeper, regions
             ):
                 codes = step.ids
                 yield step
@@ -513,6 +514,12 @@ class Decoding:
             ids, mask = (part.expand(len(self.rows), -1) for part in negative)
             states.append(self._new_state(len(self.rows), settings, ids.shape[1] + settings.schedule.num_tokens))
             logits_of_branches.append(states[-1].run(ids, None if mask.all() else mask, visual_logits=True))
+        for region in settings.regions.select(self.rows).prompts if settings.regions else ():
+            own = (self.ids, self.real.long())
+            ids, mask = unconditional_prompts(own, region, self.config.text_vocab_size, self.pad_token_id)
+            states.append(self._new_state(len(self.rows), settings, ids.shape[1] + settings.schedule.num_tokens))
+            grids = _grid_rows([self.grids[row] for row in self.rows.tolist()])
+            logits_of_branches.append(states[-1].run(ids, None if mask.all() else mask, grids, visual_logits=True))
         return states, torch.cat(logits_of_branches)
 
     def _run_images(self, state: DecodingState, negative: Prompts) -> torch.Tensor:

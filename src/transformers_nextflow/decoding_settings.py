@@ -184,8 +184,9 @@ def read_settings(
         opening, images, text, default_text = "now", config.num_frames or 1, 0, 0
     schedule, num_codes = _schedule(call), model.config.visual_codebook_size
     kept = read_kept(keep_codes, keep_mask, keep_repair, len(ids), schedule, num_codes, ids.device)
-    if kept is not None and (opening == "free" or images != 1):
-        raise ValueError("`keep_codes` are of one image: they are for single images. Leave them out.")
+    for name, given in {"keep_codes": kept, "regions": regions}.items():
+        if given is not None and (opening == "free" or images != 1):
+            raise ValueError(f"`{name}` are of one image: they are for single images. Leave them out.")
     plan, num_branches = _plan(call, schedule.num_scales)
     negative = _negative(call, negative_prompt_ids, negative_prompt_attention_mask)
     ends_with_boi = (ids[:, -1:] == model.config.boi_token_id).any(-1)
@@ -207,7 +208,7 @@ def read_settings(
     keeps_own = config.return_dict_in_generate and config.return_cache is not False and "static" not in implementation
     # Rows that write at different times share columns: one phase of text for each image, and one behind them.
     new_slots = text * min(num_rows, images + 1) + images * (schedule.num_tokens + 1)
-    areas = _regions(call, regions, schedule, one_image, num_branches)
+    areas = _regions(call, regions, copies, schedule, num_branches)
     num_areas = len(areas.prompts) if areas else 0
     _check_memory(model, implementation, num_rows * (num_branches + num_areas), ids.shape[1] + new_slots)
     if negative_prompt_ids is not None and (opening == "free" or images > 1):
@@ -267,15 +268,11 @@ def _negative(call: Call, negative_ids: torch.Tensor | None, mask: torch.Tensor 
     return end_with_boi(*negative, config.boi_token_id, pad)
 
 
-def _regions(call: Call, regions: Any, schedule: ScaleSchedule, one_image: bool, num_branches: int) -> Regions | None:
+def _regions(call: Call, regions: Any, copies: int, schedule: ScaleSchedule, num_branches: int) -> Regions | None:
     model_config = call.model.config
     pad = model_config.eoi_token_id if call.config.pad_token_id is None else call.config.pad_token_id
-    areas = read_regions(regions, call.prompts, schedule, model_config, pad)
-    if areas is None:
-        return None
-    if not one_image:
-        raise ValueError("`regions` are parts of one image: they are for single images without `thinking`.")
-    if any(areas.negative) and num_branches != 2:
+    areas = read_regions(regions, call.prompts, copies, schedule, model_config, pad)
+    if areas is not None and any(areas.negative) and num_branches != 2:
         raise ValueError(
             "Negative `regions` are what guidance leads away from: pass a `guidance_scale` other than 1, and no "
             "`image_guidance_scale`."

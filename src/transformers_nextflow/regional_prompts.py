@@ -39,11 +39,19 @@ class Regions:
         prompts (list of ids and mask, `(B, M)` or `(1, M)`): They end with `<boi>`.
         shares (`torch.FloatTensor` of shape `(A, B, N)`): Of each cell, how much belongs to each region.
         negative (`list[bool]`): Which of them guidance leads away from.
+        copies (`int`): Rows for each prompt.
     """
 
     prompts: list[Prompts]
     shares: torch.Tensor
     negative: list[bool]
+    copies: int = 1
+
+    def select(self, rows: torch.Tensor) -> "Regions":
+        """With an entry for each of the given rows, in place of one for each prompt."""
+        numbers = rows // self.copies
+        prompts = [(ids[numbers], mask[numbers]) if len(ids) > 1 else (ids, mask) for ids, mask in self.prompts]
+        return Regions(prompts, self.shares[:, numbers], self.negative)
 
     def mix(self, hidden_states: torch.Tensor, scale: slice, num_branches: int) -> torch.Tensor:
         """What the head reads of a scale, `((num_branches + A) * R, n_s, ...)` to `(num_branches * R, n_s, ...)`.
@@ -52,8 +60,9 @@ class Regions:
         without text) for the rest. The head is affine and the weights sum to 1: so these are the mixed logits.
         """
         branches = list(hidden_states.chunk(num_branches + len(self.prompts)))
-        shares = self.shares[:, :, scale].to(hidden_states.device)
-        shares = shares.repeat_interleave(len(branches[0]) // shares.shape[1], dim=1)[..., None]
+        shares = self.shares[:, :, scale, None].to(hidden_states.device)
+        if copies := len(branches[0]) // shares.shape[1] - 1:  # images no longer share a prefix
+            shares = shares.repeat_interleave(copies + 1, dim=1)
         for negative in (False, True):
             chosen = [number for number, is_negative in enumerate(self.negative) if is_negative is negative]
             if not chosen or (negative and num_branches == 1):
@@ -68,9 +77,14 @@ class Regions:
 
 
 def read_regions(
-    regions: Sequence[Region | Sequence[Any]] | None, prompts: Prompts, schedule: ScaleSchedule, config: Any, pad: int
+    regions: Sequence[Region | Sequence[Any]] | None,
+    prompts: Prompts,
+    copies: int,
+    schedule: ScaleSchedule,
+    config: Any,
+    pad: int,
 ) -> Regions | None:
-    """`regions` of a call, checked.
+    """`regions` of a call, in which each prompt has `copies` rows, checked.
 
     Raises:
         `ValueError`: if a prompt is no text, or prompts and masks don't fit the call or the image.
@@ -100,7 +114,7 @@ def read_regions(
         read.append(end_with_boi(ids.to(device), mask.to(device), config.boi_token_id, pad))
         shares.append(of_cells.to(device).expand(num_prompts, -1))
         negative.append(region.negative)
-    return Regions(read, torch.stack(shares), negative)
+    return Regions(read, torch.stack(shares), negative, copies)
 
 
 __all__ = ["Region", "Regions", "read_regions"]

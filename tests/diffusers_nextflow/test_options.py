@@ -15,6 +15,7 @@ from diffusers_nextflow import NextFlowPipeline, NextFlowPipelineOutput
 from diffusers_nextflow.__main__ import main, parse_arguments
 from transformers_nextflow import NextFlowForCausalLM, NextFlowTextToImagePipeline
 from transformers_nextflow.generation_config_nextflow import OWN_OPTIONS
+from transformers_nextflow.regional_prompts import Region
 
 PROMPT = "a red circle"
 
@@ -96,6 +97,7 @@ TEXT_TO_IMAGE = {
     ),
     "keep_codes": (KEPT, CHANGES),
     "keep_mask": ({"keep_mask": KEPT["keep_mask"]}, "`keep_codes` and `keep_mask` together"),
+    "regions": ({"regions": [Region(torch.tensor([[97]]), torch.ones(1, 80, 80))]}, CHANGES),
     "keep_repair": ({"keep_repair": False}, "`keep_repair` says how `keep_codes` are kept"),
     "image_temperature": ({"image_temperature": 0.0}, "`image_temperature` must be positive"),
     "image_top_k": ({"image_top_k": 0}, CHANGES),

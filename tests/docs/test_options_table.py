@@ -10,6 +10,7 @@ from transformers.generation import CompileConfig
 
 from transformers_nextflow import NextFlowForCausalLM
 from transformers_nextflow.generation_config_nextflow import OWN_OPTIONS
+from transformers_nextflow.regional_prompts import Region
 
 PAGE = Path(__file__).parents[2] / "docs" / "text_to_image.md"
 MODES = {
@@ -54,6 +55,7 @@ VALUES = {
     "on_scale_end": {"on_scale_end": lambda *_: None},
     "negative_prompt_ids": {"negative_prompt_ids": torch.tensor([[97, 98]]), "guidance_scale": 2.0},
     **dict.fromkeys(("keep_codes", "keep_mask", "keep_repair"), KEPT),
+    "regions": {"regions": [Region(torch.tensor([[97, 98]]), torch.ones(1, 48, 48))]},
     "do_sample": {"do_sample": True},
     "num_return_sequences": {"num_return_sequences": 2, "do_sample": True},
     "stopping_criteria": {"stopping_criteria": [lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)]},

@@ -13,6 +13,7 @@ from random_weights import sharpen
 from transformers_nextflow import NextFlowForCausalLM, NextFlowGenerationConfig, NextFlowProcessor, NextFlowSession
 from transformers_nextflow.decoding_settings import INPUTS
 from transformers_nextflow.generation_config_nextflow import OWN_OPTIONS
+from transformers_nextflow.regional_prompts import Region
 
 MODES = ("text", "image", "interleaved")
 OUTCOMES = {"c": "changed", "s": "same", "r": "refused"}
@@ -113,6 +114,7 @@ ARGUMENTS = {
     "keep_codes": (torch.ones(1, 14, dtype=torch.long), "ccc", KEPT),
     "keep_mask": (torch.ones(1, 48, 48), "ccc", KEPT),
     "keep_repair": (False, "ccc", KEPT),
+    "regions": ([Region(torch.tensor([[80, 81]]), torch.ones(1, 48, 48))], "ccc"),
     "on_scale_end": (lambda index, schedule, codes: codes * 0, "crr"),
     "cache": (DynamicCache, "ssr"),  # a new one each time
     "stopping_criteria": (

@@ -89,6 +89,16 @@ def test_a_batch_is_its_rows_one_by_one(model, settings):
         assert torch.equal(alone, together[i * copies : (i + 1) * copies])
 
 
+def test_regions_after_a_thought_of_no_tokens_are_those_without(model):
+    settings = {"regions": REGIONS, "guidance_scale": 3.0, "do_sample": False, "num_return_sequences": 2}
+    stop = [lambda ids, scores: torch.ones(len(ids), dtype=torch.bool)]
+    thought = draw(model, **settings, thinking=True, max_new_tokens=1, eos_token_id=list(range(TEXT)))
+    assert thought.thought_ids.numel() == 0
+    assert torch.equal(thought.image_codes, draw(model, **settings).image_codes)
+    stopped = draw(model, **settings, thinking=True, stopping_criteria=stop)
+    assert stopped.image_codes.shape == thought.image_codes.shape
+
+
 def test_regions_share_the_pictures_of_the_prompt(model):
     """Everywhere, a region's text stands behind the pictures, as if it were the prompt's."""
     picture = [BOI, *range(TEXT, TEXT + 5)]
@@ -122,9 +132,8 @@ def test_kept_parts_and_regions_go_together(model):
         ({"regions": [Region(OTHER.repeat(2, 1), LEFT)]}, "has 2 prompts for 3 prompts"),
         ({"regions": [Region(OTHER, LEFT, None, 1)]}, "`negative` must be True or False"),
         ({"regions": REGIONS}, "pass a `guidance_scale` other than 1"),
-        ({"regions": REGIONS[:1], "thinking": True}, "for single images without `thinking`"),
-        ({"regions": REGIONS[:1], "num_frames": 2}, "for single images without `thinking`"),
-        ({"regions": REGIONS[:1], "generation_mode": "interleaved"}, "`regions` are parts of one image"),
+        ({"regions": REGIONS[:1], "num_frames": 2}, "`regions` are of one image"),
+        ({"regions": REGIONS[:1], "generation_mode": "interleaved"}, "`regions` are of one image"),
         ({"regions": REGIONS[:1], "generation_mode": "text"}, "Text mode does not take `regions`"),
     ],
 )
