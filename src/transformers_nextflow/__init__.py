@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer, NextFlowImageTokenizerOutput
     from .pipelines import NextFlowTextToImagePipeline
     from .processing_nextflow import NextFlowProcessor, StreamChunk
+    from .regional_prompts import Region
     from .remote_code import add_remote_code
     from .scale_cache import ScaleCache
     from .scale_schedule import ScaleSchedule, aspect_buckets, nearest_bucket, nearest_sizes
@@ -47,6 +48,7 @@ __all__ = [
     "NextFlowProcessor",
     "NextFlowSession",
     "NextFlowTextToImagePipeline",
+    "Region",
     "ScaleCache",
     "ScaleSchedule",
     "SessionMemory",
@@ -73,6 +75,7 @@ _MODULES = {
     "pipelines": ("NextFlowTextToImagePipeline",),
     "decoding": ("GenerationEvent",),
     "processing_nextflow": ("NextFlowProcessor", "StreamChunk"),
+    "regional_prompts": ("Region",),
     "remote_code": ("add_remote_code",),
     "scale_cache": ("ScaleCache",),
     "scale_schedule": ("ScaleSchedule", "aspect_buckets", "nearest_bucket", "nearest_sizes"),
