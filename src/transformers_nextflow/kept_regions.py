@@ -163,24 +163,25 @@ class Keeper:
         scale = slice(*self.schedule.offsets[index : index + 2])
         source, places = self.kept.codes[:, scale], self.kept.places[:, scale]
         if self.kept.repair and index > 0:
-            self._add(index - 1, codes)
+            missing = self._missing_after(index - 1, codes)
             if places.any():
-                source = self._repaired(index, source, places)
+                source = self._repaired(index, source, places, missing)
         return torch.where(places, source.to(drawn), drawn)
 
     def _vectors(self, codes: torch.Tensor, index: int) -> torch.Tensor:
         """Code vectors `(R, D, h_s, w_s)` of a scale."""
         return F.embedding(codes.to(self.codebook.device), self.codebook).mT.unflatten(2, self.schedule.grids[index])
 
-    def _add(self, index: int, codes: torch.Tensor) -> None:
-        """Adds what a scale that has been drawn leaves."""
+    def _missing_after(self, index: int, codes: torch.Tensor) -> torch.Tensor:
+        """What is missing once a scale has been drawn."""
         scale = slice(*self.schedule.offsets[index : index + 2])
         left = self._vectors(self.kept.codes[:, scale], index) - self._vectors(codes[:, scale], index)
         left = upsample(left, self.schedule.grids[-1])
         self.missing = left if self.missing is None else self.missing + left
+        return self.missing
 
-    def _repaired(self, index: int, source: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        missing = downsample(self.missing, self.schedule.grids[index]).flatten(2).mT  # `(R, n_s, D)`
+    def _repaired(self, index: int, source: torch.Tensor, places: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+        missing = downsample(missing, self.schedule.grids[index]).flatten(2).mT  # `(R, n_s, D)`
         wrong = places.to(missing.device) & missing.ne(0).any(-1)
         wanted = self._vectors(source, index).flatten(2).mT[wrong] + missing[wrong]
         repaired = source.clone()
