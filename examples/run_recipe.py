@@ -7,8 +7,8 @@
 A stage is a script of this repository with its options. In them `{here}` is the folder that the stage writes, `{NAME}`
 that of an earlier stage, `{recipe}` the recipe's own folder, and anything else is given with `--set NAME=VALUE`. What
 is finished is not done again, and a training goes on from its last whole checkpoint: run the same line again after a
-kill. `--miniature` runs every stage with the options that the recipe has for trying it out in minutes. `--list` only prints
-the commands, to run them elsewhere.
+kill. `--miniature` runs every stage with the options that the recipe has for trying it out in minutes. `--list` only
+prints the commands, to run them elsewhere. `python -m transformers_nextflow.trainer.plan` says what stages cost.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from transformers_nextflow.trainer import find_last_checkpoint
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "recipe.yaml"
-STAGE_FIELDS = {"run", "options", "miniature", "trains", "done"}
+STAGE_FIELDS = {"run", "options", "miniature", "trains", "done", "budget"}
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ TRAINER_ORDER = """
     sft_config muon sft_trainer
     grpo_config grpo_losses reward_call rewards grpo_trainer
     image_tokenizer_losses image_tokenizer_config image_tokenizer_trainer
+    plan
 """
 MODULES = [
     *(f"transformers_nextflow.{name}" for name in ORDER.split()),
