@@ -56,7 +56,10 @@ def test_commands_exist(page):
     for words in commands(page):
         if words[:1] != ["python"]:
             continue
-        script = ROOT / "src" / words[2] / "__main__.py" if words[1] == "-m" else ROOT / words[1]
+        script = ROOT / words[1]
+        if words[1] == "-m":
+            module = ROOT / "src" / words[2].replace(".", "/")
+            script = module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
         assert script.is_file(), f"{page.name} runs {script}"
         code = script.read_text(encoding="utf-8")
         if script.parent.name == "conversion":
