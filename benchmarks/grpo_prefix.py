@@ -137,10 +137,8 @@ def layout_reward(images: list, metadata: list[str | dict]) -> list[float]:
     rewards = []
     for image, text in zip(images, metadata, strict=True):
         wanted = (json.loads(text) if isinstance(text, str) else text)["include"]
-        named = [
-            (item["class"], item["color"]) for item in wanted if item["class"] != "object" for _ in range(item["count"])
-        ]
-        found = [(thing.name, thing.colour) for thing in detect_objects(image) if thing.name != "object"]
+        named = [(item["class"], item["color"]) for item in wanted if "color" in item for _ in range(item["count"])]
+        found = [(thing.name, thing.colour) for thing in detect_objects(image) if "object" not in thing.name]
         has_colours = sorted(colour for _, colour in found) == sorted(colour for _, colour in named)
         rewards.append(0.5 * has_colours + 0.5 * (sorted(found) == sorted(named)))
     return rewards

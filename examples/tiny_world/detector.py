@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from transformers_nextflow.trainer import DetectedObject
 
-from .judge import shape_template, unit_area
+from .judge import geneval_metadata, shape_template, unit_area
 from .shapes import COLOURS, SHAPES, Scene
 
 REDUCTION = 2
@@ -22,15 +22,16 @@ _PALETTE = np.array(list(COLOURS.values()), np.float32)
 
 
 def detect_objects(image: Image.Image | np.ndarray) -> list[DetectedObject]:
-    """The objects of a picture: shape, box in pixels and colour; a piece like no shape is an "unknown".
+    """The objects of a picture, the surest first: shape, box in pixels and colour; one like no shape is an "unknown".
 
-    Every piece is listed as an "object", too, so that conditions may count what is there whatever its shape.
+    Every piece is listed as an "object" and as a "red object" (in its colour), too, so that conditions may count what
+    is there whatever its shape.
     """
     pixels = np.asarray(Image.fromarray(np.asarray(image)).reduce(REDUCTION), np.float32)
     frame = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
     ink = np.linalg.norm(pixels - np.median(frame, axis=0), axis=-1) > MIN_CONTRAST
     nearest = np.where(ink, np.linalg.norm(pixels[:, :, None] - _PALETTE, axis=-1).argmin(-1), -1)
-    found = []
+    found: list[tuple[float, list[DetectedObject]]] = []
     for index, colour in enumerate(COLOURS):
         pieces, _ = ndimage.label(ndimage.binary_opening(nearest == index) if (nearest == index).any() else ink & False)
         for piece, window in enumerate(ndimage.find_objects(pieces), start=1):
@@ -38,8 +39,10 @@ def detect_objects(image: Image.Image | np.ndarray) -> list[DetectedObject]:
             if mask.sum() >= MIN_AREA:
                 rows, columns = ((side.start * REDUCTION, side.stop * REDUCTION) for side in window)
                 box = (columns[0], rows[0], columns[1], rows[1])
-                found += [DetectedObject(name, box, colour) for name in (_shape_of(mask), "object")]
-    return found
+                shape, iou = _shape_of(mask)
+                names = (shape, "object", f"{colour} object")
+                found.append((iou, [DetectedObject(name, box, colour) for name in names]))
+    return [thing for _, things in sorted(found, key=lambda pair: -pair[0]) for thing in things]
 
 
 def scene_metadata(scene: Scene) -> dict:
@@ -47,18 +50,16 @@ def scene_metadata(scene: Scene) -> dict:
 
     With partial credit each piece that is too many costs something, up to three.
     """
-    counts = Counter((thing.shape, thing.colour) for thing in scene.objects)
-    shapes = [{"class": shape, "color": colour, "count": n} for (shape, colour), n in counts.items()]
-    if scene.relation:
-        shapes[0]["position"] = [scene.relation.removeprefix("to the "), 1]
-    pieces = [{"class": "object", "color": colour, "count": n} for (_, colour), n in counts.items()]
+    metadata = geneval_metadata(scene)
+    colours = Counter(thing.colour for thing in scene.objects)
+    metadata["include"] += [{"class": f"{colour} object", "count": n} for colour, n in colours.items()]
     total = len(scene.objects)
-    exclude = [{"class": "object", "count": total + extra} for extra in (1, 2, 3)]
-    return {"include": [*shapes, *pieces], "exclude": exclude}
+    metadata["exclude"] += [{"class": "object", "count": total + extra} for extra in (1, 2, 3)]
+    return metadata
 
 
-def _shape_of(mask: np.ndarray) -> str:
-    """The shape whose drawing of the same area overlaps best."""
+def _shape_of(mask: np.ndarray) -> tuple[str, float]:
+    """The shape whose drawing of the same area overlaps best, and how well."""
     area = int(mask.sum())
     ious = {}
     y, x = ndimage.center_of_mass(mask)
@@ -70,4 +71,4 @@ def _shape_of(mask: np.ndarray) -> str:
         both = int((padded[top : top + side, left : left + side] & template).sum())
         ious[shape] = both / (area + int(template.sum()) - both)
     best = max(ious, key=ious.__getitem__)
-    return best if ious[best] >= MIN_IOU else "unknown"
+    return best if ious[best] >= MIN_IOU else "unknown", ious[best]

@@ -2,8 +2,8 @@
 
 `detect` separates what differs from the background, splits it by colour, and compares every piece with drawn templates;
 it knows the palette and the outlines, and nothing of the scene. `judge_scene` then asks what GenEval (arXiv 2310.11513)
-asks: are all named objects there in their colours, is a count exact, does a relation hold. A "small" or "large" in the
-caption is checked as well, which GenEval does not.
+asks, by the package's own rule (`condition_shares`): are all named objects there in their colours, is a count exact,
+does a relation hold. A "small" or "large" in the caption is checked as well, which GenEval does not.
 """
 
 from collections import Counter
@@ -14,6 +14,9 @@ from functools import lru_cache
 import numpy as np
 from scipy import ndimage
 
+from transformers_nextflow.trainer import DetectedObject
+from transformers_nextflow.trainer.rewards import condition_shares
+
 from .shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, shape_mask
 
 FRAME = 4  # pixels of the border that show the background
@@ -21,7 +24,6 @@ MIN_CONTRAST = 34  # Euclidean RGB distance from the background
 MIN_CORE = 40  # pixels of plain colour that make an object
 MIN_IOU = 0.75  # with the best template
 MAX_COLOUR_DISTANCE = 90
-RELATION_MARGIN = 0.1  # of the boxes' sides, GenEval's value
 _PALETTE = np.array(list(COLOURS.values()), np.float32)
 _PAPERS = np.array(list(BACKGROUNDS.values()), np.float32)
 
@@ -39,10 +41,6 @@ class Detection:
     @property
     def centre(self) -> np.ndarray:
         return np.array([self.box[0] + self.box[2], self.box[1] + self.box[3]]) / 2
-
-    @property
-    def sides(self) -> np.ndarray:
-        return np.array([self.box[2] - self.box[0], self.box[3] - self.box[1]])
 
 
 @dataclass(frozen=True)
@@ -83,22 +81,29 @@ def detect(image: np.ndarray, shapes: Sequence[str] = SHAPES) -> list[Detection]
 
 def judge_scene(image: np.ndarray, scene: Scene) -> Verdict:
     """Whether a picture, uint8 `(H, W, 3)`, shows what the scene's caption says."""
-    detections = detect(image)
-    wanted = Counter((thing.shape, thing.colour) for thing in scene.objects)
-    seen = Counter((found.shape, found.colour) for found in detections)
-    correct = all(seen[pair] >= number for pair, number in wanted.items())
-    if scene.kind == "count":
-        correct = correct and sum(seen.values()) == len(scene.objects)
-    if correct and scene.relation:
-        first, second = ([d for d in detections if (d.shape, d.colour) == (o.shape, o.colour)] for o in scene.objects)
-        correct = any(_holds(scene.relation, a, b) for a in first for b in second)
+    detections = sorted(detect(image), key=lambda found: -found.iou)  # the surest first, as GenEval wants them
+    objects = [DetectedObject(found.shape, found.box, found.colour) for found in detections]
+    correct = min(condition_shares(objects, geneval_metadata(scene))) >= 1
     if correct and scene.size_word:
         thing = scene.objects[0]
         sizes = [d.size for d in detections if (d.shape, d.colour) == (thing.shape, thing.colour)]
         correct = any(_size_word(size) == scene.size_word for size in sizes)
+    wanted = Counter((thing.shape, thing.colour) for thing in scene.objects)
+    seen = Counter((found.shape, found.colour) for found in detections)
     paper = find_background(image)
     background = list(BACKGROUNDS)[int(np.linalg.norm(_PAPERS - paper, axis=1).argmin())] == scene.background
     return Verdict(correct, correct and background and seen == wanted, background, tuple(detections))
+
+
+def geneval_metadata(scene: Scene) -> dict:
+    """What a scene's caption asks for, as a line of GenEval's prompt file says it."""
+    counts = Counter((thing.shape, thing.colour) for thing in scene.objects)
+    include: list[dict] = [{"class": shape, "count": n, "color": colour} for (shape, colour), n in counts.items()]
+    if scene.relation:  # what the other stands beside comes first
+        include.reverse()
+        include[1]["position"] = [scene.relation.removeprefix("to the "), 0]
+    exact = counts if scene.kind == "count" else {}
+    return {"include": include, "exclude": [{"class": shape, "count": n + 1} for (shape, _), n in exact.items()]}
 
 
 def _find_cores(pixels: np.ndarray, ink: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -160,16 +165,3 @@ def unit_area(shape: str) -> float:
 
 def _size_word(size: float) -> str:
     return min(SIZES, key=lambda word: abs(SIZES[word] - size))
-
-
-def _holds(relation: str, first: Detection, second: Detection) -> bool:
-    """GenEval's rule: the offset of the centres, less a margin of the boxes' sides, points mostly that way."""
-    offset = first.centre - second.centre
-    offset = np.sign(offset) * np.maximum(np.abs(offset) - RELATION_MARGIN * (first.sides + second.sides), 0)
-    length = np.linalg.norm(offset)
-    if length == 0:
-        return False
-    x, y = offset / length
-    return {"left": x < -0.5, "right": x > 0.5, "above": y < -0.5, "below": y > 0.5}[
-        relation.removeprefix("to the ").split()[0]
-    ]

@@ -1,6 +1,7 @@
 """The world of nextflow-tiny: deterministic, splits apart, captions true, judges right on what was drawn."""
 
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -134,6 +135,29 @@ class TestJudge:
         swapped = shapes.Scene(scene.caption, "position", scene.objects, scene.background, "right of")
         assert judge_scene(shapes.render(scene), scene).correct
         assert not judge_scene(shapes.render(scene), swapped).correct
+
+    def test_correct_is_genevals_rule(self):
+        """Colour over the surest `count` of a shape, and every pair in its place; a size word comes on top."""
+        drawn = [*scenes("train", 30, "position", seed=6), *scenes("train", 20, "count", seed=7)]
+        for picture, scene in [*zip(drawn, drawn, strict=True), *pairwise(drawn)]:
+            verdict = judge_scene(shapes.render(picture), scene)
+            surest = sorted(verdict.detections, key=lambda found: -found.iou)
+            right = True
+            for shape in {thing.shape for thing in scene.objects}:
+                wanted = [thing.colour for thing in scene.objects if thing.shape == shape]
+                found = [seen.colour for seen in surest if seen.shape == shape]
+                exact = scene.kind != "count" or len(found) == len(wanted)
+                right = right and exact and found[: len(wanted)] == wanted
+            if right and scene.relation:
+                one, two = (next(s for s in surest if s.shape == thing.shape) for thing in scene.objects)
+                x, y = one.centre - two.centre
+                way = scene.relation.removeprefix("to the ").split()[0]
+                right = {"left": x < -30, "right": x > 30, "above": y < -30, "below": y > 30}[way]
+            assert verdict.correct == right
+        three = next(scene for scene in drawn if len(scene.objects) == 3)
+        other = replace(three.objects[0], colour="black" if three.objects[0].colour != "black" else "red")
+        pixels = shapes.render(replace(three, objects=(other, *three.objects[1:])))
+        assert not judge_scene(pixels, three).correct
 
     def test_sees_nothing_on_plain_paper_and_no_shape_in_noise(self):
         assert detect(np.full((SIDE, SIDE, 3), 255, np.uint8)) == []

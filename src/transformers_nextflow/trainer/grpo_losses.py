@@ -2,10 +2,11 @@
 
 The loss over the codes of the trained scales (arXiv 2601.02204; extensions of arXiv 2601.02256):
 
-    - mean over samples of  1/n * sum over codes of  k * mask * (min(r A, clip(r) A) - beta KL)
+    - mean over samples of  sum over codes of  k * mask * (min(r A, clip(r) A) - beta KL) / sum over codes of  k * mask
 
 with the ratio r of new to old probability of a code, the advantage A of its image in its group, and the weight k of its
-scale.
+scale. A mask gates the reward and the KL alike, and the sum is divided by what it keeps: an image whose reward a small
+box decides teaches as much as one without a mask.
 
 Letters: B samples, n codes of the trained scales, K codes of the codebook, H x W pixels.
 """
@@ -151,7 +152,8 @@ def policy_loss(
         log_probs (`torch.FloatTensor` of shape `(B, n)`): Of the policy, with gradient.
         old_log_probs (`torch.FloatTensor` of shape `(B, n)`): Of the policy that drew the codes.
         advantages (`torch.FloatTensor` of shape `(B,)`): Of the images.
-        weights (`torch.FloatTensor` of shape `(B, n)` or `(n,)`): Scale weights, times the mask where there is one.
+        weights (`torch.FloatTensor` of shape `(B, n)` or `(n,)`):
+            Scale weights, times the mask where there is one. Only their proportions within an image count.
         epsilon (`tuple[float, float]`, *optional*, defaults to (0.2, 0.2)):
             Ratios count between `1 - epsilon[0]` and `1 + epsilon[1]`.
         reference_log_probs (`torch.FloatTensor` of shape `(B, n)`, *optional*): Of the reference.
@@ -168,6 +170,7 @@ def policy_loss(
         difference = reference_log_probs - log_probs
         kl = difference.exp() - difference - 1
         losses = losses + beta * kl
-    loss = (weights * losses).sum(1).mean() / losses.shape[1]
+    kept = weights.expand_as(losses).sum(1).clamp(min=torch.finfo(weights.dtype).tiny)  # a mask may keep nothing
+    loss = ((weights * losses).sum(1) / kept).mean()
     is_clipped = (ratios < 1 - epsilon[0]) & (advantage < 0) | (ratios > 1 + epsilon[1]) & (advantage > 0)
     return PolicyLoss(loss, ratios.detach(), is_clipped, kl.detach())

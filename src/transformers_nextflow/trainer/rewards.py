@@ -31,7 +31,7 @@ class Word(NamedTuple):
 
 
 class DetectedObject(NamedTuple):
-    """An object that was found in a picture; `box` is (left, top, right, bottom), in any unit."""
+    """An object that was found in a picture; `box` is (left, top, right, bottom) in pixels."""
 
     name: str
     box: tuple[float, float, float, float]
@@ -56,7 +56,9 @@ def ocr_reward(
         images (sequence of `PIL.Image.Image`): B pictures.
         text (sequence of `str`): What should stand in each, words separated by spaces; case does not count.
         reader (`Callable`, *optional*): Picture -> words; by default rapidocr (`pip install -e ".[ocr]"`).
-        penalty (`float`, *optional*, defaults to 0.6): Weight of letters that are missing or too many.
+        penalty (`float`, *optional*, defaults to 0.6):
+            Weight of the bag distance, which is the number of letters that are missing or that are too many, whichever
+            is larger, over the letters of both texts.
         return_masks (`bool`, *optional*, defaults to `True`):
             Return the boxes of the words as masks, too; a picture without any has none, so all of it counts.
 
@@ -85,7 +87,7 @@ def text_score(wanted: str, words: Sequence[Word], penalty: float = 0.6) -> floa
         best = max(alike, default=(0.0, 0.0))
         similarity += best[0] * best[1]
     expected, found = Counter("".join(targets)), Counter("".join(part for part, _ in read))
-    difference = ((expected - found) + (found - expected)).total()
+    difference = max((expected - found).total(), (found - expected).total())  # bag distance
     total = expected.total() + found.total()
     return (completeness + similarity) / len(targets) - penalty * difference / total
 
@@ -148,9 +150,11 @@ def detector_reward(
         images (sequence of `PIL.Image.Image`): B pictures.
         metadata (sequence of `dict`, or of the same as JSON):
             As in GenEval's prompt file: `include`, a list of `{"class": ..., "count": 1, "color": ..., "position":
-            ["left of", 0]}` (the last two optional; a position refers to another entry by number), and optionally
-            `exclude`, a list of `{"class": ..., "count": n}` for fewer than n. Other keys have no effect.
-        detector (`Callable`): Picture -> [`DetectedObject`]s.
+            ["left of", 0]}` (the last two optional; a position refers to an entry before its own by number), and
+            optionally `exclude`, a list of `{"class": ..., "count": n}` for fewer than n. Other keys have no effect.
+        detector (`Callable`):
+            Picture -> [`DetectedObject`]s, the surest first: colour and place are asked of the first `count` of a
+            class.
         partial_credit (`bool`, *optional*, defaults to `False`):
             The share of the conditions that hold instead of 1 for all and 0 for less. A model that hardly ever gets
             all of them right learns nothing from groups of zeros.
@@ -166,43 +170,58 @@ def detector_reward(
 
 
 def condition_shares(objects: Sequence[DetectedObject], metadata: dict[str, Any]) -> list[float]:
-    """How far each condition of GenEval's metadata holds, in [0, 1]: presence, colour and place of each entry."""
-    include = metadata.get("include") or []
+    """How far each condition of GenEval's metadata holds, in [0, 1]: presence, colour and place of each entry.
+
+    As in GenEval's own evaluation, colour and place are asked of the first `count` objects of a class, whatever comes
+    after them. A place holds if all of them stand so to all of the other entry's, and the other entry holds itself.
+    """
+    include, exclude = metadata.get("include") or [], metadata.get("exclude") or []
     if not include:
         raise ValueError("The metadata names no object: `include` must be a list of at least one entry.")
-    found = [[thing for thing in objects if thing.name == entry["class"]] for entry in include]
-    coloured = [
-        [thing for thing in things if entry.get("color") in (None, thing.colour)]
-        for things, entry in zip(found, include, strict=True)
-    ]
-    shares = []
-    for index, entry in enumerate(include):
-        count = entry.get("count") or 1
-        shares.append(min(len(found[index]) / count, 1.0))
+    shares: list[float] = []
+    groups: list[list[DetectedObject]] = []  # of each entry; empty where it does not hold
+    for entry in include:
+        count = _count(entry)
+        things = [thing for thing in objects if thing.name == entry["class"]][:count]
+        own = [len(things) / count]
         if entry.get("color"):
-            shares.append(min(len(coloured[index]) / count, 1.0))
+            own.append(sum(thing.colour == entry["color"] for thing in things) / count)
         if entry.get("position"):
             relation, other = entry["position"]
-            if relation not in POSITIONS or not 0 <= other < len(include):
+            if relation not in POSITIONS or other not in range(len(groups)):
                 raise ValueError(
-                    f"A position must be one of {POSITIONS} and the number of another entry, but got "
-                    f"{entry['position']!r}."
+                    f"A position must be one of {POSITIONS} and the number of an entry before its own, but got "
+                    f"{entry['position']!r} in entry {len(groups)}."
                 )
-            pairs = [(one, two) for one in coloured[index] for two in coloured[other] if one is not two]
-            shares.append(float(any(is_placed(one.box, relation, two.box) for one, two in pairs)))
-    for entry in metadata.get("exclude") or []:
-        number = sum(thing.name == entry["class"] for thing in objects)
-        shares.append(float(number < entry.get("count", 1)))
+            pairs = [is_placed(one.box, relation, two.box) for one in things for two in groups[other]]
+            own.append(float(min(own) >= 1 and bool(pairs) and all(pairs)))
+        groups.append(things if min(own) >= 1 else [])
+        shares += own
+    for entry in exclude:
+        shares.append(float(sum(thing.name == entry["class"] for thing in objects) < _count(entry)))
     return shares
 
 
+def _count(entry: dict[str, Any]) -> int:
+    count = 1 if entry.get("count") is None else entry["count"]
+    if not isinstance(entry.get("class"), str) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"An entry names a `class` and a `count` of at least 1 (1 if it is left out), not {entry!r}.")
+    return count
+
+
 def is_placed(box: Sequence[float], relation: str, other: Sequence[float], margin: float = 0.1) -> bool:
-    """Whether a box stands in a relation to another: the offset of centres, less a margin of the sides, mostly so."""
+    """Whether a box stands in a relation to another, as in GenEval's evaluation.
+
+    Of the offset of the centres, each axis loses a share `margin` of both boxes' sides; what is left must be more than
+    half as long as the whole offset.
+    """
     first, second = np.asarray(box, float).reshape(2, 2), np.asarray(other, float).reshape(2, 2)
     offset = first.mean(0) - second.mean(0)
-    sides = (first[1] - first[0]) + (second[1] - second[0])
-    offset = np.sign(offset) * np.maximum(np.abs(offset) - margin * sides, 0)
-    x, y = offset / max(float(np.linalg.norm(offset)), 1e-12)
+    sides = np.abs(first[1] - first[0]) + np.abs(second[1] - second[0])
+    left = np.sign(offset) * np.maximum(np.abs(offset) - margin * sides, 0)
+    if (np.abs(left) < 1e-3).all():
+        return False
+    x, y = left / np.linalg.norm(offset)
     return bool({"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}[relation])
 
 

@@ -148,6 +148,7 @@ def test_the_loss_and_its_gradient_are_a_loop_written_out():
     again = new.detach().clone().requires_grad_()
     total = 0
     norm = sum(1 / (h * w) ** alpha * h * w for h, w in schedule.grids[:m])
+    kept = [float(row.sum()) for row in weights]
     for i in range(4):
         slot = 0
         for h, w in schedule.grids[:m]:
@@ -157,7 +158,7 @@ def test_the_loss_and_its_gradient_are_a_loop_written_out():
                 clipped = min(max(ratio, torch.tensor(1 - low)), torch.tensor(1 + high))
                 gain = min(ratio * advantages[i], clipped * advantages[i])
                 d = reference[i, slot] - again[i, slot]
-                total = total - k * mask[i, slot] * (gain - beta * (torch.exp(d) - d - 1)) / n / 4
+                total = total - k * mask[i, slot] * (gain - beta * (torch.exp(d) - d - 1)) / kept[i] / 4
                 slot += 1
     total.backward()
     assert float(result.loss) == pytest.approx(float(total), abs=1e-6)
@@ -181,3 +182,23 @@ def test_a_mask_of_ones_changes_nothing():
         policy_loss(log_probs, old, advantages, weights * ones).loss,
         policy_loss(log_probs, old, advantages, weights).loss,
     )
+
+
+def test_the_loss_is_divided_by_what_a_mask_keeps():
+    """A small box teaches as much as the whole picture, reward and KL alike; one that keeps nothing, nothing."""
+    n = SCHEDULE.offsets[4]
+    weights = scale_weights(SCHEDULE, range(4), 0.7)
+    corner = torch.zeros(1, 80, 80, dtype=torch.bool)
+    corner[:, :16, :16] = True
+    mask = propagate_mask(corner, SCHEDULE, range(4))
+    assert (weights * mask).sum() < 0.5 * weights.sum()
+    same = torch.full((1, n), -1.0, dtype=torch.float64)  # every code alike: only the weights' sum could differ
+    for options in ({}, {"reference_log_probs": same - 0.5, "beta": 0.3}):
+        whole, gated = (
+            policy_loss(same, same - 0.1, torch.ones(1), w, **options).loss for w in (weights, weights * mask)
+        )
+        torch.testing.assert_close(whole, gated)
+    log_probs = same.clone().requires_grad_()
+    nothing = policy_loss(log_probs, same, torch.ones(1), weights * 0).loss
+    nothing.backward()
+    assert float(nothing.detach()) == 0 and (log_probs.grad == 0).all()
