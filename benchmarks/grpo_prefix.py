@@ -4,13 +4,14 @@
     python benchmarks/grpo_prefix.py --output runs/grpo_prefix --seeds 0 1 2 --jobs 2 --plot curves.png
 
 Captions leave two places open ("a red circle and a blue square in random places"), and codes of one scale are drawn
-independently, so nothing makes them agree on a layout: one place gets two things and another none. Four ways of GRPO,
-same number of updates and of pictures an update, on the same prompts:
+independently, so nothing makes them agree on a layout: one place gets two things and another none. Five ways of GRPO,
+same number of updates, on the same prompts:
 
 - vanilla: all scales in the loss, all codes weigh alike
 - reweighted: all scales, code weights 1 / (h * w) ** 0.7
 - prefix: the first scales only, reweighted
-- prefix, VMR: the same, with the value of a prefix from two pictures
+- prefix, VMR: the same, with as many prefixes, the value of each from two pictures
+- prefix, VMR, half the prefixes: no more pictures than the others draw
 
 The reward is half for the right number of things in the right colours, half for their shapes, by a quick detector; what
 is reported is another detector's verdict on prompts that nothing was trained on. All weights of the layers are trained
@@ -48,7 +49,9 @@ VARIANTS: dict[str, dict] = {
     "reweighted": {"num_trained_scales": None, "scale_reweight_alpha": 0.7},
     "prefix": {"num_trained_scales": 3, "scale_reweight_alpha": 0.7},
     "prefix, VMR": {"num_trained_scales": 3, "scale_reweight_alpha": 0.7, "middle_return_scale": 2},
+    "prefix, VMR, half the prefixes": {"num_trained_scales": 3, "scale_reweight_alpha": 0.7, "middle_return_scale": 2},
 }
+HALVED = "prefix, VMR, half the prefixes"
 GROUP = 8
 TEST_SEED = 77
 
@@ -148,11 +151,10 @@ def make_trainer(variant: str, seed: int, options: argparse.Namespace, folder: P
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng, "train", HARD_KIND) for _ in range(1000)]
     settings = VARIANTS[variant]
-    pictures_a_row = 2 if "middle_return_scale" in settings else 1
     config = NextFlowGRPOConfig(
         str(folder),
         num_generations=GROUP,
-        per_device_train_batch_size=options.pictures // pictures_a_row,
+        per_device_train_batch_size=options.pictures // (2 if variant == HALVED else 1),
         max_steps=options.updates,
         learning_rate=options.learning_rate,
         optim="sgd",
@@ -294,7 +296,7 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("runs/grpo_prefix"), help="folder of the results")
     parser.add_argument("--checkpoint", default=str(tiny_checkpoint()), help="folder (default: nextflow-tiny)")
     parser.add_argument("--updates", type=int, default=30)
-    parser.add_argument("--pictures", type=int, default=64, help="drawn for one update")
+    parser.add_argument("--pictures", type=int, default=64, help="for one update (VMR: its prefixes)")
     parser.add_argument("--learning-rate", type=float, default=0.03)
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="of rollouts and of judged pictures")
     parser.add_argument("--top-k", type=int, nargs="+", default=[32, 32, 32], help="of the first scales; then 1")

@@ -7,7 +7,8 @@
 Every accuracy stands beside two others on the same prompts: the judge's on the image tokenizer's reconstructions (the
 ceiling of any language model over these codes) and on the pictures as they were drawn (the judge's own reliability).
 Prompts are held out: what they describe was never trained on, except for emoji, whose names must have been seen, and
-"words, trained". The sheet shows the first samples of the evaluation, never chosen ones.
+"words, trained". Pictures are drawn with the checkpoint's own settings; shapes once more as the papers draw
+(`NextFlowGenerationConfig.paper_sampling`). The sheet shows the first samples of the evaluation, never chosen ones.
 """
 
 import argparse
@@ -16,10 +17,11 @@ import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +37,13 @@ from tiny_world.judge import judge_scene
 from tiny_world.shapes import HARD_KIND, KINDS, render, sample_scene
 from tiny_world.teacher import EfficientNetTeacher
 from tiny_world.words import render_word, sample_word
-from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizer, NextFlowProcessor, tiny_checkpoint
+from transformers_nextflow import (
+    NextFlowForCausalLM,
+    NextFlowGenerationConfig,
+    NextFlowImageTokenizer,
+    NextFlowProcessor,
+    tiny_checkpoint,
+)
 
 TEST_KINDS = tuple(kind for kind in KINDS if kind != HARD_KIND)
 NUM_EMOJI_NAMES = 100
@@ -177,7 +185,7 @@ def generate(
     prompts: Sequence[str],
     seed: int,
     batch_size: int,
-    settings: dict[str, float],
+    settings: dict[str, Any],
 ) -> list[np.ndarray]:
     """One picture a prompt. Each has its own seed, so none depends on the batch it is made in."""
     pictures = []
@@ -211,7 +219,7 @@ def save_sheet(samples: Sequence[Sample], pictures: Sequence[np.ndarray], path: 
 
 
 def accuracy_figures(
-    samples: Sequence[Sample], generated: Sequence[np.ndarray] | None, reconstructed: Sequence[np.ndarray]
+    samples: Sequence[Sample], generated: Sequence[np.ndarray] | None, reconstructed: Sequence[np.ndarray] | None
 ) -> list[Figure]:
     """Mean verdicts a group, in the samples' order, and the mean over GenEval's kinds of shapes."""
     sources = {"value": generated, "ceiling": reconstructed, "drawn": [sample.truth for sample in samples]}
@@ -342,11 +350,23 @@ def draw_and_time(
     start = time.perf_counter()
     generate(model, processor, prompts[:NUM_TIMED], options.seed, 1, options.settings)
     alone = (time.perf_counter() - start) / NUM_TIMED
-    speed = [
+    figures = [
+        *paper_sampling_figures(model, processor, samples, options),
         Figure("seconds an image", f"batches of {batch}", len(prompts), batched),
         Figure("seconds an image", "one at a time", NUM_TIMED, alone),
     ]
-    return processor.image_tokenizer, generated, speed
+    return processor.image_tokenizer, generated, figures
+
+
+def paper_sampling_figures(
+    model: NextFlowForCausalLM, processor: NextFlowProcessor, samples: Sequence[Sample], options: argparse.Namespace
+) -> list[Figure]:
+    """Accuracy on shapes with the papers' sampling instead of the checkpoint's."""
+    shapes = [sample for sample in samples if sample.group.startswith("shapes: ")]
+    settings = {"generation_config": NextFlowGenerationConfig.paper_sampling()}
+    pictures = generate(model, processor, [s.prompt for s in shapes], options.seed, options.batch_size, settings)
+    overall = [f for f in accuracy_figures(shapes, pictures, None) if f.group == "shapes, overall"]
+    return [replace(figure, group="shapes, overall, the papers' sampling", drawn=None) for figure in overall]
 
 
 def main(arguments: Sequence[str] | None = None):

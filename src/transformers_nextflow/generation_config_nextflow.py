@@ -14,6 +14,7 @@ GENERATION_MODES = ("text", "image", "interleaved")
 PROMPT_TASKS = ("image", "edit", "thinking", "frames")
 PROMPT_STYLES = ("bare", "chat")
 SIZE = ("height", "width", "num_scales")
+PAPER_SAMPLING = {"guidance_scale": 6.0, "guidance_schedule": "linear", "image_top_k": 2, "image_top_p": 0.9}
 
 # What the modes that draw can't do; None and these values ask for nothing of it.
 _REFUSED_WHERE_IMAGES_ARE_DRAWN: dict[str, tuple[Any, str]] = {
@@ -68,8 +69,9 @@ class NextFlowGenerationConfig(GenerationConfig):
             Guides by the prompt's images apart from the text (InstructPix2Pix): `neither + image_guidance_scale *
             (images - neither) + guidance_scale * (all - images)`; a third branch. A stored value is for edits alone.
         guidance_schedule (`str`, *optional*, defaults to `"constant"`):
-            `"constant"`, or `"linear"`: from 1 at the first scale to the full strength at the last, which is VAR's
-            ramp (its `cfg` is `guidance_scale - 1`).
+            `"constant"`, or `"linear"`: from 1 at the first scale to the full strength at the last. That is VAR's ramp,
+            `(1 + t) * conditional - t * unconditional` with `t = cfg * s / (S - 1)`, whose `cfg` is `guidance_scale -
+            1`: the papers' 5 is a `guidance_scale` of 6 here, and no constant. See [`paper_sampling`].
         image_temperature, image_top_k, image_top_p (a number, or a list with one for each scale, *optional*):
             What codes are drawn from; by default (1, 0 and 1) nothing is cut off.
         thinking (`bool`, *optional*):
@@ -115,6 +117,22 @@ class NextFlowGenerationConfig(GenerationConfig):
         for name in OWN_OPTIONS:
             setattr(self, name, kwargs.pop(name, None))
         super().__init__(**kwargs)
+
+    @classmethod
+    def paper_sampling(cls, **options) -> "NextFlowGenerationConfig":
+        """How both papers draw in evaluations and rollouts (arXiv 2601.02204, 2601.02256): "the original sampling
+        strategy of VAR", CFG 5 on its ramp, top-k 2, top-p 0.9.
+
+        Args:
+            options: More options, or others in place of these.
+
+        Example:
+
+        ```python
+        >>> model.generate(**inputs, generation_config=NextFlowGenerationConfig.paper_sampling(generation_mode="image"))
+        ```
+        """
+        return cls(**{**PAPER_SAMPLING, **options})
 
     @classmethod
     def from_model_config(cls, model_config: PreTrainedConfig | dict) -> "NextFlowGenerationConfig":

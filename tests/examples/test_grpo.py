@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from trl import TrlParser
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import grpo_shapes
 import grpo_text_rendering
 from tiny_world.detector import detect_objects, scene_metadata
 from tiny_world.shapes import KINDS, render, sample_scene
-from transformers_nextflow.trainer import detector_reward
+from transformers_nextflow.generation_config_nextflow import PAPER_SAMPLING
+from transformers_nextflow.trainer import NextFlowGRPOConfig, detector_reward
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STEP = ["--max_steps", "1", "--num_generations", "2", "--per_device_train_batch_size", "4", "--use_cpu", "true"]
@@ -40,6 +42,26 @@ def test_shapes(tmp_path):
     assert entry["reward"] > 0.5 and (tmp_path / "image_tokenizer").is_dir()
     with pytest.raises(ValueError, match="`kinds` must be some of"):
         grpo_shapes.main(["--output_dir", str(tmp_path), "--kinds", "emoji", *STEP])
+
+
+def test_the_papers_run(tmp_path):
+    """As it is written, and, with fewer scales and pictures, as it runs."""
+    file = ["--config", str(EXAMPLES / "configs" / "grpo_paper.yaml"), "--output_dir", str(tmp_path)]
+    on_a_cpu = ["--use_cpu", "true", "--bf16", "false"]
+    (settings,) = TrlParser(NextFlowGRPOConfig).parse_args_and_config([*file, *on_a_cpu])
+    prefixes = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    assert (prefixes, settings.num_generations, settings.num_middle_rollouts) == (16 * 16, 16, 2)
+    assert settings.per_device_train_batch_size * settings.steps_per_generation == settings.num_generations
+    assert (settings.num_trained_scales, settings.middle_return_scale, settings.max_steps) == (None, 12, 1200)
+    assert (settings.adam_beta1, settings.adam_beta2, settings.weight_decay) == (0.9, 0.95, 0.05)
+    drawn = {"guidance_scale": settings.guidance_scale, "image_top_k": settings.top_k, "image_top_p": settings.top_p}
+    assert {**drawn, **settings.generation_kwargs} == PAPER_SAMPLING and settings.beta > 0
+
+    small = ["--middle_return_scale", "4", "--steps_per_generation", "1", "--gradient_accumulation_steps", "1"]
+    small += ["--activation_checkpointing", "false"]
+    trainer = grpo_shapes.main([*file, *STEP, *small])
+    (entry,) = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert abs(entry["kl"]) < 1e-6  # nothing was learned yet
 
 
 def test_words_with_lora(tmp_path):

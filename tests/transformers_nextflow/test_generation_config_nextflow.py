@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 from transformers_nextflow import NextFlowForCausalLM, NextFlowGenerationConfig
 from transformers_nextflow.generation_config_nextflow import OWN_OPTIONS
+from transformers_nextflow.sampling import guide, sampling_plan
 
 VALUES = {
     "generation_mode": "image",
@@ -58,6 +59,30 @@ def test_a_model_has_one_which_survives_saving(tiny_random_checkpoint, tmp_path)
     model.save_pretrained(tmp_path)
     again = NextFlowForCausalLM.from_pretrained(tmp_path).generation_config
     assert (again.image_top_k, again.prompt_styles) == (3, {"edit": "chat"})
+
+
+def test_the_papers_sampling_is_vars(tiny_random_checkpoint):
+    """`t = 5 * s / (S - 1)`, and of `(1 + t) * conditional - t * unconditional` two codes within 0.9."""
+    preset = NextFlowGenerationConfig.paper_sampling(generation_mode="image")
+    guidance = (preset.guidance_scale, preset.guidance_schedule)
+    plan = sampling_plan(5, 64, *guidance, top_k=preset.image_top_k, top_p=preset.image_top_p)
+    for step, sampling in enumerate(plan):
+        t = 5 * step / 4
+        conditional, unconditional = torch.randn(2, 1, 3, 9, generator=torch.Generator().manual_seed(step))
+        expected = (1 + t) * conditional - t * unconditional
+        torch.testing.assert_close(guide([conditional, unconditional], sampling), expected)
+        assert (sampling.top_k, sampling.top_p, sampling.temperature) == (2, 0.9, 1.0)
+    model, ids = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint).eval(), torch.tensor([[5, 6, 7]])
+    by_keyword = {"guidance_scale": 6.0, "guidance_schedule": "linear", "image_top_k": 2, "image_top_p": 0.9}
+    assert torch.equal(
+        model.generate(ids, preset, generator=seeded({"generation_mode": "image"})),
+        model.generate(ids, generation_mode="image", **by_keyword, generator=seeded({"generation_mode": "image"})),
+    )
+    assert NextFlowGenerationConfig.paper_sampling(image_top_k=7, num_scales=3).to_diff_dict() == {
+        **{name: value for name, value in preset.to_diff_dict().items() if name != "generation_mode"},
+        "image_top_k": 7,
+        "num_scales": 3,
+    }
 
 
 @pytest.mark.parametrize("kind", [GenerationConfig, NextFlowGenerationConfig])

@@ -340,14 +340,20 @@ def test_new_models_start_with_features_that_are_heard():
 # --- Qwen ---
 
 
-def test_text_logits_are_qwens(any_attention):
-    model = build(any_attention)
+SEVEN_B = dict(hidden_size=256, head_dim=128, num_attention_heads=2, num_key_value_heads=1)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(
+    ("size", "section"), [({}, [2, 3, 3]), (SEVEN_B, [16, 24, 24])], ids=["small", "the 7B's heads"]
+)
+def test_text_is_qwens_to_the_bit(any_attention, size, section, interleaved):
+    """At Qwen's theta, however the rotary pairs are shared."""
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    own = {"mrope_section": section, "mrope_interleaved": interleaved}
+    model = build(any_attention, **size, rope_parameters={**rope, **own})
     shared = {name: value for name, value in model.config.to_dict().items() if name in Qwen2Config().to_dict()}
-    shared |= {
-        "model_type": "qwen2",
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        "vocab_size": TEXT,
-    }
+    shared |= {"model_type": "qwen2", "rope_parameters": rope, "vocab_size": TEXT}
     qwen = Qwen2ForCausalLM(Qwen2Config(**shared)).eval()
     weights = {name: value for name, value in model.state_dict().items() if name in qwen.state_dict()}
     weights["lm_head.weight"] = weights["lm_head.weight"][:TEXT]
@@ -355,6 +361,7 @@ def test_text_logits_are_qwens(any_attention):
     qwen.set_attn_implementation(any_attention)
     ids = torch.randint(TEXT - 3, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
+        assert torch.equal(model.model(ids).last_hidden_state, qwen.model(ids).last_hidden_state)
         torch.testing.assert_close(model(ids).logits[..., :TEXT], qwen(ids).logits, atol=1e-5, rtol=0)
 
 
