@@ -14,6 +14,7 @@ YAML file. On a CPU add `--use_cpu true --bf16 false`.
 
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ class Data:
     pictures: str | None = field(default=None, metadata={"help": "Folder of pictures with a metadata.jsonl."})
     codes: list[str] | None = field(
         default=None, metadata={"help": "Coded samples, from examples/extract_codes.py: one folder or several."}
+    )
+    eval_codes: list[str] | None = field(
+        default=None, metadata={"help": "Held-out coded samples; a folder's losses are logged under its name."}
     )
     caption_column: str = field(default="text", metadata={"help": "Column of the captions."})
     self_correction: bool = field(default=True, metadata={"help": "Draw some of the codes that are seen."})
@@ -83,10 +87,12 @@ def main(arguments: list[str] | None = None) -> NextFlowSFTTrainer:
     )
     with settings.main_process_first(desc="encoding"):  # the others find what it encoded
         samples = load_samples(data, processor)
+    held_out = {Path(folder).name: load_coded_dataset(folder) for folder in data.eval_codes or ()}
     trainer = NextFlowSFTTrainer(
         model,
         settings,
         train_dataset=samples,
+        eval_dataset=held_out or None,
         processing_class=processor,
         peft_config=get_peft_config(model_config),
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from .packing import PACKING_STRATEGIES
-from .settings import AT_LEAST_0, POSITIVE, SHARE, name_activation_checkpointing, one_of, refuse
+from .settings import AT_LEAST_0, AT_LEAST_1, POSITIVE, SHARE, name_activation_checkpointing, one_of, refuse
 
 STAGES = ("full", "alignment")
 
@@ -59,6 +59,9 @@ class NextFlowSFTConfig(SFTConfig):
         muon_learning_rate (`float`, *optional*):
             Train the matrices of the layers with torch's Muon at this learning rate, and the rest with AdamW at
             `learning_rate`. Not with FSDP or ZeRO, which cut matrices into pieces.
+        sample_prompts (`list[str]`, *optional*), sample_steps (`int`, *optional*):
+            Prompts that are drawn every so many steps, always with the same noise, to `samples/` of `output_dir` and to
+            TensorBoard. Not with FSDP or ZeRO-3, whose ranks would all have to draw.
         completion_only_loss (`bool`, *optional*, defaults to `True`): Learn answers only.
     """
 
@@ -69,6 +72,8 @@ class NextFlowSFTConfig(SFTConfig):
     condition_dropout: float = field(default=0.1, metadata={"help": "Share of samples that lose their prompt's text."})
     task_inversion: float = field(default=0.0, metadata={"help": "Share of drawn pictures that are described instead."})
     muon_learning_rate: float | None = field(default=None, metadata={"help": "Muon for the matrices of the layers."})
+    sample_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts to draw while training."})
+    sample_steps: int | None = field(default=None, metadata={"help": "Steps between drawing them."})
     completion_only_loss: bool | None = field(default=True, metadata={"help": "Learn answers only."})
     max_length: int | None = field(default=None, metadata={"help": "Longest sample, or cost of a pack."})
 
@@ -83,7 +88,10 @@ class NextFlowSFTConfig(SFTConfig):
             condition_dropout=SHARE,
             task_inversion=SHARE,
             muon_learning_rate=POSITIVE,
+            sample_steps=AT_LEAST_1,
         )
+        if bool(self.sample_prompts) != bool(self.sample_steps):
+            raise ValueError("`sample_prompts` says what is drawn and `sample_steps` how often: give both or neither.")
         if self.muon_learning_rate is not None and not str(self.optim).startswith("adamw_torch"):
             raise ValueError(f"`muon_learning_rate` goes with AdamW for the rest, but `optim` is {self.optim!s}.")
         if self.train_sampling_strategy not in ("random", "sequential"):

@@ -24,6 +24,7 @@ from .coded_dataset import check_codes, check_columns, hash_image_tokenizer, inv
 from .data_collator import NextFlowDataCollator
 from .muon import MuonWithAdamW
 from .packing import make_packs, sample_costs
+from .samples import DrawSamples
 from .sft_config import NextFlowSFTConfig
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,10 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
         )
         self._model_config, self._packs = config, None
         self._refuse_sharded_weights()
+        if args.sample_steps is not None:
+            if self.processor is None or self.processor.image_tokenizer is None:
+                raise ValueError("`sample_prompts` need a processor with an image tokenizer: pass `processing_class`.")
+            self.add_callback(DrawSamples(self))
         if args.packing:
             num_ranks = self.accelerator.num_processes
             self._packs = make_packs(self._packing_costs, args.max_length, num_ranks, self._data_seed)
@@ -144,6 +149,8 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
             )
         if self.args.muon_learning_rate is not None:
             raise ValueError("Muon needs whole matrices, which FSDP and ZeRO-3 cut into pieces: use DDP.")
+        if self.args.sample_steps is not None:
+            raise ValueError("`sample_steps` draws on one rank alone, which FSDP and ZeRO-3 cut weights for: use DDP.")
 
     # Data
 

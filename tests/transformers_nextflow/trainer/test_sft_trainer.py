@@ -1,12 +1,14 @@
 """Supervised fine-tuning: the model's own loss, LoRA, resuming as if unbroken, TRL's parser."""
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from PIL import Image
 from trl import SFTConfig, TrlParser
 
-from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, NextFlowProcessor
+from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, NextFlowProcessor, NextFlowTextToImagePipeline
 from transformers_nextflow.trainer import NextFlowDataCollator, NextFlowSFTConfig, NextFlowSFTTrainer
 
 SETTINGS = dict(
@@ -378,3 +380,29 @@ def test_evaluation_has_losses_by_kind_and_no_logits(make_trainer, samples, tiny
     assert "loss_image" in trainer.state.log_history[-2]
     parts = {"a": trainer.eval_dataset, "b": trainer.eval_dataset.select([0])}
     assert {"eval_a_loss_text", "eval_b_loss_image"} < trainer.evaluate(parts).keys()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_drawing_while_training_changes_no_weight(make_trainer, tmp_path, lora):
+    """Pictures are those of the weights at that step, and the same noise whenever they are drawn."""
+    options = {"peft_config": LoraConfig(target_modules=["q_proj"], r=2)} if lora else {}
+    plain = make_trainer(max_steps=2, **options)
+    plain.train()
+    drawing = make_trainer(max_steps=2, sample_prompts=["a ring", "a star"], sample_steps=1, **options)
+    drawing.train()
+    for (name, value), other in zip(plain.model.named_parameters(), drawing.model.parameters(), strict=True):
+        assert torch.equal(value, other), name
+    sheets = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [path.name for path in sheets] == ["000001.png", "000002.png"]
+    with Image.open(sheets[1]) as sheet:
+        width, height = sheet.size
+        assert width == 2 * height
+        left = np.asarray(sheet)[:, :height]
+    if not lora:
+        pipe = NextFlowTextToImagePipeline(model=drawing.model.eval(), processor=drawing.processor)
+        assert np.array_equal(np.asarray(pipe("a ring", seed=0)[0]), left)
+
+
+def test_prompts_without_steps_are_refused(make_trainer):
+    with pytest.raises(ValueError, match="give both or neither"):
+        make_trainer(sample_prompts=["a ring"])
