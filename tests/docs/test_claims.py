@@ -47,7 +47,12 @@ def test_choices_of_our_own_name_fields_that_exist():
     known |= {"enlarge_pixel_decoder", *inspect.signature(enlarge).parameters, "RewardOutput"}
     trainer = pytest.importorskip("transformers_nextflow.trainer")
     pytest.importorskip("trl")
-    configs = (trainer.NextFlowSFTConfig, trainer.NextFlowGRPOConfig, trainer.NextFlowImageTokenizerTrainingConfig)
+    configs = (
+        trainer.NextFlowSFTConfig,
+        trainer.NextFlowDPOConfig,
+        trainer.NextFlowGRPOConfig,
+        trainer.NextFlowImageTokenizerTrainingConfig,
+    )
     known |= {field.name for config in configs for field in dataclasses.fields(config)}
     tables = read("architecture.md").partition("## What the papers leave open")[2]
     rows = [line.strip("| \n").split("|") for line in tables.splitlines() if line.startswith("|") and "---" not in line]

@@ -12,6 +12,8 @@ _MODULES = {
     "load_coded_dataset",
     "..codebook": "hash_image_tokenizer",
     ".data_collator": "NextFlowDataCollator",
+    ".dpo_config": "NextFlowDPOConfig",
+    ".dpo_trainer": "NextFlowDPOTrainer encode_preference",
     ".grpo_config": "NextFlowGRPOConfig",
     ".grpo_losses": "code_log_probs group_advantages middle_returns policy_loss propagate_mask",
     ".grpo_trainer": "NextFlowGRPOTrainer",
