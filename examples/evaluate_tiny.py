@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from tiny_world import ocr
+from tiny_world import ocr, second_judge
 from tiny_world.dataset import load_photos
 from tiny_world.emoji import compose, load_emoji, sample_emoji
 from tiny_world.evaluate_tasks import TaskEvaluation
@@ -109,7 +109,8 @@ def scene_sample(rng: np.random.Generator, split: str, kind: str) -> Sample:
 
     def judge(image: np.ndarray) -> dict[str, bool]:
         verdict = judge_scene(image, scene)
-        return {"accuracy": verdict.correct, "strict": verdict.strict}
+        second = judge_scene(image, scene, second_judge.detect).correct
+        return {"accuracy": verdict.correct, "accuracy, second judge": second, "strict": verdict.strict}
 
     return Sample(group, scene.caption, render(scene), judge)
 
@@ -236,7 +237,7 @@ def accuracy_figures(
         Figure(group, name, len(lists["drawn"]), *(mean(lists, source) for source in sources))
         for (group, name), lists in sorted(verdicts.items(), key=lambda item: item[0][1] == "strict")
     ]
-    for name in ("strict", "accuracy"):
+    for name in ("strict", "accuracy, second judge", "accuracy"):
         kinds = [figure for figure in figures if figure.group.startswith("shapes: ") and figure.name == name]
         if not kinds:
             continue

@@ -10,6 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from transformers_nextflow import NextFlowForCausalLM, NextFlowImageTokenizer, NextFlowProcessor
 
+from . import second_judge
 from .tasks import (
     EDITS,
     NUM_FRAMES,
@@ -117,7 +118,7 @@ class TaskEvaluation:
         for thinking in (True, False):
             made = [pictures[0] for pictures in self._draw(samples, thinking=thinking)]
             named = [
-                row._replace(name=("with" if thinking else "without") + " thinking")
+                row._replace(name=row.name.replace("accuracy", ("with" if thinking else "without") + " thinking"))
                 for row in self._by_kind(samples, made, best, truth, "accuracy")
             ]
             rows[thinking] = named
@@ -177,7 +178,7 @@ class TaskEvaluation:
         truth: Sequence[Any],
         name: str,
     ) -> list[Row]:
-        """Means over all samples, and over each kind where there are several."""
+        """Means over all samples, and over each kind where there are several; of pictures by both judges."""
         groups: dict[str, list[int]] = {}
         for index, sample in enumerate(samples):
             groups.setdefault(sample.task, []).append(index)
@@ -185,11 +186,20 @@ class TaskEvaluation:
         if len(groups) > 1:
             groups = {f"{task}, overall": list(range(len(samples))), **groups}
 
-        def mean(answers: Sequence[Any] | None, indices: list[int]) -> float | None:
-            return None if answers is None else float(np.mean([samples[i].judge(answers[i])[name] for i in indices]))
+        def mean(answers: Sequence[Any] | None, indices: list[int], **judge) -> float | None:
+            if answers is None:
+                return None
+            return float(np.mean([samples[i].judge(answers[i], **judge)[name] for i in indices]))
 
+        judges: dict[str, dict[str, Any]] = {name: {}}
+        if best is not None:
+            judges[f"{name}, second judge"] = {"detector": second_judge.detect}
         return [
-            Row(group, name, len(indices), mean(made, indices) or 0.0, mean(best, indices), mean(truth, indices))
+            Row(
+                *(group, title, len(indices), mean(made, indices, **judge) or 0.0),
+                *(mean(answers, indices, **judge) for answers in (best, truth)),
+            )
+            for title, judge in judges.items()
             for group, indices in groups.items()
         ]
 

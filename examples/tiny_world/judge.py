@@ -7,7 +7,7 @@ does a relation hold. A "small" or "large" in the caption is checked as well, wh
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -79,9 +79,9 @@ def detect(image: np.ndarray, shapes: Sequence[str] = SHAPES) -> list[Detection]
     return found
 
 
-def judge_scene(image: np.ndarray, scene: Scene) -> Verdict:
-    """Whether a picture, uint8 `(H, W, 3)`, shows what the scene's caption says."""
-    detections = sorted(detect(image), key=lambda found: -found.iou)  # the surest first, as GenEval wants them
+def judge_scene(image: np.ndarray, scene: Scene, detector: Callable[[np.ndarray], list[Detection]] = detect) -> Verdict:
+    """Whether a picture, uint8 `(H, W, 3)`, shows what the scene's caption says, by what a detector finds in it."""
+    detections = sorted(detector(image), key=lambda found: -found.iou)  # the surest first, as GenEval wants them
     objects = [DetectedObject(found.shape, found.box, found.colour) for found in detections]
     correct = min(condition_shares(objects, geneval_metadata(scene))) >= 1
     if correct and scene.size_word:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .judge import detect, judge_scene
+from .judge import Detection, detect, judge_scene
 from .shapes import (
     COLOURS,
     DICE,
@@ -32,6 +32,7 @@ from .shapes import (
 )
 
 Message = dict[str, Any]
+Detector = Callable[[np.ndarray], list[Detection]]
 STEPS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 NUM_FRAMES = 3
 FRAME_STEP = 22  # pixels a frame
@@ -61,13 +62,13 @@ class TaskSample:
     """A conversation and the judge of an answer to it.
 
     `messages` end with the answer. `judge` takes what the task asks for, a picture (uint8 `(H, W, 3)`), a text, or a
-    list of pictures, and returns named verdicts. `untouched` `(H, W)` bool marks what an edit must leave alone, and
-    `scenes` are its source and its target.
+    list of pictures, and returns named verdicts; one of pictures also takes another `detector`. `untouched` `(H, W)`
+    bool marks what an edit must leave alone, and `scenes` are its source and its target.
     """
 
     task: str
     messages: tuple[Message, ...]
-    judge: Callable[[Any], dict[str, bool]]
+    judge: Callable[..., dict[str, bool]]
     untouched: np.ndarray | None = None
     scenes: tuple[Scene, ...] = ()
 
@@ -103,8 +104,8 @@ def _any_held_out(things: Sequence[Thing]) -> bool:
 
 
 def _picture_judge(scene: Scene) -> Callable[[np.ndarray], dict[str, bool]]:
-    def judge(image: np.ndarray) -> dict[str, bool]:
-        verdict = judge_scene(image, scene)
+    def judge(image: np.ndarray, detector: Detector = detect) -> dict[str, bool]:
+        verdict = judge_scene(image, scene, detector)
         return {"accuracy": verdict.correct, "strict": verdict.strict}
 
     return judge
@@ -134,9 +135,9 @@ def sample_edit(rng: np.random.Generator, split: str = "train", kind: str | None
     return TaskSample(f"edit: {kind}", messages, judge, untouched=~_boxes(changed), scenes=scenes)
 
 
-def judge_edit(image: np.ndarray, target: Scene) -> dict[str, bool]:
+def judge_edit(image: np.ndarray, target: Scene, detector: Detector = detect) -> dict[str, bool]:
     """Whether a picture shows the target's things, each in its place, and no others."""
-    found = detect(image)
+    found = detector(image)
     wanted = Counter((thing.shape, thing.colour) for thing in target.objects)
     accurate = Counter((d.shape, d.colour) for d in found) == wanted
     in_place = all(
@@ -423,15 +424,17 @@ def sample_story(rng: np.random.Generator, split: str = "train") -> TaskSample:
     where = "" if scene.background == "white" else f" on {article(scene.background)} background"
     prompt = f"A story in {NUMBERS[NUM_FRAMES]} pictures: {article(_describe(start))} moves {way}{where}."
     messages = (_message("user", prompt), _message("assistant", *(render(frame) for frame in frames)))
-    return TaskSample("story", messages, lambda pictures: judge_story(pictures, start, (dx, dy)))
+    return TaskSample("story", messages, partial(judge_story, thing=start, step=(dx, dy)))
 
 
-def judge_story(pictures: Sequence[np.ndarray], thing: Thing, step: tuple[int, int]) -> dict[str, Any]:
+def judge_story(
+    pictures: Sequence[np.ndarray], thing: Thing, step: tuple[int, int], detector: Detector = detect
+) -> dict[str, Any]:
     """Whether every frame shows the thing alone, and whether it moves the way that was told from frame to frame."""
     centres: list[np.ndarray | None] = []
     alone: list[bool] = []
     for picture in pictures:
-        found = detect(picture)
+        found = detector(picture)
         same = [d for d in found if (d.shape, d.colour) == (thing.shape, thing.colour)]
         alone.append(len(found) == len(same) == 1)
         centres.append(same[0].centre if same else None)
