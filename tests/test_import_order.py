@@ -35,7 +35,12 @@ MODULES = [
     *("transformers_nextflow", "transformers_nextflow.nextflow_remote_code"),
     *(f"transformers_nextflow.trainer.{name}" for name in TRAINER_ORDER.split()),
     "transformers_nextflow.trainer",
-    *("diffusers_nextflow.pipeline_nextflow", "diffusers_nextflow", "diffusers_nextflow.__main__"),
+    *(
+        "diffusers_nextflow.lora_loader",
+        "diffusers_nextflow.pipeline_nextflow",
+        "diffusers_nextflow",
+        "diffusers_nextflow.__main__",
+    ),
 ]
 
 

@@ -33,6 +33,8 @@ from transformers_nextflow import (
 from transformers_nextflow.strict_loading import HUB_ARGUMENTS, read_json
 from transformers_nextflow.whole_folder import whole_folder
 
+from .lora_loader import NextFlowLoraLoaderMixin
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -73,7 +75,7 @@ def _of_call(name: str, default: Any, doc: str) -> Any:
     return property(read, write, doc=doc)
 
 
-class NextFlowPipeline(DiffusionPipeline):
+class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
     r"""
     Images from text and images by next-scale prediction (NextFlow, arXiv 2601.02204): drawing, editing, stories.
 
@@ -462,7 +464,7 @@ def _index_of_transformers_checkpoint(folder: Path) -> dict[str, Any]:
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise ValueError(
             f'"{folder}" is an adapter, and a pipeline takes a whole model: write one by `trainer.save_merged`, or '
-            "load its base and give the pipeline `PeftModel.from_pretrained(pipe.model, folder).merge_and_unload()`."
+            "load its base and call `pipe.load_lora_weights(folder)`."
         )
     for name in ("config.json", "tokenizer_config.json", "image_tokenizer"):
         if not (folder / name).exists():
