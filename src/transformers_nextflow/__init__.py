@@ -11,58 +11,27 @@ from typing import TYPE_CHECKING
 
 from . import _registration
 
-if TYPE_CHECKING:
-    from .codebook import check_same_codebook, hash_image_tokenizer, reseat_codebook
-    from .configuration_nextflow import NextFlowConfig, NextFlowImageTokenizerConfig
-    from .decoding import GenerationEvent
-    from .generation_config_nextflow import NextFlowGenerationConfig
-    from .generation_nextflow import NextFlowGenerateOutput, NextFlowGenerationMixin
-    from .image_processing_nextflow import NextFlowImageProcessor
-    from .image_processing_pil_nextflow import NextFlowImageProcessorPil
-    from .modeling_nextflow import NextFlowForCausalLM, NextFlowModel, NextFlowPreTrainedModel
-    from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer, NextFlowImageTokenizerOutput
-    from .pipelines import NextFlowTextToImagePipeline
-    from .processing_nextflow import NextFlowProcessor, StreamChunk
-    from .regional_prompts import Region
-    from .remote_code import add_remote_code
-    from .scale_cache import ScaleCache
-    from .scale_schedule import ScaleSchedule, aspect_buckets, nearest_bucket, nearest_sizes
-    from .session import NextFlowSession, SessionMemory
+if TYPE_CHECKING:  # the same names, for editors and type checkers
+    from .codebook import *
+    from .configuration_nextflow import *
+    from .decoding import GenerationEvent as GenerationEvent
+    from .generation_config_nextflow import *
+    from .generation_nextflow import *
+    from .image_processing_nextflow import *
+    from .image_processing_pil_nextflow import *
+    from .modeling_nextflow import *
+    from .modeling_nextflow_image_tokenizer import *
+    from .pipelines import *
+    from .processing_nextflow import *
+    from .regional_prompts import Region as Region
+    from .remote_code import *
+    from .scale_cache import ScaleCache as ScaleCache
+    from .scale_schedule import *
+    from .session import *
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "GenerationEvent",
-    "NextFlowConfig",
-    "NextFlowForCausalLM",
-    "NextFlowGenerateOutput",
-    "NextFlowGenerationConfig",
-    "NextFlowGenerationMixin",
-    "NextFlowImageProcessor",
-    "NextFlowImageProcessorPil",
-    "NextFlowImageTokenizer",
-    "NextFlowImageTokenizerConfig",
-    "NextFlowImageTokenizerOutput",
-    "NextFlowModel",
-    "NextFlowPreTrainedModel",
-    "NextFlowProcessor",
-    "NextFlowSession",
-    "NextFlowTextToImagePipeline",
-    "Region",
-    "ScaleCache",
-    "ScaleSchedule",
-    "SessionMemory",
-    "StreamChunk",
-    "add_remote_code",
-    "aspect_buckets",
-    "check_same_codebook",
-    "hash_image_tokenizer",
-    "nearest_bucket",
-    "nearest_sizes",
-    "reseat_codebook",
-    "tiny_checkpoint",
-]
-
+# The public names of each module: the only list of them at run time.
 _MODULES = {
     "codebook": ("check_same_codebook", "hash_image_tokenizer", "reseat_codebook"),
     "configuration_nextflow": ("NextFlowConfig", "NextFlowImageTokenizerConfig"),
@@ -82,6 +51,8 @@ _MODULES = {
     "session": ("NextFlowSession", "SessionMemory"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted([*_MODULE_OF, "tiny_checkpoint"])
 
 
 def __getattr__(name: str):

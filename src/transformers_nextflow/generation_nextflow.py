@@ -28,7 +28,7 @@ from .decoding_settings import (
     read_settings,
 )
 from .generation_config_nextflow import OWN_OPTIONS, NextFlowGenerationConfig
-from .padding import Prompts, check_left_padded, check_not_empty, read_prompts
+from .padding import Prompts, check_left_padded, check_mask_shape, check_not_empty, read_prompts
 from .regional_prompts import Region
 from .scale_schedule import ScaleSchedule
 from .token_layout import TokenLayout, count_images, split_grids
@@ -410,10 +410,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
                 pad_token_id = None  # a prompt may end with it
             mask = kwargs.get("attention_mask")
             check_left_padded(ids, mask, pad_token_id)
-            if mask is not None and mask.shape != ids.shape and kwargs.get("cache") is None:
-                raise ValueError(
-                    f"The attention mask has shape {tuple(mask.shape)}, but the prompts have {tuple(ids.shape)}."
-                )
+            if mask is not None and kwargs.get("cache") is None:
+                check_mask_shape(mask, ids)
             check_not_empty(ids + 1 if mask is None else mask)
             grids = kwargs.get("image_grid_shw")
             grids = [] if grids is None else [grids.tolist()]
@@ -451,11 +449,9 @@ class NextFlowGenerationMixin(_GenerationMixin):
         grids, mask = model_kwargs.get("image_grid_shw"), model_kwargs.get("attention_mask")
         if grids is None:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        if mask is not None and mask.shape != inputs_tensor.shape:
-            raise ValueError(
-                f"The attention mask has shape {tuple(mask.shape)}, but the prompts have {tuple(inputs_tensor.shape)}. "
-                "To go on from a cache, pass whole sequences: positions depend on the images in them."
-            )
+        if mask is not None:
+            hint = " To go on from a cache, pass whole sequences: positions depend on the images in them."
+            check_mask_shape(mask, inputs_tensor, hint)
         return TokenLayout.of(inputs_tensor, grids, self.config, mask).position_ids
 
     def _expand_inputs_for_generation(
@@ -512,3 +508,6 @@ class NextFlowGenerationMixin(_GenerationMixin):
             grids = [rows[len(rows) - count :] for rows, count in zip(all_grids, counts, strict=True)]
             model_inputs["image_grid_shw"] = torch.cat(grids) if sum(counts) else None
         return model_inputs
+
+
+__all__ = ["NextFlowGenerateOutput", "NextFlowGenerationMixin"]

@@ -18,7 +18,7 @@ def lay_out(
 ) -> TokenLayout | None:
     """Checks all inputs and returns the layout of a batch with images; None for text."""
     num_past = cache.get_seq_length() if cache is not None else 0
-    _check_tensors(image_grid_shw=image_grid_shw)
+    check_tensors(image_grid_shw=image_grid_shw)
     check_shapes(input_ids, inputs_embeds, attention_mask, position_ids, seq_idx, num_past)
     if inputs_embeds is not None and image_grid_shw is not None:
         raise ValueError("`image_grid_shw` needs `input_ids`: the codes of the images are read from them.")
@@ -63,7 +63,7 @@ def check_names(forward: Callable, kwargs: dict[str, Any]) -> None:
 
 def check_labels(config, labels, slots, scale_step: ScaleStep | None, num_items: int | torch.Tensor | None) -> None:
     """Refuses labels that don't fit the ids or embeddings, and numbers of items that are none."""
-    _check_tensors(labels=labels)
+    check_tensors(labels=labels)
     if scale_step is not None or (slots is not None and labels.shape != slots.shape[:2]):
         raise ValueError(
             f"`labels` must have the shape of `input_ids`, but got {tuple(labels.shape)}; scale steps have none. They "
@@ -104,7 +104,8 @@ def check_scale_step(
     check_shapes(input_ids, None, attention_mask, position_ids, None, num_past, schedule.scale_lengths[index])
 
 
-def _check_tensors(**inputs) -> None:
+def check_tensors(**inputs) -> None:
+    """Refuses lists and arrays."""
     for name, value in inputs.items():
         if not isinstance(value, torch.Tensor | None):
             raise ValueError(
@@ -122,7 +123,7 @@ def check_shapes(
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-    _check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds)
+    check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds)
     if input_ids is not None and (input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32)):
         raise ValueError(
             "`input_ids` must be integers of shape (batch, length), but got "

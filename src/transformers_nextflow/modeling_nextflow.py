@@ -597,3 +597,6 @@ def _with_fixed_lengths(cache: Cache) -> Cache:
             layer.cumulative_length = length.clone()
     fixed.layers = layers
     return fixed
+
+
+__all__ = ["NextFlowForCausalLM", "NextFlowModel", "NextFlowPreTrainedModel"]

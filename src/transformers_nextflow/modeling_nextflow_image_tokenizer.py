@@ -18,11 +18,9 @@ from .scale_schedule import ScaleSchedule
 from .semantic_branch import (
     NextFlowSemanticDecoder,
     TokenFlowSemanticDecoder,
-    allow_capturing,
     build_semantic_encoder,
     mlp,
     semantic_tokens,
-    without_capturing_hooks,
 )
 from .strict_loading import StrictPreTrainedModel
 from .strip_decoding import decode_in_strips
@@ -187,13 +185,6 @@ class NextFlowPixelDecoder(nn.Module):
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(hidden_states))), self.patch_size)
 
 
-def _one_row_an_image(image_grid_shw: torch.Tensor, num_images: int) -> torch.Tensor:
-    rows = read_grids(image_grid_shw)
-    if len(rows) != num_images:
-        raise ValueError(f"Got {num_images} images but {len(rows)} rows of `image_grid_shw`; give one each.")
-    return rows
-
-
 class NextFlowImageTokenizer(StrictPreTrainedModel):
     """
     Turns images into codes on many scales and back (dual codebook, TokenFlow arXiv 2412.03069; NextFlow section 3).
@@ -317,13 +308,6 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
         semantic = self.semantic_proj(self.encode_semantic(pixel_values).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return torch.cat([semantic, self.encode_pixels(pixel_values)], dim=1)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return without_capturing_hooks(self).__dict__  # for spawned workers and for `datasets.map`
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        allow_capturing(self)
-
     @torch.no_grad()
     def encode(
         self,
@@ -392,7 +376,9 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
             raise ValueError(
                 "A list of images must hold tensors of shape (3, height, width); a batch must be a tensor."
             )
-        rows = [None] * len(images) if image_grid_shw is None else _one_row_an_image(image_grid_shw, len(images))
+        rows: Any = [None] * len(images)
+        if image_grid_shw is not None:
+            rows = read_grids(image_grid_shw, len(images), "Got").split(1)
         own = generator if isinstance(generator, Sequence) else [generator] * len(images)
         encoded: list[Any] = [
             self.encode(image[None], row, self_correction, source)
@@ -516,7 +502,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
     def _decode_with(self, decoder: Callable[[torch.Tensor], torch.Tensor], codes, image_grid_shw):
         if isinstance(codes, torch.Tensor):
             return decoder(self.codes_to_latents(codes, image_grid_shw))
-        rows = _one_row_an_image(image_grid_shw, len(codes))
+        rows = read_grids(image_grid_shw, len(codes), "Got codes of").split(1)
         return [decoder(self.codes_to_latents(image[None], row))[0] for image, row in zip(codes, rows, strict=True)]
 
     # Training

@@ -7,13 +7,14 @@ Letters: B rows, L slots per row.
 import torch
 import torch.nn.functional as F
 
+from .model_inputs import check_tensors
+
 Prompts = tuple[torch.Tensor, torch.Tensor]
 
 
 def check_left_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int | None):
     """Generation goes on after the last column, so padding must stand on the left."""
-    if not isinstance(input_ids, torch.Tensor) or not isinstance(attention_mask, torch.Tensor | None):
-        raise ValueError('Prompts and `attention_mask` must be tensors: pass `return_tensors="pt"` to the processor.')
+    check_tensors(input_ids=input_ids, attention_mask=attention_mask)
     if input_ids.ndim != 2:
         raise ValueError(f"Prompts must have shape (batch, length), but got shape {tuple(input_ids.shape)}.")
     if input_ids.numel() and input_ids.dtype not in (torch.int64, torch.int32):
@@ -33,6 +34,15 @@ def check_left_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor | No
         )
 
 
+def check_mask_shape(attention_mask: torch.Tensor, input_ids: torch.Tensor, hint: str = "") -> None:
+    """A mask has the shape of the prompts; `hint` is what else a message says."""
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"The attention mask has shape {tuple(attention_mask.shape)}, but the prompts have "
+            f"{tuple(input_ids.shape)}.{hint}"
+        )
+
+
 def check_not_empty(attention_mask: torch.Tensor) -> None:
     """Text goes on from a token: only images may be drawn of nothing."""
     if not attention_mask.any(-1).all():
@@ -47,11 +57,7 @@ def read_prompts(
     ids = input_ids.long()  # of an empty text tokenizers make floats
     if attention_mask is None:
         return ids, (ids != pad_token_id).cumsum(-1).clamp(max=1)
-    if attention_mask.shape != ids.shape:
-        raise ValueError(
-            f"The attention mask has shape {tuple(attention_mask.shape)}, but the prompts have {tuple(ids.shape)} "
-            f"(`{name}`)."
-        )
+    check_mask_shape(attention_mask, ids, f" It is `{name}`.")
     return ids, attention_mask.to(ids.device).long()
 
 

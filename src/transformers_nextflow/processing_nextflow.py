@@ -382,12 +382,7 @@ class NextFlowProcessor(ProcessorMixin):
                 not in the image tokenizer's codebook.
         """
         image_tokenizer, _ = self._image_parts()
-        grids = read_grids(image_grid_shw)
-        if len(codes) != len(grids):
-            raise ValueError(
-                f"There are codes of {len(codes)} images, but `image_grid_shw` has {len(grids)} rows; it needs one per "
-                "image."
-            )
+        grids = read_grids(image_grid_shw, len(codes), "There are codes of")
         if not len(codes):
             return []
         for number, (image_codes, grid) in enumerate(zip(codes, grids.tolist(), strict=True)):
@@ -587,4 +582,4 @@ def _to_rows(token_ids) -> tuple[list[list[int]], bool]:
     return (rows if is_batch else [rows]), is_batch
 
 
-__all__ = ["NextFlowProcessor"]
+__all__ = ["NextFlowProcessor", "StreamChunk"]

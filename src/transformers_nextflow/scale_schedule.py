@@ -251,3 +251,6 @@ def nearest_sizes(
 
     sizes = [(h * stride, w * stride) for h, w in _schedules_by_grid(tuple(sides))]
     return sorted(sizes, key=distance)[:count]
+
+
+__all__ = ["ScaleSchedule", "aspect_buckets", "nearest_bucket", "nearest_sizes"]

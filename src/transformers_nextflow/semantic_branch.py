@@ -5,6 +5,7 @@ Axes: B images, (h, w) the last grid, n = h * w its cells, C channels of the enc
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,6 @@ from transformers.models.beit.modeling_beit import BeitEmbeddings, BeitModel
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_nextflow import NextFlowImageTokenizerConfig
 
@@ -50,48 +50,36 @@ class NextFlowBeitEmbeddings(BeitEmbeddings):
         return resize_positions(self.position_embeddings, (height, width))  # a patch is one cell
 
 
-# What each family of encoders makes of pixels (B, 3, H, W) that hold `grid` patches: tokens (B, n, C).
+# What the blocks of each family of encoders start from, for pixels (B, 3, H, W) that hold `grid` patches.
 
 
-def _siglip2_tokens(encoder, pixel_values: torch.Tensor, grid: tuple[int, int], layer: int | None) -> torch.Tensor:
+def _siglip2_states(encoder: Any, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     patch = encoder.config.patch_size
     patches = F.unfold(pixel_values, patch, stride=patch)  # (B, 3 * patch * patch, n), channels first
     patches = patches.unflatten(1, (3, -1)).permute(0, 3, 2, 1).flatten(2)  # naflex wants channels last
-    mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
-    outputs = encoder(patches, mask, torch.tensor([grid] * len(patches)), output_hidden_states=True)
-    return outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+    return encoder.embeddings(patches, torch.tensor([grid] * len(patches)))
 
 
-def _siglip_tokens(encoder, pixel_values: torch.Tensor, grid: tuple[int, int], layer: int | None) -> torch.Tensor:
-    outputs = encoder(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True)
-    return outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+def _siglip_states(encoder: Any, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    return encoder.embeddings(pixel_values, interpolate_pos_encoding=True)
 
 
-def _clip_tokens(encoder, pixel_values: torch.Tensor, grid: tuple[int, int], layer: int | None) -> torch.Tensor:
-    outputs = encoder(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True)
-    # CLIP's own last hidden state is not normalised: it normalises the class token alone.
-    tokens = encoder.post_layernorm(outputs.last_hidden_state) if layer is None else outputs.hidden_states[layer]
-    return tokens[:, 1:]
+def _clip_states(encoder: Any, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    return encoder.pre_layrnorm(encoder.embeddings(pixel_values, interpolate_pos_encoding=True))
 
 
-def _timm_tokens(encoder, pixel_values: torch.Tensor, grid: tuple[int, int], layer: int | None) -> torch.Tensor:
-    if layer is not None:
-        raise ValueError(f"`vision_feature_layer` must be None for an encoder from timm, but is {layer}.")
-    return encoder(pixel_values, do_pooling=False).last_hidden_state[:, encoder.timm_model.num_prefix_tokens :]
-
-
-TOKENS: dict[str, Callable[..., torch.Tensor]] = {
-    "siglip2_vision_model": _siglip2_tokens,
-    "siglip_vision_model": _siglip_tokens,
-    "clip_vision_model": _clip_tokens,
-    "timm_wrapper": _timm_tokens,
+FIRST_STATES: dict[str, Callable[..., torch.Tensor]] = {
+    "siglip2_vision_model": _siglip2_states,
+    "siglip_vision_model": _siglip_states,
+    "clip_vision_model": _clip_states,
 }
 
 
 def build_semantic_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """A new vision encoder of any supported family; a `ValueError` for another one."""
-    if config.model_type not in TOKENS:
-        legal = ", ".join(f'"{name}"' for name in TOKENS)
+    families = (*FIRST_STATES, "timm_wrapper")
+    if config.model_type not in families:
+        legal = ", ".join(f'"{name}"' for name in families)
         raise ValueError(f'The semantic encoder "{config.model_type}" is not supported; use one of {legal}.')
     encoder = AutoModel.from_config(config)
     if isinstance(config, CLIPVisionConfig):
@@ -99,15 +87,27 @@ def build_semantic_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     return encoder
 
 
-def semantic_tokens(
-    encoder: PreTrainedModel, pixel_values: torch.Tensor, grid: tuple[int, int], layer: int | None
-) -> torch.Tensor:
+def semantic_tokens(encoder: Any, pixel_values: torch.Tensor, grid: tuple[int, int], layer: int | None) -> torch.Tensor:
     """Features `(B, n, C)` of a vision encoder, row-major.
 
     `pixel_values` `(B, 3, H, W)` are sized and normalised as the encoder wants them and hold `grid` (h, w) patches;
     `layer` says which of its hidden states is used, None its normalised output.
     """
-    tokens = TOKENS[encoder.config.model_type](encoder, pixel_values, grid, layer)
+    family = encoder.config.model_type
+    if family == "timm_wrapper":
+        if layer is not None:
+            raise ValueError(f"`vision_feature_layer` must be None for an encoder from timm, but is {layer}.")
+        tokens = encoder(pixel_values, do_pooling=False).last_hidden_state[:, encoder.timm_model.num_prefix_tokens :]
+    else:
+        # Block by block: `output_hidden_states` keeps them all, and leaves hooks behind that can't be pickled.
+        blocks = encoder.encoder.layers
+        tokens = FIRST_STATES[family](encoder, pixel_values, grid)
+        for block in blocks if layer is None else blocks[: range(len(blocks) + 1)[layer]]:
+            tokens = block(tokens, None)
+        if layer is None:
+            tokens = encoder.post_layernorm(tokens)
+        if family == "clip_vision_model":
+            tokens = tokens[:, 1:]  # without the class token
     if tokens.shape[1] != grid[0] * grid[1]:
         raise ValueError(
             f"The semantic encoder gives {tokens.shape[1]} tokens for {pixel_values.shape[-2]} x "
@@ -115,30 +115,6 @@ def semantic_tokens(
             "`scale_sides` and the encoder's patch size."
         )
     return tokens
-
-
-def without_capturing_hooks(module: nn.Module) -> nn.Module:
-    """The module, its parameters shared, without the hooks that transformers leaves on encoders that ran once.
-
-    They are local functions, which cannot be pickled; the next call puts them on again.
-    """
-    clone = module.__class__.__new__(module.__class__)
-    clone.__dict__.update(module.__dict__)
-    clone.__dict__.pop("_output_capturing_hooks_installed", None)
-    clone._modules = {name: child and without_capturing_hooks(child) for name, child in module._modules.items()}
-    clone._forward_hooks = type(module._forward_hooks)(
-        (number, hook)
-        for number, hook in module._forward_hooks.items()
-        if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
-    )
-    return clone
-
-
-def allow_capturing(module: nn.Module) -> None:
-    """Lets transformers put its hooks on unpickled encoders, too; it only knows those that were constructed."""
-    for part in module.modules():
-        if isinstance(part, PreTrainedModel):
-            _CAN_RECORD_REGISTRY[part] = part._can_record_outputs
 
 
 def mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequential:

@@ -114,11 +114,10 @@ class TokenLayout:
         scale_index = torch.zeros(shape.numel(), dtype=torch.long, device=device)
         coordinates = torch.zeros(2, shape.numel(), device=device)
         for group in images:
-            scale_of_code, place_of_code = code_coordinates(group.schedule)
+            scale_of_code, place_of_code = code_coordinates(group.schedule, device)
             carried = slice(1, group.slots.shape[1])
-            scale_index[group.feature_slots] = scale_of_code[carried].to(device)
-            place = float(config.rope_spatial_range) * place_of_code[:, None, carried]
-            coordinates[:, group.feature_slots] = place.to(device)
+            scale_index[group.feature_slots] = scale_of_code[carried]
+            coordinates[:, group.feature_slots] = float(config.rope_spatial_range) * place_of_code[:, None, carried]
         scale_index, coordinates = scale_index.view(shape), coordinates.view(2, *shape)
 
         advances = torch.ones_like(scale_index)
@@ -142,7 +141,7 @@ class TokenLayout:
         """
         scales = torch.full_like(self.scale_index, -1).flatten()
         for group in self.images:
-            scales[group.slots] = code_coordinates(group.schedule)[0][: group.slots.shape[1]].to(scales.device)
+            scales[group.slots] = code_coordinates(group.schedule, scales.device)[0][: group.slots.shape[1]]
         return scales.view_as(self.scale_index)
 
     def loss_weights(self, alpha: float) -> torch.Tensor:
@@ -163,13 +162,13 @@ class TokenLayout:
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)  # what the cache keeps must serve training, whoever comes first
-def code_coordinates(schedule: ScaleSchedule) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and place of every code of an image.
+def code_coordinates(schedule: ScaleSchedule, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and place of every code of an image, made once for a device: a copy would make the host wait.
 
     Returns:
         `scale_index` `(N,)` int64, and `coordinates` `(2, N)` float32: rows and columns of the cells' centres, in units
-        of the side of a square with as many cells as the scale has (for a square grid they span 0 to 1). They are on
-        the CPU, and cached: don't write into them.
+        of the side of a square with as many cells as the scale has (for a square grid they span 0 to 1). They are
+        cached: don't write into them.
     """
     scale_index, coordinates = [], []
     for s, (h, w) in enumerate(schedule.grids):
@@ -177,15 +176,7 @@ def code_coordinates(schedule: ScaleSchedule) -> tuple[torch.Tensor, torch.Tenso
         rows_and_columns = torch.stack([cells // w, cells % w])
         scale_index.append(torch.full((h * w,), s, device="cpu"))
         coordinates.append((rows_and_columns + 0.5) / (h * w) ** 0.5)
-    return torch.cat(scale_index), torch.cat(coordinates, dim=1).float()
-
-
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
-def code_coordinates_on(schedule: ScaleSchedule, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`code_coordinates`] on a device, copied there once: in a decoding step a copy would make the host wait."""
-    scale_index, coordinates = code_coordinates(schedule)
-    return scale_index.to(device), coordinates.to(device)
+    return torch.cat(scale_index).to(device), torch.cat(coordinates, dim=1).float().to(device)
 
 
 def scale_position_ids(
@@ -208,35 +199,28 @@ def scale_position_ids(
             f"scales, but got {scale_index}. (Scale 0 is predicted by the slot of `<boi>`.)"
         )
     cells = slice(schedule.offsets[scale_index], schedule.offsets[scale_index + 1])
-    rows, columns = code_coordinates_on(schedule, start.device)[1][:, cells] * spatial_range
+    rows, columns = code_coordinates(schedule, start.device)[1][:, cells] * spatial_range
     start = start.float()[:, None]
     depth = (start + scale_index).expand(-1, rows.shape[0])
     return torch.stack([depth, rows.expand_as(depth), columns.expand_as(depth)])
 
 
-def read_grids(image_grid_shw: Any) -> torch.Tensor:
-    """Grids as a tensor `(num_images, 3)`; a `ValueError` if they are none."""
+def read_grids(image_grid_shw: Any, num_images: int | None = None, source: str = "`input_ids` hold") -> torch.Tensor:
+    """Grids as a tensor `(num_images, 3)`; a `ValueError` unless there is a row for each of the images in a source."""
     grids = torch.as_tensor([] if image_grid_shw is None else image_grid_shw)
-    if grids.numel() % 3 or (grids.is_floating_point() and grids.numel()):
+    if not grids.numel():
+        grids = grids.new_empty((0, 3), dtype=torch.long)
+    if grids.ndim != 2 or grids.shape[-1] != 3 or grids.is_floating_point():
         raise ValueError(
-            "`image_grid_shw` must have whole numbers in the shape (num_images, 3), but has "
-            f"{grids.dtype} in the shape {tuple(grids.shape)}."
+            "`image_grid_shw` must have shape (num_images, 3), one row of whole numbers (number of scales, bucket "
+            f"height, bucket width) per image, but got {grids.dtype} in the shape {tuple(grids.shape)}."
         )
-    return grids.reshape(-1, 3)
-
-
-def check_grids(image_grid_shw: torch.Tensor, num_images: int | None = None) -> None:
-    """Raises a `ValueError` unless there is a row of three numbers for each of `num_images` (if known) images."""
-    if image_grid_shw.ndim != 2 or image_grid_shw.shape[-1] != 3:
+    if num_images is not None and len(grids) != num_images:
         raise ValueError(
-            "`image_grid_shw` must have shape (num_images, 3), one row (number of scales, bucket height, bucket width) "
-            f"per image, but got shape {tuple(image_grid_shw.shape)}."
+            f"{source} {num_images} images, but `image_grid_shw` has {len(grids)} rows. Pass one row (number of "
+            "scales, bucket height, bucket width) for each image, in reading order over the batch."
         )
-    if num_images is not None and len(image_grid_shw) != num_images:
-        raise ValueError(
-            f"`input_ids` hold {num_images} images, but `image_grid_shw` has {len(image_grid_shw)} rows. Pass one row "
-            "(number of scales, bucket height, bucket width) for each image, in reading order over the batch."
-        )
+    return grids
 
 
 def find_images(
@@ -276,8 +260,7 @@ def split_grids(
 ) -> tuple[torch.Tensor, ...]:
     """The rows of `image_grid_shw` `(num_images, 3)` that belong to each row of token-view ids `(B, L)`."""
     counts = count_images(input_ids, text_vocab_size, attention_mask)
-    check_grids(image_grid_shw, sum(counts))
-    return image_grid_shw.split(counts)
+    return read_grids(image_grid_shw, sum(counts)).split(counts)
 
 
 def _group_images(
@@ -296,9 +279,9 @@ def _group_images(
                 f"The image codes at row {row}, slot {start} don't follow a `<boi>` (id {boi_token_id}). An image is "
                 "`<boi>` and then all its codes, with nothing in between."
             )
-    check_grids(image_grid_shw, len(found))
+    grids = read_grids(image_grid_shw, len(found)).tolist()
     members: dict[tuple[ScaleSchedule, int], list[int]] = {}
-    for (row, start, num_codes, _), grid in zip(found, image_grid_shw.tolist(), strict=True):
+    for (row, start, num_codes, _), grid in zip(found, grids, strict=True):
         schedule = ScaleSchedule.from_grid_shw(grid)
         if schedule.num_scales > config.num_scales:
             raise ValueError(

@@ -448,7 +448,7 @@ def test_what_is_remembered_of_schedules_serves_training_too(context):
     code_coordinates.cache_clear()
     scale_weights.cache_clear()
     with context():
-        code_coordinates(SCHEDULE)
+        code_coordinates(SCHEDULE, torch.device("cpu"))
         scale_weights(SCHEDULE, range(5), 0.6)
     build().train()(**loss_batch()).loss.backward()
 

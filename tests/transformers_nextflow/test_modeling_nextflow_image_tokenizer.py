@@ -214,7 +214,7 @@ def test_bad_images(tokenizer):
         with pytest.raises(ValueError, match=r"list of images must hold tensors of shape \(3, height, width\)"):
             tokenizer.encode(images)
     rows = torch.tensor([[4, 16, 16]])
-    with pytest.raises(ValueError, match="2 images but 1 rows"):
+    with pytest.raises(ValueError, match="Got 2 images, but `image_grid_shw` has 1 rows"):
         tokenizer.encode([torch.zeros(3, 64, 64)] * 2, rows)
     with pytest.raises(ValueError, match="2 images but 3 rows"):
         tokenizer.encode(torch.zeros(2, 3, 64, 64), rows.repeat(3, 1))
@@ -229,7 +229,7 @@ def test_bad_codes(tokenizer):
         tokenizer.decode(torch.full((1, 5), 32), rows)
     with pytest.raises(ValueError, match="must share one grid"):
         tokenizer.decode(torch.zeros(2, 5, dtype=torch.long), torch.tensor([[2, 16, 16], [2, 8, 32]]))
-    with pytest.raises(ValueError, match="2 images but 1 rows"):
+    with pytest.raises(ValueError, match="codes of 2 images, but `image_grid_shw` has 1 rows"):
         tokenizer.decode([torch.zeros(5, dtype=torch.long)] * 2, rows)
     with pytest.raises(ValueError, match="2 images but 3 rows"):
         tokenizer.decode(torch.zeros(2, 5, dtype=torch.long), rows.repeat(3, 1))

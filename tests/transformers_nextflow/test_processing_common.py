@@ -127,7 +127,7 @@ def test_many_pictures_are_encoded_in_bounded_batches(processor, monkeypatch):
         (lambda p: p.image_processor(torch.full((3, 80, 80), float("nan"))), "from nan to nan"),
         (lambda p: p.image_tokenizer.encode(torch.full((1, 3, 80, 80), float("nan"))), r"floats in \[-1, 1\]"),
         (lambda p: p.decode_codes(torch.zeros(1, 55).long(), [[5.0, 16, 16]]), "whole numbers"),
-        (lambda p: p.decode_codes(torch.zeros(1, 55).long(), [5, 16]), r"the shape \(num_images, 3\)"),
+        (lambda p: p.decode_codes(torch.zeros(1, 55).long(), [5, 16]), r"have shape \(num_images, 3\)"),
     ],
 )
 def test_mistakes_are_told(processor, call, message):
