@@ -188,8 +188,8 @@ def make_messages(row: dict[str, Any], extraction: Extraction, columns: Sequence
             raise ValueError("The row has more pictures than its messages have image parts.")
         return messages
     text = row[extraction.text_column]
-    if text is None:
-        raise ValueError("The row has no text.")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'The row has no text in "{extraction.text_column}".')
     picture = find_picture(row, extraction, columns)
     if picture is None:
         return [{"role": "assistant", "content": text}]

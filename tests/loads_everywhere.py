@@ -34,10 +34,9 @@ def assert_loads_everywhere(folder: str | os.PathLike) -> None:
     in_parts = (folder / "model_index.json").is_file() and (folder / "model").is_dir()
     sizes = set()
     for load in (NextFlowPipeline, DiffusionPipeline, AutoPipelineForText2Image):
-        if load is NextFlowPipeline or (folder / "model_index.json").is_file():
-            pipe = load.from_pretrained(folder)
-            assert type(pipe) is NextFlowPipeline
-            sizes.add(pipe("a ring", generator=torch.Generator().manual_seed(0)).images[0].size)
+        pipe = load.from_pretrained(folder)
+        assert type(pipe) is NextFlowPipeline
+        sizes.add(pipe("a ring", generator=torch.Generator().manual_seed(0)).images[0].size)
     model_folder = folder / "model" if in_parts else folder
     models = [load.from_pretrained(model_folder) for load in DRAWING]
     assert {type(model) for model in models} == {NextFlowForCausalLM}

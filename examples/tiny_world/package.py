@@ -1,6 +1,5 @@
 """Puts the trained parts together: one folder that transformers and diffusers both load."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -19,17 +18,6 @@ from transformers_nextflow.trainer import hash_image_tokenizer
 
 # Found on training prompts; `image_top_k` bounds the work that top-p has to sort.
 GENERATION = {"guidance_scale": 3.0, "image_top_k": 200, "image_top_p": 0.8, "image_temperature": 1.0}
-MODEL_INDEX = {
-    "_class_name": "NextFlowPipeline",
-    "_diffusers_version": "0.42.0",
-    "diffusion_decoder": [None, None],
-    "image_processor": ["transformers_nextflow", "NextFlowImageProcessor"],
-    "image_tokenizer": ["transformers_nextflow", "NextFlowImageTokenizer"],
-    "model": ["transformers_nextflow", "NextFlowForCausalLM"],
-    "scheduler": [None, None],
-    "tokenizer": ["transformers", "Qwen2Tokenizer"],
-}
-
 MODEL_CARD = """---
 license: apache-2.0
 library_name: transformers
@@ -116,4 +104,3 @@ def package(
         visual_token_offset=model.config.text_vocab_size,
     ).save_pretrained(folder)
     add_remote_code(folder)
-    (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")

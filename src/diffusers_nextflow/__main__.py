@@ -64,7 +64,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Finds what can be known to be wrong before seconds go into imports and a model."""
     from PIL import Image
 
-    from transformers_nextflow import ScaleSchedule
+    from transformers_nextflow.scale_schedule import BASE_SIDES, ScaleSchedule
 
     output = arguments.output
     if not arguments.prompt.strip():
@@ -82,15 +82,24 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         ending = f'"{output.suffix}" is no image format' if output.suffix else "has no file extension"
         raise ValueError(f'--output "{output}": {ending}; name it like "{output.with_suffix(".png")}"')
+    if arguments.temperature is not None and not arguments.temperature > 0:
+        raise ValueError(f"--temperature must be above 0, not {arguments.temperature}; for the best codes: --top-k 1")
+    if arguments.num_scales is not None and not 1 <= arguments.num_scales <= len(BASE_SIDES):
+        raise ValueError(f"--num-scales must be between 1 and {len(BASE_SIDES)}, not {arguments.num_scales}")
     if arguments.height and arguments.width and arguments.num_scales is None:
         ScaleSchedule.from_size(arguments.height, arguments.width)
     model = arguments.model
     if model is not None and not os.path.isdir(model) and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
         raise ValueError(f'--model "{model}" is neither a folder nor the name of a Hub repository (owner/name)')
-    for folder in filter(None, (output.parent, arguments.steps_dir)):
-        folder.mkdir(parents=True, exist_ok=True)
+    for option, folder in {"--output": output.parent, "--steps-dir": arguments.steps_dir}.items():
+        if folder is None:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(f'{option}: "{folder}" is to be a folder, but a file is in its place') from None
         if not os.access(folder, os.W_OK):
-            raise ValueError(f'cannot write into the folder "{folder}"')
+            raise ValueError(f'{option}: cannot write into the folder "{folder}"')
 
 
 def output_paths(arguments: argparse.Namespace) -> list[Path]:

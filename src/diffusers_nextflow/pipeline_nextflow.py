@@ -30,7 +30,8 @@ from transformers_nextflow import (
     ScaleSchedule,
     check_same_codebook,
 )
-from transformers_nextflow.strict_loading import HUB_ARGUMENTS, read_json
+from transformers_nextflow.processing_nextflow import pipeline_index
+from transformers_nextflow.strict_loading import HUB_ARGUMENTS
 from transformers_nextflow.whole_folder import whole_folder
 
 from .lora_loader import NextFlowLoraLoaderMixin
@@ -150,7 +151,7 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs):
-        """As diffusers', but a plain transformers checkpoint, which has no `model_index.json`, is welcome too."""
+        """As diffusers', but a plain transformers checkpoint without a `model_index.json` is welcome too."""
         path = Path(pretrained_model_name_or_path)
         folder = path.parent if path.name == cls.config_name else path  # `download` asks for the file in the cache
         if folder.is_dir() and not (folder / cls.config_name).is_file():
@@ -272,8 +273,8 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
                 f"Got {len(negative_prompts)} negative prompts for {len(prompts)} prompts; give one, or one each."
             )
         pictures = self._pictures(image, prompts)
-        if negative_prompts is not None and (thinking or num_frames is not None):
-            raise ValueError("`negative_prompt` can't be combined with `thinking` or `num_frames`.")
+        if negative_prompts is not None and num_frames is not None:
+            raise ValueError("`negative_prompt` is for single images: it can't be combined with `num_frames`.")
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` must be at least 1, but got {num_images_per_prompt}.")
         if output_type not in OUTPUT_TYPES:
@@ -290,10 +291,12 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
 
         guidance_scale = _strength(guidance_scale)
         task = "thinking" if thinking else "frames" if num_frames is not None else "edit" if any(pictures) else "image"
-        inputs = self._encode(prompts, pictures, task, prompt_style)
+        inputs = self._encode(prompts, pictures, [task] * len(prompts), prompt_style)
         negative: Any = {}
         if negative_prompts is not None:
-            negative = self._encode(negative_prompts, [[] for _ in negative_prompts], task, prompt_style)
+            # An empty one is none, also where a thought comes first.
+            tasks = ["image" if thinking and not text else task for text in negative_prompts]
+            negative = self._encode(negative_prompts, [[]] * len(tasks), tasks, prompt_style)
         drawn: list[tuple[torch.Tensor, ScaleSchedule]] = []  # an entry a frame; without `num_frames` there is one
         output = None
 
@@ -415,14 +418,14 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
         parts = (self.image_processor, self.tokenizer, self.image_tokenizer)
         return NextFlowProcessor(*parts, self.model.config.text_vocab_size, self.tokenizer.chat_template)
 
-    def _encode(self, prompts: list[str], pictures: list[list[Any]], task: str, style: str | None) -> Any:
+    def _encode(self, prompts: list[str], pictures: list[list[Any]], tasks: list[str], style: str | None) -> Any:
         """Prompts, as the model was trained to be prompted, behind their pictures; padded on the left."""
         processor = self._processor
         processor.check_plain(prompts)
         styles = getattr(self.model.generation_config, "prompt_styles", None)
         texts = [
             processor.style_prompt(processor.image_token * len(of_prompt) + prompt, task, styles, style)
-            for prompt, of_prompt in zip(prompts, pictures, strict=True)
+            for prompt, of_prompt, task in zip(prompts, pictures, tasks, strict=True)
         ]
         flat = [picture for of_prompt in pictures for picture in of_prompt] or None
         if flat:
@@ -473,15 +476,7 @@ def _index_of_transformers_checkpoint(folder: Path) -> dict[str, Any]:
                 "`NextFlowPipeline.save_pretrained` wrote (it has a `model_index.json`), or from one that both a "
                 "`NextFlowForCausalLM` and a `NextFlowProcessor` were saved to."
             )
-    tokenizer_config: Any = read_json(folder, "tokenizer_config.json")
-    return {
-        "_class_name": NextFlowPipeline.__name__,
-        "_diffusers_version": diffusers.__version__,
-        "model": ["transformers_nextflow", "NextFlowForCausalLM"],
-        "image_tokenizer": ["transformers_nextflow", "NextFlowImageTokenizer"],
-        "tokenizer": ["transformers", tokenizer_config["tokenizer_class"]],
-        "image_processor": ["transformers_nextflow", "NextFlowImageProcessor"],
-    }
+    return pipeline_index(folder)
 
 
 # Where `DiffusionPipeline.from_pretrained` looks for a pipeline's class.

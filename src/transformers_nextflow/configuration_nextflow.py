@@ -1,5 +1,6 @@
 """Configurations of NextFlow's language model and of its image tokenizer."""
 
+import logging
 import math
 from functools import wraps
 from typing import Any, ClassVar
@@ -12,6 +13,9 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTe
 from .remote_code import write_shim
 from .scale_schedule import BASE_SIDES, ScaleSchedule
 from .strict_loading import StrictConfigMixin
+
+# Trainers read config.json as a `PreTrainedConfig`, which warns of the keys that it does not know.
+logging.getLogger("transformers.modeling_rope_utils").addFilter(lambda record: "'mrope_" not in record.getMessage())
 
 # The least and the most that numbers may be; without an entry 1 and 2**31, or 0 and any if they are no counts.
 _LIMITS: dict[str, tuple[float, float]] = {

@@ -1,7 +1,9 @@
 """The options of `generate`: one list, typed, checked, and saved as `generation_config.json`."""
 
 import copy
+import difflib
 import math
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -260,8 +262,22 @@ class NextFlowGenerationConfig(GenerationConfig):
             hints = [f"`{_INSTEAD[name]}` for `{name}`" for name in unused if name in _INSTEAD]
             raise ValueError(
                 f"Image mode without `thinking` writes no text, so it does not take "
-                f"{', '.join(f'`{name}`' for name in unused)}." + (f" Use {', '.join(hints)}." if hints else "")
+                f"{', '.join(f'`{name}`' for name in unused)}."
+                + (f" Use {', '.join(hints)}." if hints else "")
+                + ' (`pipeline("text-generation")` passes some by itself: draw with "text-to-image" or "any-to-any".)'
             )
+
+
+def refuse_unknown(caller: str, names: Iterable[str], others: Iterable[str]) -> None:
+    """Refuses arguments of a caller that are neither options nor among the `others`, and tells of similar ones."""
+    legal = [*vars(NextFlowGenerationConfig()), *others]
+    if unknown := sorted(set(names).difference(legal)):
+        near = sorted({match for name in unknown for match in difflib.get_close_matches(name, legal)})
+        raise ValueError(
+            f"{caller} does not take {', '.join(f'`{name}`' for name in unknown)}."
+            + (f" Similar names are {', '.join(f'`{name}`' for name in near)}." if near else "")
+            + f" It takes the options of `NextFlowGenerationConfig` and {', '.join(others)}."
+        )
 
 
 OWN_OPTIONS = tuple(NextFlowGenerationConfig.__annotations__)

@@ -8,6 +8,8 @@ import torch
 from transformers.pipelines.base import Pipeline
 
 from .codebook import check_same_codebook
+from .decoding_settings import INPUTS
+from .generation_config_nextflow import refuse_unknown
 from .generation_nextflow import NextFlowGenerateOutput
 from .modeling_nextflow import NextFlowForCausalLM
 from .processing_nextflow import NextFlowProcessor
@@ -80,6 +82,12 @@ class NextFlowTextToImagePipeline(Pipeline):
         prompt_style: str | None = None,
         **kwargs,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        own = ("generation_config", "negative_prompt", "num_images_per_prompt", "prompt_style", "seed")
+        if kwargs.keys() & {"image", "images"}:
+            raise ValueError(
+                'This pipeline draws of text alone. For an edit use `pipeline("any-to-any")` or `NextFlowPipeline`.'
+            )
+        refuse_unknown("The pipeline", kwargs, [*own, *INPUTS])
         if num_images_per_prompt is not None:
             if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
                 raise ValueError(f"`num_images_per_prompt` must be at least 1, but got {num_images_per_prompt}.")
@@ -107,7 +115,8 @@ class NextFlowTextToImagePipeline(Pipeline):
         styles = getattr(self.model.generation_config, "prompt_styles", None)
         model_inputs: dict[str, Any] = {}
         for prefix, text in texts.items():
-            styled = self.processor.style_prompt(text, task, styles, style)
+            of_task = "image" if prefix and not text else task  # an empty negative prompt is none
+            styled = self.processor.style_prompt(text, of_task, styles, style)
             model_inputs |= {prefix + k: v for k, v in self.processor(text=styled, return_tensors="pt").items()}
         if negative_prompt is not None:
             model_inputs["negative_prompt_ids"] = model_inputs.pop("negative_prompt_input_ids")

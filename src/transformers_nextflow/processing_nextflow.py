@@ -4,9 +4,12 @@ Token view: an image stands in a sequence as `<boi>` and its codes, each as the 
 """
 
 import copy
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -500,6 +503,7 @@ class NextFlowProcessor(ProcessorMixin):
                 write_shim(partial)
             if self.image_tokenizer is not None:
                 self.image_tokenizer.save_pretrained(os.path.join(partial, IMAGE_TOKENIZER_FOLDER))
+                write_pipeline_index(partial)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(save_directory)), **kwargs)
         return [os.path.join(save_directory, os.path.relpath(file, partial)) for file in files]
@@ -551,6 +555,24 @@ class NextFlowProcessor(ProcessorMixin):
         if model_config.get("model_type") == NextFlowConfig.model_type:
             check_same_codebook(NextFlowConfig.from_dict(model_config), image_tokenizer)
         return image_tokenizer
+
+
+def pipeline_index(folder: str | os.PathLike) -> dict[str, Any]:
+    """What `model_index.json` says to diffusers of a folder with a model and a processor: all flat but the images'."""
+    tokenizer_config = read_json(folder, "tokenizer_config.json") or {}
+    return {
+        "_class_name": "NextFlowPipeline",
+        "_diffusers_version": version("diffusers"),
+        "model": ["transformers_nextflow", "NextFlowForCausalLM"],
+        "image_tokenizer": ["transformers_nextflow", "NextFlowImageTokenizer"],
+        "tokenizer": ["transformers", tokenizer_config["tokenizer_class"]],
+        "image_processor": ["transformers_nextflow", "NextFlowImageProcessor"],
+    }
+
+
+def write_pipeline_index(folder: str | os.PathLike) -> None:
+    """Makes a folder with a processor, and the model that joins it, one that `DiffusionPipeline` loads."""
+    Path(folder, "model_index.json").write_text(json.dumps(pipeline_index(folder), indent=2) + "\n", encoding="utf-8")
 
 
 def _is_text(text: Any) -> bool:

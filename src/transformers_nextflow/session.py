@@ -11,8 +11,9 @@ from PIL import Image
 
 from .codebook import check_same_codebook
 from .decoding import Decoding, GenerationEvent, events_of
-from .decoding_settings import Call, read_options, read_settings
+from .decoding_settings import INPUTS, Call, read_options, read_settings
 from .decoding_state import DecodingState
+from .generation_config_nextflow import NextFlowGenerationConfig, refuse_unknown
 from .modeling_nextflow import NextFlowForCausalLM
 from .processing_nextflow import NextFlowProcessor, StreamChunk
 
@@ -74,6 +75,7 @@ class NextFlowSession:
             )
         processor._image_parts()  # says what is missing
         check_same_codebook(model.config, processor.image_tokenizer)
+        _check_settings(settings)
         self.model, self.processor, self.settings = model, processor, settings
         pad_token_id = model.config.eoi_token_id if model.config.pad_token_id is None else model.config.pad_token_id
         # The decoding, and where each turn and its answer began. One attribute, so that whatever interrupts a turn, an
@@ -108,12 +110,13 @@ class NextFlowSession:
     def draw(
         self, text: str, images: Sequence[Any] | Any = None, thinking: bool | None = None, **settings
     ) -> Image.Image:
-        """A picture: an edit of the last one, if there is one and nothing else is asked for.
+        """A picture: an edit of the last one, if there is one and nothing else is asked for, at the last one's size.
 
         Args:
             text, images: As for [`~NextFlowSession.ask`].
             thinking (`bool`, *optional*): Write a thought first, which `last_thought` then holds.
-            settings: As for [`~NextFlowGenerationMixin.generate`].
+            settings: As for [`~NextFlowGenerationMixin.generate`]. The size of the first picture holds for those after
+                it, until `height` and `width` or `num_scales` say otherwise.
 
         Raises:
             `ValueError`: for settings that don't fit, or if `stopping_criteria` end the turn before the picture begins.
@@ -188,8 +191,7 @@ class NextFlowSession:
         if not decoding.grids[0] and "image_grid_shw" not in inputs:
             defaults.pop("image_guidance_scale", None)  # until there is an image
         chosen = {**defaults, **settings}
-        if of_the_session := sorted(chosen.keys() & _OF_THE_SESSION):
-            raise ValueError(f"A session sees to `{of_the_session[0]}` itself: leave it out.")
+        _check_settings(chosen)
         ids = inputs["input_ids"].to(decoding.ids.device)
         new = inputs.get("image_grid_shw", torch.empty(0, 3, dtype=torch.long))
         whole = torch.cat([decoding.ids, ids], dim=1)
@@ -306,6 +308,13 @@ class NextFlowSession:
         """Moves keys and values back to the devices of their layers; every turn begins so."""
         for state in self._states:
             state.onload()
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    if of_the_session := sorted(settings.keys() & _OF_THE_SESSION):
+        raise ValueError(f"A session sees to `{of_the_session[0]}` itself: leave it out.")
+    refuse_unknown("A session", settings, [name for name in INPUTS if name not in _OF_THE_SESSION])
+    NextFlowGenerationConfig.merge(settings, None)[0].validate()
 
 
 def _states_of(decoding: Decoding) -> list[DecodingState]:

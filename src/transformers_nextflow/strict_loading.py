@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.modeling_utils import _add_variant
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from .whole_folder import PARTIAL, whole_folder
@@ -151,10 +152,11 @@ def _check_names(path: Any, kwargs: dict[str, Any]) -> None:
     """Refuses a config or an index of shards that names anything but safetensors files beside it."""
     if (name := (read_json(path, "config.json", **kwargs) or {}).get("transformers_weights")) is not None:
         _check_name(str(name), str(name))
-    index = read_json(path, SAFE_WEIGHTS_INDEX_NAME, **kwargs)
+    index_name = _add_variant(SAFE_WEIGHTS_INDEX_NAME, kwargs.get("variant"))
+    index = read_json(path, index_name, **kwargs)
     if index is not None and not all(isinstance(index.get(name), dict) for name in ("weight_map", "metadata")):
         raise ValueError(
-            f'"{SAFE_WEIGHTS_INDEX_NAME}" in "{path}" is damaged: it must hold the objects `weight_map` and '
+            f'"{index_name}" in "{path}" is damaged: it must hold the objects `weight_map` and '
             "`metadata`. Download or save the folder again."
         )
     for name in map(str, (index or {"weight_map": {}})["weight_map"].values()):

@@ -18,7 +18,8 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[str]:
     """Yields a folder to write to; when all files are written, they replace those of `folder`.
 
     A reader finds the old files or the new ones, never a mixture: for the moment of renaming, and after a kill in that
-    moment, the files are there but do not load. Files of other names stay, except for weights beside new weights.
+    moment, the files are there but do not load. Files of other names stay, except for weights (of one variant) beside
+    new ones.
     """
     target = Path(folder)
     partial = target / PARTIAL
@@ -28,18 +29,24 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[str]:
     try:
         yield str(partial)
         names = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
+        weights = {(name.parent, which) for name in names if (which := _weights(name.name))}
         markers = sorted((name for name in names if name.name in MARKERS), key=lambda name: len(name.parts))
         for name in markers:  # the outermost goes first and comes last
             (target / name).unlink(missing_ok=True)
-        for name in names:
-            if name.suffix == ".safetensors":
-                stem = re.match(r"[a-z_]*", name.name)[0]  # type: ignore[index]  # it matches the empty string, too
-                for old in (target / name.parent).glob(f"{stem}[-.]*safetensors*"):
-                    if old.relative_to(target) not in names:
-                        old.unlink()
+        for folder in {folder for folder, _ in weights}:
+            for old in (target / folder).glob("*.safetensors*"):
+                if (folder, _weights(old.name)) in weights and folder / old.name not in names:
+                    old.unlink()
         for name in sorted(names, key=lambda name: -markers.index(name) if name in markers else -len(names)):
             (partial / name).chmod(mode)
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(partial / name, target / name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _weights(name: str) -> tuple[str, ...] | None:
+    """Stem and variant of the weights that a file is a part of: a whole, a shard, or an index of shards."""
+    shard = r"([a-z_]+)((?:\.\w+)?)(?:-\d+-of-\d+)?\.safetensors"
+    match = re.fullmatch(shard, name) or re.fullmatch(r"([a-z_]+)\.safetensors\.index((?:\.\w+)?)\.json", name)
+    return match and match.groups()

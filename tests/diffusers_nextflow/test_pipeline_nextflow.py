@@ -239,8 +239,15 @@ def test_thoughts_are_given_beside_the_pictures(pipe):
     assert all(isinstance(thought, str) for thought in output.thoughts)
     with pytest.raises(ValueError, match="not both"):
         pipe(PROMPT, thinking=True, num_frames=2)
-    with pytest.raises(ValueError, match="`negative_prompt` can't be combined"):
-        pipe(PROMPT, thinking=True, negative_prompt="x")
+    with pytest.raises(ValueError, match="`negative_prompt` is for single images"):
+        pipe(PROMPT, num_frames=2, negative_prompt="x")
+
+
+def test_a_thought_may_come_with_a_negative_prompt(pipe):
+    settings = {"thinking": True, "guidance_scale": 4.0, "output_type": "latent"}
+    none, empty, red = (pipe(PROMPT, negative_prompt=p, generator=seeded(), **settings) for p in (None, "", "red"))
+    assert none.thoughts == empty.thoughts == red.thoughts
+    assert torch.equal(none.images, empty.images) and not torch.equal(none.images, red.images)
 
 
 def test_an_image_tokenizer_of_another_codebook_is_refused(pipe):

@@ -343,15 +343,17 @@ def _copy(pictures: Path, folder: Path, number: int) -> Path:
 
 
 def test_rows_without_text_or_picture(run, tmp_path, pictures):
-    """No caption is listed, and not learned as the word None; no picture is a text."""
+    """No caption and an empty one are listed, and not learned; no picture is a text."""
     file = {"bytes": (pictures / "0.png").read_bytes(), "path": None}
     rows = [{"image": file, "text": None}, {"image": None, "text": "words"}, {"image": {"bytes": b""}, "text": "words"}]
+    rows.append({"image": file, "text": " "})
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
     dataset = run("--source", "parquet", "--data", str(tmp_path / "rows.parquet"))
     assert dataset["id"] == ["1"] and dataset[0]["codes"] == []
     bad = [json.loads(line) for line in (tmp_path / "codes" / "bad.jsonl").read_text().splitlines()]
-    assert [entry["row"] for entry in bad] == [0, 2] and "has no text" in bad[0]["error"]
+    assert [entry["row"] for entry in bad] == [0, 2, 3]
+    assert all('has no text in "text"' in bad[entry]["error"] for entry in (0, 2))
 
 
 def test_on_ray(run, pictures):

@@ -1,5 +1,5 @@
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from transformers_nextflow import NextFlowConfig, NextFlowImageTokenizerConfig
 
@@ -86,3 +86,11 @@ def test_a_field_is_checked_when_it_is_set_later():
     with pytest.raises(ValueError, match=r"`num_scales` must be finite"):
         config.num_scales = 0
     assert config.num_scales == 18
+
+
+def test_reading_it_as_any_configuration_warns_of_nothing(tmp_path, caplog):
+    """As trainers do when they resume; that class knows nothing of `mrope_section`."""
+    NextFlowConfig().save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", logger="transformers"):
+        PreTrainedConfig.from_json_file(tmp_path / "config.json")
+    assert "Unrecognized keys" not in caplog.text

@@ -241,6 +241,8 @@ def test_negative_prompts_of_batches(draw):
         ({"num_images_per_prompt": 1.5}, "`num_images_per_prompt` must be at least 1, but got 1.5"),
         ({"generator": [torch.Generator()] * 2}, "Got 2 generators for 1 images"),
         ({"thinking": True, "num_frames": 2}, "`thinking` comes before one image"),
+        ({"guidance": 2}, "does not take `guidance`. Similar names are `guidance_scale`"),
+        ({"image": "a.png"}, 'This pipeline draws of text alone. For an edit use `pipeline\\("any-to-any"'),
     ],
 )
 def test_more_bad_arguments(draw, settings, message):

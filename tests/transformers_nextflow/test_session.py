@@ -255,9 +255,22 @@ def test_whatever_interrupts_it_a_session_is_as_it_was(parts, action):
 
 @pytest.mark.parametrize("name", ["cache", "num_return_sequences", "image_grid_shw", "on_scale_end"])
 def test_what_a_session_gives_itself_is_refused(session, name):
-    with pytest.raises(ValueError, match=f"A session sees to `{name}` itself"):
-        session.ask("one", **{name: 1})
+    for call in (session.ask, lambda _, **settings: NextFlowSession(session.model, session.processor, **settings)):
+        with pytest.raises(ValueError, match=f"A session sees to `{name}` itself"):
+            call("one", **{name: 1})
     assert session.num_turns == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance_scal": 2}, "does not take `guidance_scal`. Similar names are .*`guidance_scale`"),
+        ({"num_scales": 0}, "`num_scales` must be a whole number"),
+    ],
+)
+def test_settings_are_checked_at_once(parts, settings, message):
+    with pytest.raises(ValueError, match=message):
+        NextFlowSession(*parts, **settings)
 
 
 def test_a_stream_that_is_closed_late_leaves_the_next_one_alone(parts):

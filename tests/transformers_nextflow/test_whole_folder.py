@@ -126,3 +126,13 @@ def test_what_a_killed_save_left_is_cleared(tmp_path):
     with whole_folder(tmp_path) as partial:
         shutil.copy(__file__, f"{partial}/file")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_weights_of_another_variant_stay(tmp_path):
+    kept = ["model.safetensors", "model.fp8-00001-of-00002.safetensors", "model.safetensors.index.fp8.json", "a.json"]
+    old = ["model.fp16-00001-of-00002.safetensors", "model.safetensors.index.fp16.json"]
+    for name in (*kept, *old):
+        (tmp_path / name).write_text("old")
+    with whole_folder(tmp_path) as partial, open(f"{partial}/model.fp16.safetensors", "w") as file:
+        file.write("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "model.fp16.safetensors"])

@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..codebook import check_same_codebook
 from ..modeling_nextflow import NextFlowForCausalLM
-from ..processing_nextflow import IMAGE_TOKENIZER_FOLDER, NextFlowProcessor
+from ..processing_nextflow import IMAGE_TOKENIZER_FOLDER, NextFlowProcessor, write_pipeline_index
 from .packing import EpochSampler
 
 logger = logging.getLogger(__name__)
@@ -152,6 +152,12 @@ class NextFlowTrainerMixin(_Trainer):
                 f'"{self.args.output_dir}" has no whole checkpoint to go on from. Start the run without '
                 "`resume_from_checkpoint`, or name the folder of another run."
             )
+        if not folder and (last := find_last_checkpoint(self.args.output_dir)) is not None:
+            logger.warning(
+                "%s is of an earlier run, and this one starts over and writes over its checkpoints. To go on from it, "
+                "train with `resume_from_checkpoint=True` (on the command line `--resume_from_checkpoint true`).",
+                last,
+            )
         if folder:
             if missing := what_is_missing(folder):
                 raise ValueError(
@@ -197,6 +203,7 @@ class NextFlowTrainerMixin(_Trainer):
         except OSError:  # there is none yet, or the file system has no links
             processor.image_tokenizer.save_pretrained(own)
         self._image_tokenizer_files = own
+        write_pipeline_index(folder)
 
     def save_merged(self, folder: str) -> None:
         """Merges the adapters of PEFT into the model, for good, and saves a whole model that loads everywhere."""

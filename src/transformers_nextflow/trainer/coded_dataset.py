@@ -232,9 +232,9 @@ def check_columns(names: Iterable[str]) -> None:
     """Refuses rows that are not coded samples."""
     if missing := [name for name in COLUMNS if name not in names]:
         raise ValueError(
-            f"Coded samples need the columns {', '.join(COLUMNS)}, but there are {', '.join(names)}: "
-            f"{', '.join(missing)} is missing. `encode_messages` makes them of conversations, "
-            "examples/extract_codes.py of data sets."
+            f"The model trains on coded samples, whose columns are {', '.join(COLUMNS)}. These have the columns "
+            f"{', '.join(names)}: {', '.join(missing)} are missing. Texts, conversations and pictures become coded "
+            "samples by `encode_messages(messages, processor)`, whole data sets by examples/extract_codes.py."
         )
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoProcessor, Trainer
 
 from diffusers_nextflow import NextFlowPipeline
 from forks import call_fresh
@@ -145,7 +145,7 @@ def test_evaluation_between_generations_does_not_hinder(make_trainer, tmp_path):
     assert_equal(weights(resumed), weights(whole))
 
 
-def test_the_last_whole_checkpoint_is_found(make_trainer, unbroken, tmp_path, caplog):
+def test_the_last_whole_checkpoint_is_found(make_trainer, unbroken, tmp_path, caplog, monkeypatch):
     run = tmp_path / "run"
     for step in (2, 10, 9):
         os.makedirs(run / f"checkpoint-{step}")
@@ -161,6 +161,10 @@ def test_the_last_whole_checkpoint_is_found(make_trainer, unbroken, tmp_path, ca
         ValueError, match=r"is not a whole checkpoint .image_tokenizer_trainer.pt is missing or cut off"
     ):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-9"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", lambda *args, **kwargs: None)
+        trainer.train()
+    assert "checkpoint-2 is of an earlier run, and this one starts over" in caplog.text
     trainer.train(resume_from_checkpoint="true")  # as a command line says it
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
     with pytest.raises(ValueError, match="no whole checkpoint to go on from"):
