@@ -5,6 +5,7 @@ Axes: B images, D = semantic + pixel channels of a code vector, K codes, (h, w) 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -19,19 +20,8 @@ _MAX_DISTANCES = 2**25
 
 @dataclass
 class QuantizedResult:
-    """What the quantizer makes of a batch of feature maps.
-
-    Attributes:
-        codes (`torch.LongTensor` of shape `(B, N)`): The codes that were taken, scale by scale, row-major.
-        target_codes (`torch.LongTensor` of shape `(B, N)`):
-            The nearest code at each place, given the codes taken before; `codes` itself without self-correction.
-        quantized (`torch.FloatTensor` of shape `(B, D, h, w)`): Sum of the upsampled code vectors of all scales, fp32.
-        residual (`torch.FloatTensor` of shape `(B, D, h, w)`):
-            What the codes leave of the features; the gradient reaches the features. Codes hold directions only, so
-            only a penalty on this keeps the features' length within reach of the codes.
-        codebook_loss (`torch.FloatTensor`, *optional*): Pulls code vectors to features. Only in training mode.
-        commitment_loss (`torch.FloatTensor`, *optional*): Pulls features to code vectors. Only in training mode.
-    """
+    """What the quantizer makes of a batch of feature maps: fields of [`NextFlowImageTokenizerOutput`], and in training
+    mode the losses that pull code vectors to features and features to code vectors."""
 
     codes: torch.Tensor
     target_codes: torch.Tensor
@@ -224,25 +214,16 @@ class MultiScaleQuantizer(nn.Module):
         Raises:
             `ValueError`: if `codes` stop inside a scale or go beyond the last one.
         """
-        codebook = self.codebook()
-        quantized = codebook.new_zeros(len(codes), sum(self.split), *size)
-        start = 0
-        for h, w in grids:
-            if start == codes.shape[1]:
-                break
-            scale = codes[:, start : start + h * w]
-            if scale.shape[1] != h * w:
-                break
-            found = F.embedding(scale, codebook).reshape(len(codes), h, w, -1).permute(0, 3, 1, 2)
-            quantized = quantized + upsample(found, size)
-            start += h * w
-        if start != codes.shape[1]:
-            ends, total = [], 0
-            for h, w in grids:
-                total += h * w
-                ends.append(total)
+        ends = list(accumulate(h * w for h, w in grids))
+        if codes.shape[1] not in (0, *ends):
             raise ValueError(
                 f"{codes.shape[1]} codes per image do not fill whole scales of the grids {list(grids)}; "
                 f"legal numbers of codes are {ends}."
             )
+        codebook = self.codebook()
+        quantized = codebook.new_zeros(len(codes), sum(self.split), *size)
+        for (h, w), end in zip(grids, ends, strict=True):
+            if end <= codes.shape[1]:
+                scale = F.embedding(codes[:, end - h * w : end], codebook)
+                quantized = quantized + upsample(scale.reshape(len(codes), h, w, -1).permute(0, 3, 1, 2), size)
         return quantized

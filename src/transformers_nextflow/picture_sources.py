@@ -235,11 +235,7 @@ def place_frames(
     if not isinstance(num_frames, int) or num_frames < 1:
         raise ValueError(f"`num_frames` must be at least 1, a whole number, but got {num_frames}.")
     given = [] if videos is None else list(flatten_videos(videos))
-    if len(given) != num_marks:
-        raise ValueError(
-            f"`text` has {num_marks} `{VIDEO_MARK}` marks, but `videos` has {len(given)} videos. Put one mark into "
-            "the text where each video stands."
-        )
+    _check_number("videos", given, num_marks, VIDEO_MARK)
     pictures = iter(match_pictures(images, [text.count(image_token) for text in texts], image_token))
     clips, merged = iter(given), []
 
@@ -253,20 +249,21 @@ def place_frames(
 
 def match_pictures(images: Any, num_marks: list[int], image_token: str) -> list[Any]:
     """All pictures in reading order; checks that they are as many as the marks."""
-    marks = f"`{image_token}` marks"
     if isinstance(images, list | tuple) and images and all(isinstance(group, list | tuple) for group in images):
         counts = [len(group) for group in images]
         if counts != num_marks:
             raise ValueError(
-                f"The texts have {num_marks} {marks}, but the lists of `images` have {counts} pictures. "
+                f"The texts have {num_marks} `{image_token}` marks, but the lists of `images` have {counts} pictures. "
                 "Pass one list a text, with one picture a mark."
             )
     pictures = flatten_pictures(images)
-    if not pictures and any(num_marks):
-        raise ValueError(f"`text` has {sum(num_marks)} {marks}, but there are no `images`. Pass one a mark.")
-    if len(pictures) != sum(num_marks):
-        raise ValueError(
-            f"`text` has {sum(num_marks)} {marks}, but `images` has {len(pictures)} pictures. "
-            "Put one mark into the text where each picture stands."
-        )
+    _check_number("images", pictures, sum(num_marks), image_token)
     return pictures
+
+
+def _check_number(name: str, given: list[Any], num_marks: int, mark: str) -> None:
+    if len(given) != num_marks:
+        raise ValueError(
+            f"`text` has {num_marks} `{mark}` marks, but there are {len(given)} {name} (`{name}`). Put one mark into "
+            "the text where each of them stands, and pass one for each mark."
+        )

@@ -373,16 +373,11 @@ class NextFlowProcessor(ProcessorMixin):
 
         Args:
             codes (`torch.Tensor` of shape `(num_images, n)`, or a list of codes `(n,)`):
-                Codes of the image tokenizer, from 0 (not ids). An image may stop after any whole scale; then it is a
-                preview at full size.
+                Codes of the image tokenizer, from 0 (not ids).
             image_grid_shw (`torch.Tensor` of shape `(num_images, 3)`): Their grids.
 
         Returns:
-            `list[PIL.Image.Image]`, one per image.
-
-        Raises:
-            `ValueError`: if images and grids differ in number, if an image stops inside a scale, or if its codes are
-                not in the image tokenizer's codebook.
+            `list[PIL.Image.Image]`, one per image. Previews and errors as for [`~NextFlowProcessor.decode_images`].
         """
         image_tokenizer, _ = self._image_parts()
         grids = read_grids(image_grid_shw, len(codes), "There are codes of")
@@ -400,17 +395,10 @@ class NextFlowProcessor(ProcessorMixin):
         return to_pil(image_tokenizer.decode(torch.stack(tensors) if alike else tensors, grids))
 
     def decode_segments(self, token_ids, image_grid_shw) -> list[list[str | Image.Image]]:
-        """Text and pictures of ids, in their order.
-
-        Args:
-            token_ids (`torch.Tensor` or `list[int]`, of shape `(L,)` or `(B, L)`): Ids in the token view.
-            image_grid_shw (`torch.Tensor` of shape `(num_images, 3)`): Their grids, in reading order over the batch.
+        """Text and pictures of ids, in their order; arguments and errors as for [`~NextFlowProcessor.decode_images`].
 
         Returns:
             `list[list[str | PIL.Image.Image]]`, one list per sequence; special tokens and blank texts are left out.
-
-        Raises:
-            `ValueError`: as for [`~NextFlowProcessor.decode_images`].
         """
         runs = [list(self._runs(ids)) for ids in _to_rows(token_ids)[0]]
         codes = [[token - self.visual_token_offset for token in run] for row in runs for visual, run in row if visual]

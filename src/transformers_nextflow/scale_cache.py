@@ -144,7 +144,10 @@ class ScaleCacheLayer(CacheLayerMixin):
             return
         rows, slots = slice(group.start, group.stop), slice(self.length, self.length + new)
         for buffer, factors, space in zip(self._buffers, self._factors, spaces, strict=True):
-            self._write(buffer, factors, rows, slots, space[:, :, space.shape[2] - new :])
+            state = space[:, :, space.shape[2] - new :]
+            if factors is not None:
+                state, factors[rows, :, slots] = Int8.of(state)
+            buffer[rows, :, slots] = state
 
     def _stores(self, new: int) -> bool:
         """Whether the next `new` slots are stored; if so, makes room for them."""
@@ -153,13 +156,6 @@ class ScaleCacheLayer(CacheLayerMixin):
             self._grow(self.length + new)
             fits = True
         return fits
-
-    def _write(self, buffer, factors, rows: slice, slots: slice, state: torch.Tensor):
-        if factors is not None:
-            numbers, scale = Int8.of(state)
-            factors[rows, :, slots] = scale
-            state = numbers
-        buffer[rows, :, slots] = state
 
     def advance(self, number: int):
         """Counts slots that all rows have."""

@@ -117,32 +117,33 @@ def semantic_tokens(encoder: Any, pixel_values: torch.Tensor, grid: tuple[int, i
     return tokens
 
 
-def mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequential:
+def mlp(in_features: int, hidden_features: int, out_features: Any) -> nn.Sequential:
     """Linear, Tanh, Linear: between a vision transformer's features and codes, both ways."""
     return nn.Sequential(nn.Linear(in_features, hidden_features), nn.Tanh(), nn.Linear(hidden_features, out_features))
 
 
+def _transformer_settings(config: NextFlowImageTokenizerConfig) -> dict[str, Any]:
+    """Settings of a semantic decoder's ViT; its "patches" are single code vectors."""
+    width = config.semantic_decoder_hidden_size
+    return {
+        "hidden_size": width,
+        "intermediate_size": config.semantic_decoder_intermediate_size or 4 * width,
+        "num_hidden_layers": config.semantic_decoder_layers,
+        "num_attention_heads": config.semantic_decoder_num_heads,
+        "num_channels": config.semantic_code_dim,
+        "patch_size": 1,
+        "hidden_act": "gelu",
+    }
+
+
 class NextFlowSemanticDecoder(nn.Module):
-    """A small ViT: semantic half `(B, D_sem, h, w)` of a quantized map to the teacher's features `(B, n, C)`."""
+    """A small naflex ViT, for any grid: semantic half `(B, D_sem, h, w)` of a quantized map to features `(B, n, C)`."""
 
     def __init__(self, config: NextFlowImageTokenizerConfig):
         super().__init__()
-        width, out_features = config.semantic_decoder_hidden_size, config.semantic_feature_dim
-        assert width is not None and out_features is not None  # the configuration fills them in
-        # A naflex ViT on 1x1 "patches" of code vectors takes any grid.
-        self.transformer = Siglip2VisionModel(
-            Siglip2VisionConfig(
-                hidden_size=width,
-                intermediate_size=config.semantic_decoder_intermediate_size or 4 * width,
-                num_hidden_layers=config.semantic_decoder_layers,
-                num_attention_heads=config.semantic_decoder_num_heads,
-                num_channels=config.semantic_code_dim,
-                patch_size=1,
-                hidden_act="gelu",
-                vision_use_head=False,
-            )
-        )
-        self.proj_out = mlp(width, width, out_features)
+        settings = Siglip2VisionConfig(**_transformer_settings(config), vision_use_head=False)
+        self.transformer = Siglip2VisionModel(settings)
+        self.proj_out = mlp(settings.hidden_size, settings.hidden_size, config.semantic_feature_dim)
 
     def forward(self, semantic: torch.Tensor) -> torch.Tensor:
         patches = semantic.flatten(2).transpose(1, 2)
@@ -156,18 +157,9 @@ class TokenFlowSemanticDecoder(nn.Module):
 
     def __init__(self, config: NextFlowImageTokenizerConfig):
         super().__init__()
-        width, out_features = config.semantic_decoder_hidden_size, config.semantic_feature_dim
-        side = config.semantic_decoder_grid_size
-        assert width is not None and out_features is not None and side is not None  # the configuration has them
         settings = BeitConfig(
-            hidden_size=width,
-            intermediate_size=config.semantic_decoder_intermediate_size or 4 * width,
-            num_hidden_layers=config.semantic_decoder_layers,
-            num_attention_heads=config.semantic_decoder_num_heads,
-            num_channels=config.semantic_code_dim,
-            image_size=side,
-            patch_size=1,
-            hidden_act="gelu",
+            **_transformer_settings(config),
+            image_size=config.semantic_decoder_grid_size,
             layer_norm_eps=1e-6,
             layer_scale_init_value=0.0,
             drop_path_rate=0.0,
@@ -176,8 +168,8 @@ class TokenFlowSemanticDecoder(nn.Module):
         )
         self.transformer = BeitModel(settings, add_pooling_layer=False)
         self.transformer.embeddings = NextFlowBeitEmbeddings(settings)
-        self.norm_out = nn.LayerNorm(width, eps=1e-6)
-        self.proj_out = mlp(width, width, out_features)
+        self.norm_out = nn.LayerNorm(settings.hidden_size, eps=1e-6)
+        self.proj_out = mlp(settings.hidden_size, settings.hidden_size, config.semantic_feature_dim)
 
     def forward(self, semantic: torch.Tensor) -> torch.Tensor:
         tokens = self.transformer(semantic).last_hidden_state[:, 1:]

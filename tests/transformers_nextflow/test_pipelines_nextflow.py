@@ -182,7 +182,7 @@ def test_text_generation(tiny_random_checkpoint):
 
 
 def test_bad_pictures(any_to_any):
-    with pytest.raises(ValueError, match="`text` has 0 `<image>` marks, but `images` has 1 pictures"):
+    with pytest.raises(ValueError, match="`text` has 0 `<image>` marks, but there are 1 images"):
         any_to_any(images=Image.new("RGB", (80, 80)), text="What is it?")
 
 

@@ -35,7 +35,7 @@ def test_by_position_in_either_order(processor):
     assert same(processor("<image>", PICTURE, return_tensors="pt"), named)
     assert same(processor(PICTURE, "<image>", return_tensors="pt"), named)
     assert same(processor([PICTURE], ["<image>"], return_tensors="pt"), named)
-    with pytest.raises(ValueError, match="has 0 `<image>` marks, but `images` has 1"):
+    with pytest.raises(ValueError, match="has 0 `<image>` marks, but there are 1 images"):
         processor("picture.png", "<image>")  # which is which? text comes first
     with pytest.raises(ValueError, match="`text` must be"):
         processor(None, "a cat")

@@ -117,6 +117,12 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         functions = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         if not functions:
             raise ValueError("`reward_funcs` is empty: pass at least one reward function.")
+        for rows in (kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
+            if isinstance(names := getattr(rows, "column_names", None), list) and "prompt" not in names:
+                raise ValueError(
+                    f"The rows have the columns {', '.join(names)}, but no `prompt`, a text or a conversation to draw "
+                    'from: `dataset.rename_column("...", "prompt")`.'
+                )
         size, _ = NextFlowGenerationConfig.merge({name: getattr(args, name) for name in SIZE}, None)
         self._first_visual_id = model.config.text_vocab_size
         self.schedule = size.over(model.generation_config).schedule(model.config.num_scales)

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast
 from torch import nn
 from torchvision.utils import save_image
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, default_data_collator
 
 from ..modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
 from .checkpoints import NextFlowTrainerMixin, check_start, copy_settings
@@ -68,6 +69,21 @@ def psnr(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return 10 * torch.log10(4 / error.clamp_min(1e-10))
 
 
+def collate_pixels(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Samples with `pixel_values` `(3, H, W)` as a batch `(B, 3, H, W)`."""
+    if any("pixel_values" not in sample for sample in samples):
+        raise ValueError(
+            f"A sample needs `pixel_values` (3, height, width), which `NextFlowImageProcessor` makes, but this one has "
+            f"{', '.join(samples[0])}."
+        )
+    if len(shapes := {np.shape(sample["pixel_values"]) for sample in samples}) > 1:
+        raise ValueError(
+            f"Images of one batch must have one size, but these have {', '.join(map(str, map(tuple, shapes)))}. Give "
+            "the image processor `height` and `width`, or draw batches of one size."
+        )
+    return default_data_collator(samples)
+
+
 class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
     """
     transformers' [`~transformers.Trainer`] for [`NextFlowImageTokenizer`]: scale dropout, revival of dead codes,
@@ -122,7 +138,7 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
             )
         trainable_parameters(model, args.stage)
         check_start(model)
-        super().__init__(model, args, **kwargs)
+        super().__init__(model, args, **{"data_collator": collate_pixels, **kwargs})
         self.teacher, self.perceptual_loss = teacher, perceptual_loss
         self.discriminator: Any = discriminator
         if discriminator is not None:

@@ -553,6 +553,8 @@ def test_other_misuse_is_explained(make_trainer, tiny_random_checkpoint, tmp_pat
         NextFlowGRPOTrainer(path, "some/reward-model", settings, **common)
     with pytest.raises(ValueError, match="`reward_funcs` is empty"):
         NextFlowGRPOTrainer(path, [], settings, **common)
+    with pytest.raises(ValueError, match="The rows have the columns text, but no `prompt`"):
+        NextFlowGRPOTrainer(path, brightness, settings, train_dataset=datasets.Dataset.from_list([{"text": "red"}]))
     with pytest.raises(ValueError, match="`tools` is for text"):
         NextFlowGRPOTrainer(path, brightness, settings, tools=[print], **common)
 

@@ -15,7 +15,12 @@ from transformers_nextflow.trainer import (
     PatchDiscriminator,
     find_last_checkpoint,
 )
-from transformers_nextflow.trainer.image_tokenizer_trainer import draw_kept_scales, psnr, revive_dead_codes
+from transformers_nextflow.trainer.image_tokenizer_trainer import (
+    collate_pixels,
+    draw_kept_scales,
+    psnr,
+    revive_dead_codes,
+)
 
 SIDE = 80
 
@@ -224,6 +229,12 @@ def test_bad_input(tiny_random_checkpoint, tmp_path, make_trainer):
         NextFlowImageTokenizerTrainingConfig(stage="all", **common)
     with pytest.raises(ValueError, match="`scale_dropout` must be between 0 and 1, but got 2"):
         NextFlowImageTokenizerTrainingConfig(scale_dropout=2, **common)
+    square, wide = torch.zeros(3, 64, 64), torch.zeros(3, 48, 80)
+    assert collate_pixels([{"pixel_values": square}] * 2)["pixel_values"].shape == (2, 3, 64, 64)
+    with pytest.raises(ValueError, match=r"must have one size, but these have .*\(3, 48, 80\)"):
+        collate_pixels([{"pixel_values": square}, {"pixel_values": wide}])
+    with pytest.raises(ValueError, match=r"A sample needs `pixel_values`.* this one has image"):
+        collate_pixels([{"image": square}])
     trainer = make_trainer("joint")
     trainer.teacher = lambda pixels: pixels
     with pytest.raises(ValueError, match="The teacher's features are"):
