@@ -154,8 +154,10 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
         """As diffusers', but a plain transformers checkpoint without a `model_index.json` is welcome too."""
         path = Path(pretrained_model_name_or_path)
         folder = path.parent if path.name == cls.config_name else path  # `download` asks for the file in the cache
-        if folder.is_dir() and not (folder / cls.config_name).is_file():
-            return _index_of_transformers_checkpoint(folder)
+        if folder.is_dir() and not (folder / "model").is_dir():
+            _check_transformers_checkpoint(folder)
+            if not (folder / cls.config_name).is_file():
+                return pipeline_index(folder)
         return super().load_config(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
@@ -462,8 +464,8 @@ def _onload(module: torch.nn.Module) -> None:
         hook.pre_forward(module)
 
 
-def _index_of_transformers_checkpoint(folder: Path) -> dict[str, Any]:
-    """What `model_index.json` would say of a transformers checkpoint: all flat but the image tokenizer's sub-folder."""
+def _check_transformers_checkpoint(folder: Path) -> None:
+    """Refuses a folder in which something is missing: all is flat but the image tokenizer's sub-folder."""
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise ValueError(
             f'"{folder}" is an adapter, and a pipeline takes a whole model: write one by `trainer.save_merged`, or '
@@ -476,7 +478,6 @@ def _index_of_transformers_checkpoint(folder: Path) -> dict[str, Any]:
                 "`NextFlowPipeline.save_pretrained` wrote (it has a `model_index.json`), or from one that both a "
                 "`NextFlowForCausalLM` and a `NextFlowProcessor` were saved to."
             )
-    return pipeline_index(folder)
 
 
 # Where `DiffusionPipeline.from_pretrained` looks for a pipeline's class.

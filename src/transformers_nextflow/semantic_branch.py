@@ -124,7 +124,7 @@ def mlp(in_features: int, hidden_features: int, out_features: Any) -> nn.Sequent
 
 def _transformer_settings(config: NextFlowImageTokenizerConfig) -> dict[str, Any]:
     """Settings of a semantic decoder's ViT; its "patches" are single code vectors."""
-    width = config.semantic_decoder_hidden_size
+    width: Any = config.semantic_decoder_hidden_size  # the configuration has filled it in
     return {
         "hidden_size": width,
         "intermediate_size": config.semantic_decoder_intermediate_size or 4 * width,
@@ -159,7 +159,7 @@ class TokenFlowSemanticDecoder(nn.Module):
         super().__init__()
         settings = BeitConfig(
             **_transformer_settings(config),
-            image_size=config.semantic_decoder_grid_size,
+            image_size=config.semantic_decoder_grid_size,  # type: ignore[arg-type]  # whoever builds it has set it
             layer_norm_eps=1e-6,
             layer_scale_init_value=0.0,
             drop_path_rate=0.0,

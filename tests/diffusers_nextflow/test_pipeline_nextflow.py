@@ -72,6 +72,8 @@ def test_a_saved_pipeline_names_the_package_of_its_components(diffusers_folder):
 def test_a_transformers_checkpoint_with_an_index_loads_in_diffusers(pipe, tiny_random_checkpoint, tmp_path):
     """One folder can be both layouts: diffusers looks for a component in the root if it has no sub-folder."""
     folder = shutil.copytree(tiny_random_checkpoint, tmp_path / "checkpoint")
+    (folder / "model_index.json").unlink()
+    assert torch.equal(draw(NextFlowPipeline.from_pretrained(folder)), draw(pipe))
     pipe.save_config(folder)
     loaded = DiffusionPipeline.from_pretrained(folder)
     loaded.set_progress_bar_config(disable=True)
@@ -119,17 +121,21 @@ def hub(monkeypatch):
     return publish
 
 
+@pytest.mark.parametrize("layout", ["tiny_random_checkpoint", "diffusers_folder"])
 @pytest.mark.parametrize("loader", [NextFlowPipeline, DiffusionPipeline])
-def test_a_pipeline_on_the_hub_loads(loader, pipe, diffusers_folder, hub):
-    hub(diffusers_folder)
+def test_a_pipeline_on_the_hub_loads(loader, layout, pipe, request, hub):
+    hub(request.getfixturevalue(layout))
     loaded = loader.from_pretrained("somebody/a-pipeline")
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(draw(loaded), draw(pipe))
 
 
 @pytest.mark.parametrize("online", [True, False])
-def test_a_transformers_checkpoint_on_the_hub_loads(online, pipe, tiny_random_checkpoint, hub):
-    fetched = hub(tiny_random_checkpoint, online)
+def test_a_transformers_checkpoint_on_the_hub_loads(online, pipe, tiny_random_checkpoint, hub, tmp_path):
+    """Also one from before there was an index."""
+    folder = shutil.copytree(tiny_random_checkpoint, tmp_path / "checkpoint")
+    (folder / "model_index.json").unlink()
+    fetched = hub(folder, online)
     loaded = NextFlowPipeline.from_pretrained("somebody/a-checkpoint", revision="v1")
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(draw(loaded), draw(pipe))
