@@ -233,7 +233,7 @@ def check_columns(names: Iterable[str]) -> None:
     if missing := [name for name in COLUMNS if name not in names]:
         raise ValueError(
             f"The model trains on coded samples, whose columns are {', '.join(COLUMNS)}. These have the columns "
-            f"{', '.join(names)}: {', '.join(missing)} are missing. Texts, conversations and pictures become coded "
+            f"{', '.join(names)}, without {', '.join(missing)}. Texts, conversations and pictures become coded "
             "samples by `encode_messages(messages, processor)`, whole data sets by examples/extract_codes.py."
         )
 
