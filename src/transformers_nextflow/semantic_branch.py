@@ -50,28 +50,20 @@ class NextFlowBeitEmbeddings(BeitEmbeddings):
         return resize_positions(self.position_embeddings, (height, width))  # a patch is one cell
 
 
-# What the blocks of each family of encoders start from, for pixels (B, 3, H, W) that hold `grid` patches.
-
-
-def _siglip2_states(encoder: Any, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def _embed_patches(encoder: Any, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     patch = encoder.config.patch_size
     patches = F.unfold(pixel_values, patch, stride=patch)  # (B, 3 * patch * patch, n), channels first
     patches = patches.unflatten(1, (3, -1)).permute(0, 3, 2, 1).flatten(2)  # naflex wants channels last
     return encoder.embeddings(patches, torch.tensor([grid] * len(patches)))
 
 
-def _siglip_states(encoder: Any, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    return encoder.embeddings(pixel_values, interpolate_pos_encoding=True)
-
-
-def _clip_states(encoder: Any, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    return encoder.pre_layrnorm(encoder.embeddings(pixel_values, interpolate_pos_encoding=True))
-
-
+# What the blocks of each family of encoders start from, for pixels (B, 3, H, W) that hold `grid` patches.
 FIRST_STATES: dict[str, Callable[..., torch.Tensor]] = {
-    "siglip2_vision_model": _siglip2_states,
-    "siglip_vision_model": _siglip_states,
-    "clip_vision_model": _clip_states,
+    "siglip2_vision_model": _embed_patches,
+    "siglip_vision_model": lambda encoder, pixels, grid: encoder.embeddings(pixels, interpolate_pos_encoding=True),
+    "clip_vision_model": lambda encoder, pixels, grid: encoder.pre_layrnorm(
+        encoder.embeddings(pixels, interpolate_pos_encoding=True)
+    ),
 }
 
 
