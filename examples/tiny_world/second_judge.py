@@ -18,6 +18,7 @@ MIN_AREA = 120  # pixels
 EDGE_POINTS = 32
 NEIGHBOURS = 5
 MAX_DISTANCE = 0.9  # of the nearest example, in standardised measures: further away is no shape
+BEND = 0.07  # of a shape's size
 _LEVELS = (0.35, 0.5, 0.65)  # of coverage: where blur may put an edge
 
 
@@ -73,6 +74,15 @@ def measure(mask: np.ndarray) -> np.ndarray:
     return np.concatenate([hu, plain, offset, 6 * spectrum])
 
 
+def _bend(drawn: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
+    """A drawing whose points are moved a little, neighbours alike, as an image tokenizer's decoder moves them."""
+    rows, columns = np.indices(drawn.shape).astype(float)
+    for places in (rows, columns):
+        moved = ndimage.gaussian_filter(rng.normal(size=drawn.shape), size / 10)
+        places += rng.uniform(0, BEND) * size * moved / np.abs(moved).max()
+    return ndimage.map_coordinates(drawn, [rows, columns], order=1)
+
+
 @lru_cache(maxsize=1)
 def _examples() -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
@@ -81,7 +91,7 @@ def _examples() -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
         for size in range(26, 96, 3):
             drawn = np.pad(shape_mask(shape, size), 6)
             for level in _LEVELS:
-                soft = ndimage.gaussian_filter(drawn, rng.uniform(0, 0.03 * size))
+                soft = _bend(ndimage.gaussian_filter(drawn, rng.uniform(0, 0.03 * size)), rng, size)
                 soft += ndimage.gaussian_filter(rng.normal(0, 0.5, drawn.shape), 1.5) * rng.uniform(0, 1)
                 pieces, number = ndimage.label(soft > level)
                 if number:
