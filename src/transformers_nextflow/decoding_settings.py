@@ -17,7 +17,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 from transformers.utils import logging
 
 from .configuration_nextflow import NextFlowConfig
-from .generation_config_nextflow import SIZE, NextFlowGenerationConfig
+from .generation_config_nextflow import SIZE, NextFlowGenerationConfig, refuse_unknown
 from .kept_regions import KeptCodes, read_kept
 from .padding import Prompts, end_with_boi, read_prompts
 from .regional_prompts import Region, Regions, read_regions
@@ -145,11 +145,7 @@ def read_options(
     config.check_drawing(keywords, {name for name, value in vars(given).items() if value is not None})
     if config.generation_mode == "image" and not config.thinking and others.get("logits_processor") is not None:
         raise ValueError("Image mode writes no text, so it does not take `logits_processor`. Use `on_scale_end`.")
-    if unknown := sorted(name for name in others.keys() - set(INPUTS) if others[name] is not None):
-        raise ValueError(
-            f"`generate` does not take {', '.join(f'`{name}`' for name in unknown)} where images are drawn. It takes "
-            f"the options of `NextFlowGenerationConfig` and {', '.join(INPUTS)}."
-        )
+    refuse_unknown("`generate`", [name for name, value in others.items() if value is not None], INPUTS)
     return given, config, others
 
 
