@@ -19,8 +19,8 @@
 Language models have 3 layers of width 192 with heads of 64 at theta 1e6, learn shapes alone, and have the same seed,
 batches and number of steps unless the study says otherwise. Accuracy is a detector's verdict on held-out prompts
 ("strict" wants nothing superfluous), loss the mean cross-entropy of held-out codes, among codes alone, on true inputs.
-A run is a file in `--work` and is not repeated: start the script again after a kill. `--steps` and the other sizes are
-part of the file's name. The table says of how many seeds a row is; what has not run has no row.
+A run is a file in `--work`, named by its sizes, and is not repeated: start the script again after a kill. The table says
+of how many seeds a row is; what has not run has no row.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from transformers_nextflow import (
     ScaleSchedule,
     tiny_checkpoint,
 )
-from transformers_nextflow.multi_scale_quantizer import downsample, upsample
+from transformers_nextflow.multi_scale_quantizer import SelfCorrection, downsample, upsample
 from transformers_nextflow.token_layout import TokenLayout
 
 KINDS = ("single", "colour", "position", "attribution")
@@ -122,8 +122,7 @@ def extract(tokenizer: NextFlowImageTokenizer, file: Path, number: int, seed: in
             features = tokenizer.encode_features(to_pixels([render(scene) for scene in scenes[start : start + 50]]))
             parts.setdefault("clean", []).append(tokenizer.quantize(features).codes)
             for fraction in FRACTIONS[1:]:
-                tokenizer.config.self_correction_token_fraction = fraction
-                result = tokenizer.quantize(features, self_correction=True, generator=generator)
+                result = tokenizer.quantizer(features, SCHEDULE.grids, SelfCorrection(10, fraction, 1.0), generator)
                 parts.setdefault(f"drawn {fraction}", []).append(result.codes)
                 parts.setdefault(f"targets {fraction}", []).append(result.target_codes)
         arrays = {name: torch.cat(rows).numpy().astype(np.int16) for name, rows in parts.items()}
@@ -330,13 +329,11 @@ def correction_rows(processor: NextFlowProcessor, model: NextFlowForCausalLM, nu
         return float((10 * torch.log10(4 / error)).mean())
 
     yield {"setting": "nothing drawn", "PSNR": psnr(clean.codes)}
-    own = tokenizer.config
     for k, temperature in ((2, 1.0), (10, 0.3), (10, 1.0), (10, 3.0), (50, 1.0)):
         row: Result = {"setting": f"k = {k}, T = {temperature:g}"}
         for fraction in (0.6, 1.0):
-            own.self_correction_top_k, own.self_correction_temperature = k, temperature
-            own.self_correction_token_fraction = fraction
-            drawn = tokenizer.quantize(features, self_correction=True, generator=generator)
+            correction = SelfCorrection(k, fraction, temperature)
+            drawn = tokenizer.quantizer(features, SCHEDULE.grids, correction, generator)
             row[f"changed of {fraction:.0%}"] = float((drawn.codes != drawn.target_codes).float().mean())
             row[f"PSNR at {fraction:.0%}"] = psnr(drawn.codes)
         yield row
@@ -452,7 +449,7 @@ def train_tokenizer(name: str, options: argparse.Namespace, seed: int) -> NextFl
     sizes = {"encoder_hidden_sizes": [32, 48, 64], "decoder_hidden_sizes": [32, 48, 64], "pixel_patch_size": 4}
     tokenizer = NextFlowImageTokenizer(type(config)(**{**config.to_dict(), **sizes}))
     rng = np.random.default_rng(seed)
-    pictures = [to_pixels([render(sample_scene(rng))])[0] for _ in range(options.pictures)]
+    pictures = [to_pixels([render(sample_scene(rng))])[0] for _ in range(min(options.pictures, 2000))]
     for stage, share, settings in TOKENIZERS[name]:
         if stage == "decoder":
             tokenizer.enlarge_pixel_decoder()
@@ -482,8 +479,8 @@ def tokenizer_result(name: str, options: argparse.Namespace, seed: int) -> Resul
         np.square(a.astype(float) - b).mean()
         for a, b in zip(truth, reconstruct(processor.image_tokenizer, truth)[0], strict=True)
     ]
-    codes = f"tokenizer-{list(TOKENIZERS).index(name)}-{options.tokenizer_steps}-{seed}"
-    figures = measure_language_model(Run(codes=codes), processor, options, seed)
+    run = Run(codes=f"tokenizer-{list(TOKENIZERS).index(name)}-{options.tokenizer_steps}-{seed}")
+    figures = measure_language_model(run, processor, options, seed)
     return {"PSNR": float(np.mean(10 * np.log10(255**2 / np.maximum(errors, 1e-2)))), **figures}
 
 
@@ -523,20 +520,24 @@ STUDY_NAMES = ("cost", "correction", "in_context", *STUDIES, "tokenizer", "prefi
 
 def collect(options: argparse.Namespace) -> list[Result]:
     """All rows: what there is in the folder, and, unless only the table is wanted, what is missing."""
-    sizes = f"{options.steps}-{options.batch_size}-{options.pictures}-{options.prompts}"
+    names = ("steps", "batch_size", "pictures", "held_out", "prompts")
+    sizes = "-".join(str(getattr(options, name)) for name in names)
+    more = {"tokenizer": f"-{options.tokenizer_steps}", "prefixes": f"-{options.updates}"}
     results: list[Result] = []
     for seed in options.seeds:  # a whole table with one seed comes before the next
         for study, says, setting, measure, key in jobs(options):
             if study not in options.studies or (measure is None and seed != options.seeds[0]):
                 continue
-            name = f"{study}-{options.samples}" if measure is None else f"{study}-{key}-{sizes}-seed{seed}"
-            file = options.work / f"{name.replace('/', '_').replace(' ', '_')}.json"
-            shared = options.work / f"model-{key}-{sizes}-seed{seed}.json"  # one model may stand in several studies
-            file = shared if study in STUDIES else file
+            kind = "model" if study in STUDIES else study  # one model may stand in several studies
+            name = f"{study}-{options.samples}"
+            if measure:
+                name = f"{kind}-{key}-{sizes}{more.get(study, '')}-seed{seed}".replace(" ", "_")
+            file = options.work / f"{name}.json"
             if not file.exists() and not options.table_only:
                 rows = [{"setting": setting, **measure(seed)}] if measure else list(key())
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(rows), encoding="utf-8")
+                file.with_suffix(".part").write_text(json.dumps(rows), encoding="utf-8")
+                file.with_suffix(".part").rename(file)
                 print(f"[{study}] {setting} seed {seed}: {rows}", flush=True)
             if file.exists():
                 rows = json.loads(file.read_text(encoding="utf-8"))
@@ -566,7 +567,7 @@ def format_table(results: Sequence[Result]) -> str:
 def _figure(values: list[Any]) -> str:
     if isinstance(values[0], list):
         return ", ".join(f"{number:.2f}" for number in np.mean(values, axis=0))
-    if isinstance(values[0], int):
+    if isinstance(values[0], int):  # a number of samples
         return str(values[0])
     spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{spread}"

@@ -38,7 +38,7 @@ def test_every_study_ends_in_the_table_and_is_done_once(tmp_path, capsys):
     for study in studies:
         assert f"| **{study}** |" in first and f"\n| {study} | " in first
     assert capsys.readouterr().out.count("[features]") == 8
-    (tmp_path / "model-fraction=0.3-2-4-16-4-seed0.json").unlink()
+    (tmp_path / "model-fraction=0.3-2-4-16-8-4-seed0.json").unlink()
     ablations.main(command)
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == first  # the same seed, the same result
     assert capsys.readouterr().out.count("] step") == 0
