@@ -19,8 +19,8 @@
 Language models have 3 layers of width 192 with heads of 64 at theta 1e6, learn shapes alone, and have the same seed,
 batches and number of steps unless the study says otherwise. Accuracy is a detector's verdict on held-out prompts
 ("strict" wants nothing superfluous), loss the mean cross-entropy of held-out codes, among codes alone, on true inputs.
-A run is a file in `--work`, named by its sizes, and is not repeated: start the script again after a kill. The table says
-of how many seeds a row is; what has not run has no row.
+A run is a file in `--work`, named by its sizes, and is not repeated: start the script again after a kill. The table
+says of how many seeds a row is; what has not run has no row.
 """
 
 import argparse
@@ -553,11 +553,9 @@ def format_table(results: Sequence[Result]) -> str:
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in sorted(results, key=lambda result: STUDY_NAMES.index(result["study"])):
         groups.setdefault((result["study"], result["setting"]), []).append(result)
-    said = set()
     for (study, setting), rows in groups.items():
-        if study not in said:
+        if not any(line.startswith(f"| **{study}**") for line in lines):
             lines.append(f"| **{study}** | *{rows[0]['says']}* | | |")
-            said.add(study)
         figures = {n: [row[n] for row in rows] for n in rows[0] if n not in ("study", "says", "setting")}
         cells = "; ".join(f"{name} {_figure(values)}" for name, values in figures.items())
         lines.append(f"| {study} | {setting} | {cells} | {len(rows)} |")
