@@ -4,7 +4,8 @@
     python examples/make_tiny_data.py --kind captions --number 40000 --output runs/tiny/data/captions
     python examples/make_tiny_data.py --kind tasks --number 60000 --output runs/tiny/data/tasks
 
-`pictures` are for the image tokenizer, `captions` and `tasks` (conversations, 4 of 10 in words alone) for the language
+`pictures` are for the image tokenizer (with `--zoom 2` for the diffusion decoder: the same at twice the size, without
+those of tasks), `captions` and `tasks` (conversations, 4 of 10 in words alone) for the language
 model. Every file is made of a seed and its number alone, and written when it is whole: run the same command again after
 a kill. Needs `pip install -e ".[tiny]"`, and once the network for emoji (npm) and photographs (Debian).
 """
@@ -51,9 +52,11 @@ def to_png(pixels: np.ndarray) -> dict[str, Any]:
 
 
 def draw_picture(
-    rng: np.random.Generator, cache: Path | None = None, families: Sequence[str] | None = None
+    rng: np.random.Generator, cache: Path | None = None, families: Sequence[str] | None = None, zoom: int = 1
 ) -> dict[str, Any]:
-    """A picture and its caption, for the image tokenizer."""
+    """A picture and its caption, for the image tokenizer or the diffusion decoder."""
+    if zoom > 1:
+        families = [family for family in families or PICTURES if family != "tasks"]
     weights = only(PICTURES, families)
     family = str(rng.choice(list(weights), p=list(weights.values())))
     if family == "tasks":
@@ -61,7 +64,7 @@ def draw_picture(
         pictures = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
         caption, picture = "", pictures[rng.integers(len(pictures))]
     else:
-        caption, picture, _ = mixed_sample(rng, {family: 1.0}, cache)
+        caption, picture, _ = mixed_sample(rng, {family: 1.0}, cache, zoom=zoom)
     return {"image": to_png(picture), "text": caption, "family": family}
 
 
@@ -122,16 +125,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="where fetched packages are kept (default: the user's cache)")
     parser.add_argument("--families", nargs="+", help="of pictures and captions; by default all")
+    parser.add_argument("--zoom", type=int, choices=[1, 2], default=1, help="2: pictures of 256 pixels")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     common = {"cache": options.cache, "families": options.families}
     kinds: dict[str, tuple[Callable[..., dict[str, Any]], Features]] = {
-        "pictures": (partial(draw_picture, **common), PICTURE_FEATURES),
+        "pictures": (partial(draw_picture, zoom=options.zoom, **common), PICTURE_FEATURES),
         "captions": (partial(draw_caption, **common), CAPTION_FEATURES),
         "tasks": (draw_task, TASK_FEATURES),
     }
     if options.kind not in kinds:
         parser.error(f"--kind must be one of {', '.join(kinds)}, not {options.kind}")
+    if options.zoom > 1 and options.kind != "pictures":
+        parser.error("--zoom is for --kind pictures")
     write(*kinds[options.kind], options.number, options.seed, options.output)
 
 

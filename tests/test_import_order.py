@@ -30,17 +30,17 @@ TRAINER_ORDER = """
     image_tokenizer_losses image_tokenizer_config image_tokenizer_trainer
     plan
 """
+DIFFUSERS_ORDER = """
+    lora_loader diffusion_backbones modeling_diffusion_decoder pipeline_nextflow pipeline_nextflow_decode
+    diffusion_decoder_config diffusion_decoder_trainer
+"""
 MODULES = [
     *(f"transformers_nextflow.{name}" for name in ORDER.split()),
     *("transformers_nextflow", "transformers_nextflow.nextflow_remote_code"),
     *(f"transformers_nextflow.trainer.{name}" for name in TRAINER_ORDER.split()),
     "transformers_nextflow.trainer",
-    *(
-        "diffusers_nextflow.lora_loader",
-        "diffusers_nextflow.pipeline_nextflow",
-        "diffusers_nextflow",
-        "diffusers_nextflow.__main__",
-    ),
+    *(f"diffusers_nextflow.{name}" for name in DIFFUSERS_ORDER.split()),
+    *("diffusers_nextflow", "diffusers_nextflow.__main__"),
 ]
 
 

@@ -21,6 +21,7 @@ def mixed_sample(
     weights: dict[str, float] | None = None,
     cache: str | Path | None = None,
     split: str = "train",
+    zoom: int = 1,
 ) -> tuple[str, np.ndarray, str]:
     """Draws one picture of the mixture.
 
@@ -29,14 +30,15 @@ def mixed_sample(
         weights (`dict[str, float]`, *optional*): how often each family comes, `FAMILIES` by default.
         cache (*optional*): where the emoji packages are kept, see `fetch.py`.
         split (`str`): `"train"` or `"test"`.
+        zoom (`int`): 2 draws the same pictures at twice the size.
 
     Returns:
-        `(caption, image, family)`, the image uint8 `(128, 128, 3)`.
+        `(caption, image, family)`, the image uint8 `(128 * zoom, 128 * zoom, 3)`.
     """
     weights = weights or FAMILIES
     shares = np.array(list(weights.values()), float)
     family = str(rng.choice(list(weights), p=shares / shares.sum()))
-    return *_SAMPLERS[family](rng, split, cache), family
+    return *_SAMPLERS[family](rng, split, cache, zoom), family
 
 
 def sample_images(
@@ -65,24 +67,24 @@ def load_photos() -> dict[str, np.ndarray]:
     return photos
 
 
-def _sample_shapes(rng, split, cache):
+def _sample_shapes(rng, split, cache, zoom):
     scene = sample_scene(rng, split)
-    return scene.caption, render(scene)
+    return scene.caption, render(scene, zoom)
 
 
-def _sample_emoji(rng, split, cache):
-    return sample_emoji(rng, load_emoji(cache), split)[:2]
+def _sample_emoji(rng, split, cache, zoom):
+    return sample_emoji(rng, load_emoji(cache, zoom), split, zoom=zoom)[:2]
 
 
-def _sample_photographs(rng, split, cache):
+def _sample_photographs(rng, split, cache, zoom):
     if split != "train":
         raise ValueError("Photographs are for training; `load_photos` has those of the evaluation.")
-    return "", sample_photograph(rng, load_photographs(cache))
+    return "", sample_photograph(rng, load_photographs(cache), zoom)
 
 
-def _sample_words(rng, split, cache):
+def _sample_words(rng, split, cache, zoom):
     lettering = sample_word(rng, split)
-    return lettering.caption, render_word(lettering)
+    return lettering.caption, render_word(lettering, zoom)
 
 
 _SAMPLERS = {

@@ -57,8 +57,8 @@ class EmojiSet:
 
 
 @lru_cache(maxsize=2)
-def load_emoji(cache: str | Path | None = None) -> EmojiSet:
-    """The chosen emoji, decoded (about three seconds the first time in a process)."""
+def load_emoji(cache: str | Path | None = None, zoom: int = 1) -> EmojiSet:
+    """The chosen emoji at 128 or more pixels, decoded (about three seconds the first time in a process)."""
     with tarfile.open(fetch(EMOJI_NAMES, cache)) as archive:
         entries = json.load(archive.extractfile("package/en/data.json"))
     wanted = {}
@@ -75,7 +75,7 @@ def load_emoji(cache: str | Path | None = None) -> EmojiSet:
         for member in archive:
             if member.name in wanted:
                 picture = Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGBA").convert("RGBa")
-                pictures[wanted[member.name]] = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+                pictures[wanted[member.name]] = np.asarray(picture.resize((SIDE * zoom,) * 2, Image.Resampling.LANCZOS))
     names = tuple(sorted(pictures))
     return EmojiSet(names, np.stack([pictures[name] for name in names]))
 
@@ -92,18 +92,21 @@ def emoji_caption(rng: np.random.Generator, name: str) -> str:
     return str(rng.choice(forms))
 
 
-def compose(picture: np.ndarray, background: str, size: int = 120, shift: tuple[int, int] = (0, 0)) -> np.ndarray:
-    """Puts an RGBa picture, resized to `size`, on a plain background: uint8 `(128, 128, 3)`."""
+def compose(
+    picture: np.ndarray, background: str, size: int = 120, shift: tuple[int, int] = (0, 0), zoom: int = 1
+) -> np.ndarray:
+    """Puts an RGBa picture, resized to `size * zoom`, on a plain background: uint8 `(128 * zoom, 128 * zoom, 3)`."""
+    size, side = size * zoom, SIDE * zoom
     small = np.asarray(Image.fromarray(picture, "RGBa").resize((size, size), Image.Resampling.BILINEAR), np.float32)
-    layer = np.zeros((SIDE, SIDE, 4), np.float32)
-    top, left = (min(max((SIDE - size) // 2 + s, 0), SIDE - size) for s in shift)
+    layer = np.zeros((side, side, 4), np.float32)
+    top, left = (min(max((side - size) // 2 + s * zoom, 0), side - size) for s in shift)
     layer[top : top + size, left : left + size] = small
     paper = np.array(BACKGROUNDS[background], np.float32)
     return np.clip(layer[..., :3] + (1 - layer[..., 3:] / 255) * paper + 0.5, 0, 255).astype(np.uint8)
 
 
 def sample_emoji(
-    rng: np.random.Generator, emoji: EmojiSet, split: str = "train", name: str | None = None
+    rng: np.random.Generator, emoji: EmojiSet, split: str = "train", name: str | None = None, zoom: int = 1
 ) -> tuple[str, np.ndarray, str]:
     """Draws `(caption, picture, name)`. Some (name, background) pairs are kept for `split="test"`."""
     if split not in ("train", "test"):
@@ -116,5 +119,5 @@ def sample_emoji(
             break
     size = int(rng.integers(SIZES[0], SIZES[1] + 1))
     shift = tuple(int(s) for s in rng.integers(-PLACE_JITTER, PLACE_JITTER + 1, size=2))
-    picture = compose(emoji.pictures[emoji.names.index(chosen)], background, size, shift)
+    picture = compose(emoji.pictures[emoji.names.index(chosen)], background, size, shift, zoom)
     return emoji_caption(rng, chosen) + phrase, picture, chosen

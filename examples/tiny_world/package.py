@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
+from diffusers_nextflow import NextFlowDecodePipeline
 from transformers_nextflow import (
     NextFlowForCausalLM,
     NextFlowGenerationConfig,
@@ -13,6 +14,7 @@ from transformers_nextflow import (
     NextFlowImageTokenizer,
     NextFlowProcessor,
 )
+from transformers_nextflow.processing_nextflow import write_pipeline_index
 from transformers_nextflow.remote_code import add_remote_code
 from transformers_nextflow.trainer import hash_image_tokenizer
 
@@ -104,3 +106,11 @@ def package(
         visual_token_offset=model.config.text_vocab_size,
     ).save_pretrained(folder)
     add_remote_code(folder)
+
+
+def add_diffusion_decoder(folder: Path, trained: Path) -> None:
+    """Puts a diffusion decoder that `train_diffusion_decoder.py` wrote into the checkpoint, in bfloat16."""
+    pipe = NextFlowDecodePipeline.from_pretrained(trained, dtype=torch.bfloat16)
+    pipe.diffusion_decoder.save_pretrained(folder / "diffusion_decoder")
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    write_pipeline_index(folder)

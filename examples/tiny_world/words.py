@@ -76,18 +76,17 @@ def sample_word(rng: np.random.Generator, split: str = "train") -> Lettering:
     return Lettering(caption, word, colour, background, font, cy, height, round((right - left) * scale))
 
 
-def render_word(lettering: Lettering) -> np.ndarray:
-    """Draws a word: uint8 `(128, 128, 3)`, centred on x, anti-aliased, deterministic."""
+def render_word(lettering: Lettering, zoom: int = 1) -> np.ndarray:
+    """Draws a word: uint8 `(128 * zoom, 128 * zoom, 3)`, centred on x, anti-aliased, deterministic."""
     left, top, right, bottom = _ink(lettering.word, lettering.font)
     ink = Image.new("L", (right - left, bottom - top), 0)
     ImageDraw.Draw(ink).text((-left, -top), lettering.word, fill=255, font=_font(lettering.font))
-    mask = (
-        np.asarray(ink.resize((lettering.width, lettering.height), Image.Resampling.BOX), np.float32)[..., None] / 255
-    )
-    image = np.empty((SIDE, SIDE, 3), np.float32)
+    width, height, side = lettering.width * zoom, lettering.height * zoom, SIDE * zoom
+    mask = np.asarray(ink.resize((width, height), Image.Resampling.BOX), np.float32)[..., None] / 255
+    image = np.empty((side, side, 3), np.float32)
     image[:] = BACKGROUNDS[lettering.background]
-    y, x = lettering.cy - lettering.height // 2, (SIDE - lettering.width) // 2
-    window = image[y : y + lettering.height, x : x + lettering.width]
+    y, x = lettering.cy * zoom - height // 2, (side - width) // 2
+    window = image[y : y + height, x : x + width]
     window += mask * (np.array(COLOURS[lettering.colour], np.float32) - window)
     return np.round(image).astype(np.uint8)
 

@@ -4,16 +4,40 @@ Importing this package makes NextFlow known to diffusers, so that `DiffusionPipe
 `AutoPipelineForText2Image.from_pretrained` find it too. It imports diffusers.
 """
 
+import importlib
+
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 
+from .modeling_diffusion_decoder import NextFlowDiffusionDecoder
 from .pipeline_nextflow import NextFlowPipeline, NextFlowPipelineOutput
+from .pipeline_nextflow_decode import NextFlowDecodePipeline
 
 # Without these entries a folder on disk would still load, but a repository on the Hub would be refused.
 _METHODS = ["save_pretrained", "from_pretrained"]
 _COMPONENTS = ("NextFlowForCausalLM", "NextFlowImageTokenizer", "NextFlowImageProcessor", "NextFlowImageProcessorPil")
+_OURS = ("NextFlowPipeline", "NextFlowDecodePipeline", "NextFlowDiffusionDecoder")
 pipeline_loading_utils.LOADABLE_CLASSES["transformers_nextflow"] = dict.fromkeys(_COMPONENTS, _METHODS)
-pipeline_loading_utils.LOADABLE_CLASSES["diffusers_nextflow"] = {"NextFlowPipeline": _METHODS}
-pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(dict.fromkeys((*_COMPONENTS, "NextFlowPipeline"), _METHODS))
+pipeline_loading_utils.LOADABLE_CLASSES["diffusers_nextflow"] = dict.fromkeys(_OURS, _METHODS)
+pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(dict.fromkeys((*_COMPONENTS, *_OURS), _METHODS))
 auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["nextflow"] = NextFlowPipeline
 
-__all__ = ["NextFlowPipeline", "NextFlowPipelineOutput"]
+# Loaded when they are first used: they need the extra `train`.
+_TRAINING = {
+    "NextFlowDiffusionDecoderTrainer": ".diffusion_decoder_trainer",
+    "NextFlowDiffusionDecoderTrainingConfig": ".diffusion_decoder_config",
+}
+
+__all__ = [
+    "NextFlowDecodePipeline",
+    "NextFlowDiffusionDecoder",
+    "NextFlowDiffusionDecoderTrainer",
+    "NextFlowDiffusionDecoderTrainingConfig",
+    "NextFlowPipeline",
+    "NextFlowPipelineOutput",
+]
+
+
+def __getattr__(name: str):
+    if name not in _TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_TRAINING[name], __name__), name)

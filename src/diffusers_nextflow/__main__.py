@@ -50,6 +50,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     drawing.add_argument("--temperature", type=float, help="how freely to draw; 1 is as trained")
     drawing.add_argument("--top-k", type=int, help="draw from this many best codes; 1 is greedy")
     drawing.add_argument("--top-p", type=float, help="draw from the best codes that hold this share of probability")
+    drawing.add_argument("--decoder", choices=["vq", "diffusion"], default="vq", help="what makes pictures of codes")
+    drawing.add_argument("--decoder-steps", type=int, help="of the diffusion decoder")
+    drawing.add_argument("--decoder-scale", type=int, default=1, help="2: the diffusion decoder draws twice the size")
 
     running = parser.add_argument_group("running")
     running.add_argument("--device", help="cpu, cuda, mps, ... (default: the best there is)")
@@ -175,6 +178,9 @@ def draw(arguments: argparse.Namespace) -> None:
         image_temperature=arguments.temperature,
         image_top_k=arguments.top_k,
         image_top_p=arguments.top_p,
+        decoder=arguments.decoder,
+        decoder_steps=arguments.decoder_steps,
+        decoder_scale=arguments.decoder_scale,
         callback_on_step_end=save_previews if arguments.steps_dir else None,
     ).images
     seconds = time.perf_counter() - start

@@ -31,12 +31,15 @@ from transformers_nextflow import (
     check_same_codebook,
 )
 from transformers_nextflow.processing_nextflow import pipeline_index
+from transformers_nextflow.sampling import make_generators
 from transformers_nextflow.strict_loading import HUB_ARGUMENTS
 from transformers_nextflow.whole_folder import whole_folder
 
 from .lora_loader import NextFlowLoraLoaderMixin
+from .modeling_diffusion_decoder import NextFlowDiffusionDecoder, check_parts, check_steps
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+DECODERS = ("vq", "diffusion")
 
 
 @dataclass
@@ -91,8 +94,9 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
         image_tokenizer ([`~transformers_nextflow.NextFlowImageTokenizer`]): Decodes codes to pixels.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The text tokenizer.
         image_processor ([`~transformers_nextflow.NextFlowImageProcessor`]): For images that are given to the model.
-        diffusion_decoder (*optional*): Room for the paper's optional decoder. Not supported yet.
-        scheduler (*optional*): The diffusion decoder's scheduler. Not supported yet.
+        diffusion_decoder ([`NextFlowDiffusionDecoder`], *optional*): The paper's optional decoder.
+        scheduler (*optional*): The diffusion decoder's: one of diffusers', of its `prediction_type`.
+        vae (*optional*): The autoencoder of a diffusion decoder that draws latents.
 
     Example:
 
@@ -112,10 +116,13 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
     image_tokenizer: NextFlowImageTokenizer
     tokenizer: PreTrainedTokenizerBase
     image_processor: ImageProcessingMixin
+    diffusion_decoder: Any
+    scheduler: Any
+    vae: Any
 
-    model_cpu_offload_seq = "model->image_tokenizer"  # type: ignore[assignment]
+    model_cpu_offload_seq = "model->image_tokenizer->diffusion_decoder->vae"  # type: ignore[assignment]
     _exclude_from_cpu_offload = ["image_tokenizer"]  # small, and used by other methods than `forward`
-    _optional_components = ["diffusion_decoder", "scheduler"]
+    _optional_components = ["diffusion_decoder", "scheduler", "vae"]
     _callback_tensor_inputs = ("latents", "codes", "prompt_embeds")
 
     interrupt = _interrupt = _of_call("interrupt", False, "True in a callback stops; what there is so far is returned.")
@@ -129,13 +136,16 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
         image_tokenizer: NextFlowImageTokenizer,
         tokenizer: PreTrainedTokenizerBase,
         image_processor: ImageProcessingMixin,
-        diffusion_decoder: Any = None,
+        diffusion_decoder: NextFlowDiffusionDecoder | None = None,
         scheduler: Any = None,
+        vae: Any = None,
     ):
         super().__init__()
-        if diffusion_decoder is not None or scheduler is not None:
-            raise ValueError("`diffusion_decoder` and `scheduler` are not supported yet; leave them out.")
         check_same_codebook(model.config, image_tokenizer)
+        if (diffusion_decoder is None) != (scheduler is None) or (diffusion_decoder is None and vae is not None):
+            raise ValueError("`diffusion_decoder` and `scheduler` belong together (and `vae`): give both, or none.")
+        if diffusion_decoder is not None:
+            check_parts(diffusion_decoder, scheduler, image_tokenizer, vae)
         self.register_modules(
             model=model,
             image_tokenizer=image_tokenizer,
@@ -143,6 +153,7 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
             image_processor=image_processor,
             diffusion_decoder=diffusion_decoder,
             scheduler=scheduler,
+            vae=vae,
         )
         self._postprocessor = VaeImageProcessor()
         self._calls: dict[int, dict[str, Any]] = {}  # what is of each call, by its thread
@@ -209,6 +220,9 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
         image_top_k: int | list[int] | None = None,
         image_top_p: float | list[float] | None = None,
         prompt_style: str | None = None,
+        decoder: str = "vq",
+        decoder_steps: int | None = None,
+        decoder_scale: int = 1,
         output_type: str = "pil",
         callback_on_step_end: Callable[["NextFlowPipeline", int, int, dict[str, torch.Tensor]], Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -250,6 +264,12 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
             prompt_style (`str`, *optional*):
                 `"bare"`, the prompt is given to the model as it is, or `"chat"`, as a user's turn. By default as the
                 model was trained: `model.generation_config.prompt_styles` has it for each task.
+            decoder (`str`, *optional*, defaults to `"vq"`):
+                What makes pictures of the codes: `"vq"`, the image tokenizer, or `"diffusion"`, the
+                `diffusion_decoder`, which is sharper and alters small structures.
+            decoder_steps (`int`, *optional*): Steps of the diffusion decoder; by default its own.
+            decoder_scale (`int`, *optional*, defaults to 1):
+                2 lets the diffusion decoder draw twice the height and width, if it was trained for it.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"`, `"pt"` or `"latent"`; see [`NextFlowPipelineOutput`].
             callback_on_step_end (`Callable`, *optional*):
@@ -281,6 +301,7 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
             raise ValueError(f"`num_images_per_prompt` must be at least 1, but got {num_images_per_prompt}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f'`output_type` must be one of {", ".join(OUTPUT_TYPES)}, but got "{output_type}".')
+        self._check_decoder(decoder, decoder_steps, decoder_scale)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if callback_on_step_end is not None and not callable(callback_on_step_end):
@@ -294,6 +315,7 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
         guidance_scale = _strength(guidance_scale)
         task = "thinking" if thinking else "frames" if num_frames is not None else "edit" if any(pictures) else "image"
         inputs = self._encode(prompts, pictures, [task] * len(prompts), prompt_style)
+        generators = make_generators(generator, len(prompts) * num_images_per_prompt, self._execution_device)
         negative: Any = {}
         if negative_prompts is not None:
             # An empty one is none, also where a thought comes first.
@@ -308,6 +330,8 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
                     f"A step is a scale, and an image of {schedule.height} x {schedule.width} pixels has "
                     f"{schedule.num_scales}: leave out `num_inference_steps`, which is {num_inference_steps}."
                 )
+            if decoder == "diffusion":
+                self.diffusion_decoder.sample_size(schedule.grids[-1], decoder_scale)  # it may not take all sizes
             h, w = schedule.grids[step]
             progress_bar.total = schedule.num_scales * (num_frames or 1)
             progress_bar.set_description(f"scale {step + 1}/{schedule.num_scales} · {h}x{w}", refresh=False)
@@ -363,7 +387,7 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
                     negative_prompt_ids=negative.get("input_ids"),
                     negative_prompt_attention_mask=negative.get("attention_mask"),
                     num_return_sequences=num_images_per_prompt,
-                    generator=generator,
+                    generator=generators,
                     image_temperature=image_temperature,
                     image_top_k=image_top_k,
                     image_top_p=image_top_p,
@@ -375,7 +399,12 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
                 self._calls[thread] = outer
 
         latents = torch.stack([self._codes_to_latents(*frame) for frame in drawn], dim=1).flatten(0, 1)
-        images: Any = self.decode_latents(latents, output_type)
+        if decoder == "vq" or output_type == "latent":
+            images: Any = self.decode_latents(latents, output_type)
+        else:
+            of_frames = [generator for generator in generators for _ in drawn]
+            pixels = self._decode_by_diffusion(latents, of_frames, decoder_steps, decoder_scale)
+            images = self._postprocessor.postprocess(pixels, output_type)
         frames = thoughts = None
         if num_frames is not None and output_type == "pil":
             frames = [images[start : start + len(drawn)] for start in range(0, len(images), len(drawn))]
@@ -393,6 +422,42 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
             return latents
         _onload(self.image_tokenizer)
         return self._postprocessor.postprocess(self.image_tokenizer.decode_latents(latents), output_type)
+
+    def _check_decoder(self, decoder: str, steps: int | None, scale: int) -> None:
+        if decoder not in DECODERS:
+            raise ValueError(f'`decoder` must be one of {", ".join(DECODERS)}, but got "{decoder}".')
+        if decoder == "vq" and (steps is not None or scale != 1):
+            raise ValueError(
+                "`decoder_steps` and `decoder_scale` are the diffusion decoder's: leave them out, or ask for it with "
+                '`decoder="diffusion"`.'
+            )
+        if decoder == "diffusion":
+            if self.diffusion_decoder is None:
+                raise ValueError(
+                    'This pipeline has no `diffusion_decoder`, which `decoder="diffusion"` asks for: load one with its '
+                    "`scheduler` as components, or leave out `decoder`."
+                )
+            check_parts(self.diffusion_decoder, self.scheduler, self.image_tokenizer, self.vae)
+            check_steps(self.diffusion_decoder.config.num_inference_steps if steps is None else steps)
+            self.diffusion_decoder.check_scale(scale)
+            self.diffusion_decoder.check_text()
+
+    def _decode_by_diffusion(
+        self, latents: torch.Tensor, generators: list[torch.Generator], steps: int | None, scale: int
+    ) -> torch.Tensor:
+        """Pixels `(B, 3, H, W)` in [-1, 1]."""
+        with self.progress_bar(total=steps or self.diffusion_decoder.config.num_inference_steps) as progress_bar:
+            progress_bar.set_description("diffusion decoder", refresh=False)
+            return self.diffusion_decoder.decode(
+                latents=latents,
+                image_tokenizer=self.image_tokenizer,
+                scheduler=self.scheduler,
+                vae=self.vae,
+                num_inference_steps=steps,
+                scale_factor=scale,
+                generator=generators,
+                on_step_end=lambda *_: progress_bar.update() and None,
+            ).sample
 
     def _codes_to_latents(self, codes: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
         _onload(self.image_tokenizer)

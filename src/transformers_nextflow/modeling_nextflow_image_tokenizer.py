@@ -494,9 +494,10 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
         self, codes: torch.Tensor | Sequence[torch.Tensor], image_grid_shw: torch.Tensor
     ) -> torch.Tensor | list[torch.Tensor]:
         """The semantic decoder's features `(B, h * w, C)`; arguments as in [`~NextFlowImageTokenizer.decode`]."""
-        return self._decode_with(self._decode_semantic_latents, codes, image_grid_shw)
+        return self._decode_with(self.decode_semantic_latents, codes, image_grid_shw)
 
-    def _decode_semantic_latents(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode_semantic_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """The semantic decoder's features `(B, h * w, C)` of an accumulated quantized map `(B, D, h, w)`."""
         return self.semantic_decoder(latents[:, : self.config.semantic_code_dim].to(self.dtype))
 
     def _decode_with(self, decoder: Callable[[torch.Tensor], torch.Tensor], codes, image_grid_shw):
@@ -548,7 +549,7 @@ class NextFlowImageTokenizer(StrictPreTrainedModel):
             result,
             schedule,
             pixel_values=self.decode_latents(result.quantized, clamp=False),
-            semantic_features=self._decode_semantic_latents(result.quantized) if semantic else None,
+            semantic_features=self.decode_semantic_latents(result.quantized) if semantic else None,
             residual=result.residual,
             codebook_loss=result.codebook_loss,
             commitment_loss=result.commitment_loss,

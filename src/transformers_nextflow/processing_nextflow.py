@@ -548,7 +548,7 @@ class NextFlowProcessor(ProcessorMixin):
 def pipeline_index(folder: str | os.PathLike) -> dict[str, Any]:
     """What `model_index.json` says to diffusers of a folder with a model and a processor: all flat but the images'."""
     tokenizer_config = read_json(folder, "tokenizer_config.json") or {}
-    return {
+    index: dict[str, Any] = {
         "_class_name": "NextFlowPipeline",
         "_diffusers_version": version("diffusers"),
         "model": ["transformers_nextflow", "NextFlowForCausalLM"],
@@ -556,6 +556,11 @@ def pipeline_index(folder: str | os.PathLike) -> dict[str, Any]:
         "tokenizer": ["transformers", tokenizer_config["tokenizer_class"]],
         "image_processor": ["transformers_nextflow", "NextFlowImageProcessor"],
     }
+    for name in ("diffusion_decoder", "scheduler", "vae"):
+        for file in Path(folder, name).glob("*config.json"):
+            kind = json.loads(file.read_text(encoding="utf-8"))["_class_name"]
+            index[name] = ["diffusers_nextflow" if kind.startswith("NextFlow") else "diffusers", kind]
+    return index
 
 
 def write_pipeline_index(folder: str | os.PathLike) -> None:

@@ -66,7 +66,7 @@ def test_a_saved_pipeline_names_the_package_of_its_components(diffusers_folder):
     index = json.loads((diffusers_folder / "model_index.json").read_text())
     assert index["model"] == ["transformers_nextflow", "NextFlowForCausalLM"]
     assert index["image_tokenizer"] == ["transformers_nextflow", "NextFlowImageTokenizer"]
-    assert index["diffusion_decoder"] == index["scheduler"] == [None, None]
+    assert index["diffusion_decoder"] == index["scheduler"] == index["vae"] == [None, None]
 
 
 def test_a_transformers_checkpoint_with_an_index_loads_in_diffusers(pipe, tiny_random_checkpoint, tmp_path):
@@ -172,11 +172,6 @@ def test_an_adapter_is_not_lost_on_saving(pipe, tmp_path):
     adapted_pipe.model = adapted.merge_and_unload()
     adapted_pipe.save_pretrained(tmp_path)
     assert (tmp_path / "model" / "model.safetensors").is_file()
-
-
-def test_what_is_not_supported_yet_is_refused(pipe):
-    with pytest.raises(ValueError, match="`diffusion_decoder` and `scheduler` are not supported yet"):
-        NextFlowPipeline(**{**pipe.components, "scheduler": object()})
 
 
 # Editing, stories, thoughts

@@ -66,6 +66,7 @@ MISSING = {
     "train_loop": ["--codes", "nowhere", "--output", "out"],
     "sft": ["--codes", "nowhere", "--output_dir", "out", "--use_cpu", "true", "--bf16", "false"],
     "evaluate_tiny": ["nowhere"],
+    "train_diffusion_decoder": ["--codes", "nowhere", "--output_dir", "out", "--use_cpu", "true", "--bf16", "false"],
     "modalities": ["nowhere"],
     "run_recipe": ["--recipe", "nowhere", "--work", "out"],
 }

@@ -216,6 +216,13 @@ class NextFlowTrainerMixin(_Trainer):
             os.makedirs(self.args.output_dir, exist_ok=True)
             Path(self.args.output_dir, "README.md").write_text(self._model_card(), encoding="utf-8")
 
+    def _how_to_load(self, model: Any) -> str:
+        if isinstance(model, PeftModel):
+            return f"{type(model.get_base_model()).__name__}.from_pretrained(folder)  # with its base"
+        if self.processor is not None and self.processor.image_tokenizer is not None:
+            return "NextFlowPipeline.from_pretrained(folder)"
+        return f"{type(model).__name__}.from_pretrained(folder)"
+
     def _model_card(self) -> str:
         model: Any = self.accelerator.unwrap_model(self.model)
         base, args = Path(getattr(model.config, "_name_or_path", "") or "a new model").name, self.args
@@ -225,11 +232,6 @@ class NextFlowTrainerMixin(_Trainer):
             for n in sorted(names.union(type(args).__annotations__))
         )
         facts = "".join(f"- {fact}\n" for fact in self._card_facts)
-        load = f"{type(model).__name__}.from_pretrained(folder)"
-        if isinstance(model, PeftModel):
-            load = f"{type(model.get_base_model()).__name__}.from_pretrained(folder)  # with its base"
-        elif self.processor is not None and self.processor.image_tokenizer is not None:
-            load = "NextFlowPipeline.from_pretrained(folder)"
         return f"""---
 library_name: transformers
 tags: [nextflow]
@@ -241,7 +243,7 @@ evaluated it here; licence and limits are those of its base and its data.
 
 {facts}
 ```python
-{load}
+{self._how_to_load(model)}
 ```
 
 ## Settings
