@@ -106,6 +106,8 @@ def test_sampling_options_reach_the_model(command, tmp_path):
             '--model "no/such/folder" is neither a folder nor the name of a Hub repository',
         ),
         (["--model", "a-folder.png"], '"a-folder.png" has no `config.json`'),
+        (["--decoder", "diffusion"], 'has no `diffusion_decoder`, which `decoder="diffusion"` asks for'),
+        (["--decoder-scale", "2"], "are the diffusion decoder's: leave them out"),
         (["--device", "cuda:99"], '--device "cuda:99" cannot be used here'),
         (["--device", "toaster"], '--device "toaster" cannot be used here'),
         (["--device", "meta"], '--device "meta" cannot be used here'),
