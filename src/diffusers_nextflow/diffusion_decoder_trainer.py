@@ -160,7 +160,7 @@ class NextFlowDiffusionDecoderTrainer(NextFlowTrainerMixin, Trainer):
         loss = (weights * errors).mean()
         if model.training and not torch.isfinite(loss):
             raise ValueError(
-                f"The loss is {float(loss)} at step {self.state.global_step}, for pixels from "
+                f"The loss is {float(loss.detach())} at step {self.state.global_step}, for pixels from "
                 f"{float(inputs['pixel_values'].min()):.3g} to {float(inputs['pixel_values'].max()):.3g} (they should "
                 "be in [-1, 1]). Look at the pictures, or lower the learning rate; the last checkpoint is from before."
             )

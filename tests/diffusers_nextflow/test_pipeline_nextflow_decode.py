@@ -13,6 +13,7 @@ from conftest import build_byte_tokenizer
 from diffusers_nextflow import NextFlowDecodePipeline, NextFlowPipeline
 from diffusion_parts import build_decoder, build_vae, random_codes
 from transformers_nextflow import ScaleSchedule
+from transformers_nextflow.processing_nextflow import write_pipeline_index
 
 PROMPT = "a red circle"
 GRID = torch.tensor([[5, 16, 16]])
@@ -258,6 +259,7 @@ def test_a_transformers_checkpoint_may_hold_a_decoder(pipe, tiny_random_checkpoi
     folder = shutil.copytree(tiny_random_checkpoint, tmp_path / "checkpoint")
     pipe.diffusion_decoder.save_pretrained(folder / "diffusion_decoder")
     pipe.scheduler.save_pretrained(folder / "scheduler")
+    write_pipeline_index(folder)
     loaded = quiet(NextFlowPipeline.from_pretrained(folder))
     torch.testing.assert_close(draw(loaded), draw(pipe), atol=1e-4, rtol=0)
 
