@@ -1,7 +1,7 @@
 """NextFlow for diffusers: [`NextFlowPipeline`], and `python -m diffusers_nextflow` in a terminal.
 
-Importing this package makes NextFlow known to diffusers, so that `DiffusionPipeline.from_pretrained` and
-`AutoPipelineForText2Image.from_pretrained` find it too. It imports diffusers.
+Importing this package makes NextFlow known to diffusers: `from_pretrained` of `DiffusionPipeline` finds it, and so does
+that of `AutoPipelineForText2Image`, `AutoPipelineForImage2Image` and `AutoPipelineForInpainting`. It imports diffusers.
 """
 
 import importlib
@@ -19,7 +19,8 @@ _OURS = ("NextFlowPipeline", "NextFlowDecodePipeline", "NextFlowDiffusionDecoder
 pipeline_loading_utils.LOADABLE_CLASSES["transformers_nextflow"] = dict.fromkeys(_COMPONENTS, _METHODS)
 pipeline_loading_utils.LOADABLE_CLASSES["diffusers_nextflow"] = dict.fromkeys(_OURS, _METHODS)
 pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(dict.fromkeys((*_COMPONENTS, *_OURS), _METHODS))
-auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["nextflow"] = NextFlowPipeline
+for mapping in ("TEXT2IMAGE", "IMAGE2IMAGE", "INPAINT"):
+    getattr(auto_pipeline, f"AUTO_{mapping}_PIPELINES_MAPPING")["nextflow"] = NextFlowPipeline
 
 # Loaded when they are first used: they need the extra `train`.
 _TRAINING = {

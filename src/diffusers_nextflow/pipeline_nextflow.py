@@ -30,11 +30,13 @@ from transformers_nextflow import (
     ScaleSchedule,
     check_same_codebook,
 )
+from transformers_nextflow.generation_config_nextflow import NextFlowGenerationConfig
 from transformers_nextflow.processing_nextflow import pipeline_index
 from transformers_nextflow.sampling import make_generators
 from transformers_nextflow.strict_loading import HUB_ARGUMENTS
 from transformers_nextflow.whole_folder import whole_folder
 
+from .control import read_regions, read_source
 from .lora_loader import NextFlowLoraLoaderMixin
 from .modeling_diffusion_decoder import NextFlowDiffusionDecoder, check_parts, check_steps
 
@@ -220,6 +222,13 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
         image_top_k: int | list[int] | None = None,
         image_top_p: float | list[float] | None = None,
         prompt_style: str | None = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        position: str | tuple[int, int] | None = None,
+        preserve: str | None = None,
+        image_in_prompt: bool | None = None,
+        regions: Sequence[tuple[str, Any]] | None = None,
+        negative_regions: Sequence[tuple[str, Any]] | None = None,
         decoder: str = "vq",
         decoder_steps: int | None = None,
         decoder_scale: int = 1,
@@ -264,6 +273,26 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
             prompt_style (`str`, *optional*):
                 `"bare"`, the prompt is given to the model as it is, or `"chat"`, as a user's turn. By default as the
                 model was trained: `model.generation_config.prompt_styles` has it for each task.
+            mask_image (a picture or a list of pictures, *optional*):
+                White where `image` is drawn anew, black where it stays; of its size. One for one `image`, or a list
+                with one for each prompt. The prompt then says what the whole picture shows.
+            strength (`float`, *optional*):
+                Above 0 and at most 1: which share of the scales, the finest ones, is drawn anew everywhere: a
+                variation of `image`. With `mask_image` the rest of the mask's white part stays.
+            position (`str` or `tuple[int, int]`, *optional*):
+                Where `image` stands, in its own size, on a larger picture (of `height` and `width`) that is drawn
+                around it: `"center"`, `"left"`, `"top right"`, ..., or its left and top in pixels.
+            preserve (`str`, *optional*, defaults to `"latents"`):
+                How what is left by `mask_image` or `position` is kept: `"latents"`, as near as codes can come;
+                `"codes"`, the source's own, which finer scales then don't fit; `"pixels"`, as latents, and in the end
+                the source's pixels are pasted with a soft edge.
+            image_in_prompt (`bool`, *optional*):
+                Whether the model reads `image` before the prompt, as for an edit. By default it does where `image`
+                stands alone, and not with `mask_image`, `strength` or `position`. True with a mask is an edit of a
+                part; of several pictures of a prompt the last is the one that is kept.
+            regions, negative_regions (list of prompts with masks, *optional*):
+                `[("a red circle", mask), ...]`: what is drawn where a mask, of the drawn picture's size, is white; the
+                prompt is for the rest. Guidance leads away from negative ones there.
             decoder (`str`, *optional*, defaults to `"vq"`):
                 What makes pictures of the codes: `"vq"`, the image tokenizer, or `"diffusion"`, the
                 `diffusion_decoder`, which is sharper and alters small structures.
@@ -312,6 +341,14 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
                 f"{list(self._callback_tensor_inputs)}."
             )
 
+        if preserve == "pixels" and (output_type == "latent" or decoder_scale != 1):
+            raise ValueError('`preserve="pixels"` pastes pixels, at their size: not with "latent" or `decoder_scale`.')
+        size = NextFlowGenerationConfig(height=height, width=width, num_scales=num_scales)
+        controls = mask_image, strength, position, preserve, image_in_prompt
+        source = read_source(self, pictures, *controls, size, num_frames)
+        if source is not None and not image_in_prompt:
+            pictures = [[] for _ in prompts]
+
         guidance_scale = _strength(guidance_scale)
         task = "thinking" if thinking else "frames" if num_frames is not None else "edit" if any(pictures) else "image"
         inputs = self._encode(prompts, pictures, [task] * len(prompts), prompt_style)
@@ -321,6 +358,13 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
             # An empty one is none, also where a thought comes first.
             tasks = ["image" if thinking and not text else task for text in negative_prompts]
             negative = self._encode(negative_prompts, [[]] * len(tasks), tasks, prompt_style)
+        kept: Any = {}
+        if source is not None:
+            _onload(self.image_tokenizer)
+            codes = source.encode(self.image_tokenizer).to(self._execution_device)
+            kept = {"keep_codes": codes, "keep_mask": source.places, "keep_repair": preserve != "codes"}
+            height, width, num_scales = source.schedule.height, source.schedule.width, None
+        areas = read_regions(self, task, prompt_style, regions, negative_regions)
         drawn: list[tuple[torch.Tensor, ScaleSchedule]] = []  # an entry a frame; without `num_frames` there is one
         output = None
 
@@ -392,6 +436,8 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
                     image_top_k=image_top_k,
                     image_top_p=image_top_p,
                     on_scale_end=on_scale_end,
+                    regions=areas,
+                    **kept,
                 )
         finally:
             del self._calls[thread]
@@ -399,12 +445,16 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
                 self._calls[thread] = outer
 
         latents = torch.stack([self._codes_to_latents(*frame) for frame in drawn], dim=1).flatten(0, 1)
+        pasted = source if preserve == "pixels" else None
+        kind = output_type if pasted is None else "pt"
         if decoder == "vq" or output_type == "latent":
-            images: Any = self.decode_latents(latents, output_type)
+            images: Any = self.decode_latents(latents, kind)
         else:
             of_frames = [generator for generator in generators for _ in drawn]
             pixels = self._decode_by_diffusion(latents, of_frames, decoder_steps, decoder_scale)
-            images = self._postprocessor.postprocess(pixels, output_type)
+            images = self._postprocessor.postprocess(pixels, kind)
+        if pasted is not None:
+            images = self._postprocessor.postprocess(2 * pasted.paste(images) - 1, output_type)
         frames = thoughts = None
         if num_frames is not None and output_type == "pil":
             frames = [images[start : start + len(drawn)] for start in range(0, len(images), len(drawn))]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from . import _registration
 
 if TYPE_CHECKING:  # the same names, for editors and type checkers
+    from .attention_maps import *
     from .codebook import *
     from .configuration_nextflow import *
     from .decoding import GenerationEvent as GenerationEvent
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 # The public names of each module: the only list of them at run time.
 _MODULES = {
+    "attention_maps": ("attention_maps",),
     "codebook": ("check_same_codebook", "hash_image_tokenizer", "reseat_codebook"),
     "configuration_nextflow": ("NextFlowConfig", "NextFlowImageTokenizerConfig"),
     "generation_config_nextflow": ("NextFlowGenerationConfig",),

@@ -28,6 +28,12 @@ def red_picture() -> Image.Image:
     return Image.new("RGB", (64, 112), "red")
 
 
+def half_white() -> Image.Image:
+    mask = Image.new("L", (80, 80))
+    mask.paste(255, (40, 0, 80, 80))
+    return mask
+
+
 @pytest.fixture(scope="module")
 def pipe(tiny_random_checkpoint):
     pipe = NextFlowPipeline.from_pretrained(tiny_random_checkpoint)
@@ -66,6 +72,13 @@ PIPELINE = {
     "image_top_k": ({"image_top_k": 0}, CHANGES),
     "image_top_p": ({"image_top_p": 2.0}, "`image_top_p` must be above 0"),
     "prompt_style": ({"prompt_style": "chat"}, CHANGES),
+    "mask_image": ({"image": Image.new("RGB", (80, 80)), "mask_image": half_white()}, CHANGES),
+    "strength": ({"image": Image.new("RGB", (80, 80)), "strength": 0.4}, CHANGES),
+    "position": ({"image": red_picture(), "position": "left", "height": 112, "width": 112}, "stands on a larger"),
+    "preserve": ({"preserve": "pixels"}, "`preserve` is about an `image`"),
+    "image_in_prompt": ({"image_in_prompt": False, "image": red_picture()}, "`image_in_prompt=False`"),
+    "regions": ({"regions": [("two blue squares", half_white())]}, CHANGES),
+    "negative_regions": ({"negative_regions": [("two blue squares", half_white())]}, CHANGES),
     "output_type": ({"output_type": "np"}, lambda output: isinstance(output.images, np.ndarray)),
     "callback_on_step_end": (
         {"callback_on_step_end": lambda pipe, *_: setattr(pipe, "_interrupt", True)},

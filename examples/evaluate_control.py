@@ -1,0 +1,286 @@
+"""Measures what nextflow-tiny keeps and draws with masks, places and strengths, and prints one table.
+
+    python examples/evaluate_control.py                                 # 200 of each, a quarter of an hour on a core
+    python examples/evaluate_control.py --number 20 --pictures docs/assets/control
+
+Scenes are those of the tiny world that training never shows, and its judge looks at pixels alone. Pixels are compared
+with the source's own reconstruction, the best that codes can do. The pictures are the first samples, not chosen ones.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffusers_nextflow import NextFlowPipeline
+from tiny_world.judge import detect, judge_scene
+from tiny_world.shapes import COLOURS, SHAPES, SIDE, Scene, Thing, article, render, sample_scene
+from tiny_world.tasks import EDITS, sample_edit
+from transformers_nextflow import tiny_checkpoint
+
+HOLE = 64  # side of a hole, and of what is left of a picture that is outpainted
+IN_PLACE = 8  # pixels
+STRENGTHS = [step / 8 for step in range(1, 9)]
+PARTS = ("cost", "inpainting", "edits", "variations", "outpainting")
+SHOWN = 6  # samples on a sheet
+
+Row = tuple[str, str, int, float]
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", default=str(tiny_checkpoint()), help="folder of a checkpoint")
+    parser.add_argument(
+        "--parts", nargs="+", default=list(PARTS), choices=PARTS, help="what is measured (default: all)"
+    )
+    parser.add_argument("--number", type=int, default=200, help="samples of each")
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pictures", type=Path, help="folder for sheets of samples")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    return parser.parse_args()
+
+
+class Run:
+    """A pipeline, and how many pictures are drawn with which seeds."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.pipe = NextFlowPipeline.from_pretrained(options.model, dtype=torch.float32)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.number, self.batch_size, self.seed = options.number, options.batch_size, options.seed
+        self.folder = options.pictures
+        self.rows: list[Row] = []
+
+    def rng(self, index: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, index])
+
+    def draw(self, prompts: Sequence[str], **settings: Any) -> np.ndarray:
+        """Pictures `(n, H, W, 3)` uint8, sample i with a seed of its own; settings that are lists have one for each."""
+        made = []
+        for start in range(0, len(prompts), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            chosen = {name: value[part] if isinstance(value, list) else value for name, value in settings.items()}
+            generators = [torch.Generator().manual_seed(self.seed + start + i) for i in range(len(prompts[part]))]
+            made += self.pipe(list(prompts[part]), generator=generators, **chosen).images
+        return np.stack([np.asarray(image) for image in made])
+
+    def reconstruct(self, pictures: np.ndarray) -> np.ndarray:
+        tokenizer, made = self.pipe.image_tokenizer, []
+        for part in np.split(pictures, range(self.batch_size, len(pictures), self.batch_size)):
+            encoded = tokenizer.encode(self.pipe.image_processor(list(part), return_tensors="pt").pixel_values)
+            pixels = tokenizer.decode(encoded.codes, encoded.image_grid_shw)
+            made += self.pipe.image_processor.postprocess(pixels)
+        return np.stack([np.asarray(image) for image in made])
+
+    def add(self, group: str, name: str, values: Sequence[float]) -> None:
+        self.rows.append((group, name, len(values), float(np.mean(values))))
+        print(f"| {group} | {name} | {len(values)} | {self.rows[-1][-1]:.3f} |", flush=True)
+
+    def show(self, name: str, *columns: np.ndarray) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            rows = [np.concatenate(list(pictures), axis=1) for pictures in zip(*columns, strict=True)][:SHOWN]
+            halves = [np.concatenate(rows[i : i + len(rows) // 2]) for i in (0, len(rows) // 2)]
+            sheet = np.concatenate(halves, axis=1)
+            Image.fromarray(sheet).quantize(128).save(self.folder / f"{name}.png", optimize=True)
+
+
+def psnr(one: np.ndarray, other: np.ndarray, where: np.ndarray) -> list[float]:
+    """Of each picture, in the chosen pixels, in dB; at most 60."""
+    squares = ((one.astype(np.float32) - other) ** 2).mean(-1)
+    errors = [max(of_picture[chosen].mean(), 255**2 / 1e6) for of_picture, chosen in zip(squares, where, strict=True)]
+    return [10 * float(np.log10(255**2 / error)) for error in errors]
+
+
+def masks_of(drawn: np.ndarray) -> list[Image.Image]:
+    return [Image.fromarray((mask * 255).astype(np.uint8)) for mask in drawn]
+
+
+def shaded(pictures: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """What is drawn anew, dark."""
+    return np.where(drawn[..., None], pictures // 2, pictures)
+
+
+# Inpainting
+
+
+def change_a_thing(rng: np.random.Generator) -> tuple[Scene, Scene, np.ndarray]:
+    """A scene, the same with another thing in place of one, and a hole around it, bool `(H, W)`."""
+    while True:
+        source = sample_scene(rng, "test", str(rng.choice(["position", "attribution"])))
+        index = int(rng.integers(2))
+        old, other = source.objects[index], source.objects[1 - index]
+        shapes = [shape for shape in SHAPES if shape not in (old.shape, other.shape)]
+        colours = [colour for colour in COLOURS if colour not in (old.colour, other.colour)]
+        new = replace(old, shape=str(rng.choice(shapes)), colour=str(rng.choice(colours)))
+        caption = source.caption
+        for form in ("{colour} {shape}", "{shape} in {colour}"):
+            said, says = (article(form.format(**vars(thing))) for thing in (old, new))
+            caption = caption.replace(said, says)
+        objects = tuple(new if thing is old else thing for thing in source.objects)
+        target = replace(source, caption=caption, objects=objects)
+        if not target.held_out:
+            return source, target, square_around(old)
+
+
+def square_around(thing: Thing) -> np.ndarray:
+    inside = np.zeros((SIDE, SIDE), bool)
+    rows, columns = (slice(max(c - HOLE // 2, 0), c + HOLE // 2) for c in (thing.cy, thing.cx))
+    inside[rows, columns] = True
+    return inside
+
+
+def inpainting(run: Run) -> None:
+    rng = run.rng(1)
+    sources, targets, holes = zip(*(change_a_thing(rng) for _ in range(run.number)), strict=True)
+    pictures, drawn = np.stack([render(scene) for scene in sources]), np.stack(holes)
+    shown, prompts = run.reconstruct(pictures), [scene.caption for scene in targets]
+    ceiling = run.reconstruct(np.stack([render(scene) for scene in targets]))
+    run.add("inpainting, ceiling", "right", [judge_scene(p, s).correct for p, s in zip(ceiling, targets, strict=True)])
+    given = {"image": list(pictures), "mask_image": masks_of(drawn)}
+    made = {}
+    for preserve in ("latents", "codes", "pixels"):
+        made[preserve] = run.draw(prompts, **given, preserve=preserve)
+        verdicts = [judge_scene(p, s) for p, s in zip(made[preserve], targets, strict=True)]
+        run.add(f"inpainting, {preserve}", "right", [verdict.correct for verdict in verdicts])
+        run.add(f"inpainting, {preserve}", "strict", [verdict.strict for verdict in verdicts])
+        truth, name = (pictures, "source") if preserve == "pixels" else (shown, "source's reconstruction")
+        kept = psnr(made[preserve], truth, ~drawn)
+        run.add(f"inpainting, {preserve}", f"kept part, dB to the {name}", kept)
+        run.add(f"inpainting, {preserve}", "of them at least 35 dB", [value >= 35 for value in kept])
+    run.show("inpainting", shaded(pictures, drawn), made["latents"], made["codes"], made["pixels"])
+    without = run.draw(prompts)
+    run.add("no mask, the same prompts", "kept part, dB to the source's reconstruction", psnr(without, shown, ~drawn))
+
+
+# Outpainting
+
+
+def outpainting(run: Run) -> None:
+    rng = run.rng(2)
+    scenes = [sample_scene(rng, "test", str(rng.choice(["position", "attribution"]))) for _ in range(run.number)]
+    chosen = [int(rng.integers(2)) for _ in scenes]
+    pictures, kept = np.stack([render(scene) for scene in scenes]), []
+    made: list[np.ndarray] = []
+    crops = []
+    for i, (scene, index) in enumerate(zip(scenes, chosen, strict=True)):  # each has another place
+        thing = scene.objects[index]
+        inside = square_around(thing)
+        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        crops.append(Image.fromarray(pictures[i]).crop(box))
+        generator = torch.Generator().manual_seed(run.seed + i)
+        drawn = run.pipe(scene.caption, image=crops[i], position=box[:2], generator=generator).images[0]
+        made.append(np.asarray(drawn))
+        kept.append(inside)
+    stacked, inside = np.stack(made), np.stack(kept)
+    run.add(
+        "outpainting",
+        "the thing stays",
+        [stays(picture, scene.objects[index]) for picture, scene, index in zip(made, scenes, chosen, strict=True)],
+    )
+    verdicts = [judge_scene(picture, scene) for picture, scene in zip(made, scenes, strict=True)]
+    run.add("outpainting", "the ground goes on", [verdict.background for verdict in verdicts])
+    run.add("outpainting", "all of the caption", [verdict.correct for verdict in verdicts])
+    run.add("outpainting", "nothing else", [verdict.strict for verdict in verdicts])
+    run.add("outpainting", "kept part, dB to the source", psnr(stacked, pictures, inside))
+    run.show("outpainting", np.where(inside[..., None], pictures, 160).astype(np.uint8), stacked)
+
+
+def stays(picture: np.ndarray, thing: Thing) -> bool:
+    return any(
+        (found.shape, found.colour) == (thing.shape, thing.colour)
+        and np.abs(found.centre - (thing.cx, thing.cy)).max() < IN_PLACE
+        for found in detect(picture)
+    )
+
+
+# Variations
+
+
+def variations(run: Run) -> None:
+    rng, number = run.rng(3), min(run.number, 100)
+    scenes = [sample_scene(rng, "test") for _ in range(number)]
+    pictures, prompts = np.stack([render(scene) for scene in scenes]), [scene.caption for scene in scenes]
+    shown, made = run.reconstruct(pictures), []
+    for strength in STRENGTHS:
+        made.append(run.draw(prompts, image=list(pictures), strength=strength))
+        squares = ((made[-1].astype(np.float32) - shown) ** 2).mean((1, 2, 3))
+        run.add(f"strength {strength:g}", "distance to the source's reconstruction, of 255", np.sqrt(squares).tolist())
+    run.show("variations", pictures, *made[1::2])
+
+
+# Edits
+
+
+def edits(run: Run) -> None:
+    rng = run.rng(4)
+    samples = [sample_edit(rng, "test", kind) for kind in EDITS for _ in range(-(-run.number // len(EDITS)))]
+    samples = [samples[i] for i in rng.permutation(len(samples))]
+    parts = [sample.messages[0]["content"] for sample in samples]
+    pictures, prompts = np.stack([p["image"] for p, _ in parts]), [text["text"] for _, text in parts]
+    untouched, shown = np.stack([sample.untouched for sample in samples]), run.reconstruct(pictures)
+    masks = {"mask_image": masks_of(~untouched), "image_in_prompt": True}
+    made = []
+    for name, given in {"without a mask": {}, "with a mask": masks}.items():
+        made.append(run.draw(prompts, image=list(pictures), prompt_style="chat", **given))
+        accurate = [sample.judge(picture)["accuracy"] for sample, picture in zip(samples, made[-1], strict=True)]
+        run.add(f"edits {name}", "right", accurate)
+        run.add(f"edits {name}", "untouched part, dB to the source's reconstruction", psnr(made[-1], shown, untouched))
+    run.show("edits", shaded(pictures, ~untouched), *made)
+
+
+# Cost
+
+
+def cost(run: Run, rounds: int = 15) -> None:
+    """Processor seconds of a plain drawing, of one with a mask, and of encoding its source, taken in turns."""
+    pipe = run.pipe
+    scene, target, hole = change_a_thing(run.rng(5))
+    for number in (1, 8):
+        ids = pipe._processor([target.caption] * number, return_tensors="pt").input_ids
+        pixels = pipe.image_processor([render(scene)] * number, return_tensors="pt").pixel_values
+        codes = pipe.image_tokenizer.encode(pixels).codes
+        keep = {"keep_codes": codes, "keep_mask": torch.from_numpy(~hole)[None].float()}
+        actions: dict[str, Callable[[], object]] = {
+            "plain": lambda ids=ids: pipe.model.generate(ids, generation_mode="image"),
+            "masked": lambda ids=ids, keep=keep: pipe.model.generate(ids, generation_mode="image", **keep),
+            "encoding": lambda pixels=pixels: pipe.image_tokenizer.encode(pixels),
+        }
+        times: dict[str, list[float]] = {name: [] for name in actions}
+        for _ in range(rounds + 1):
+            for name, action in actions.items():
+                start = time.process_time()
+                action()
+                times[name].append(time.process_time() - start)
+        plain, masked, encoding = (statistics.median(of_action[1:]) for of_action in times.values())
+        run.add(f"cost, {number} at once", "a masked drawing, of a plain one", [masked / plain])
+        run.add(f"cost, {number} at once", "encoding a source, of a plain drawing", [encoding / plain])
+
+
+MEASURES = dict(zip(PARTS, (cost, inpainting, edits, variations, outpainting), strict=True))
+
+
+def main() -> None:
+    options = parse_options()
+    run = Run(options)
+    print("| | | n | |\n|---|---|---:|---:|")
+    for part in options.parts:
+        MEASURES[part](run)
+    if options.json is not None:
+        options.json.write_text(json.dumps(run.rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
