@@ -34,21 +34,18 @@ def test_a_cell_looks_where_its_slot_does(drawn, scale):
         assert torch.allclose(found.sum(1), torch.ones(3, 1, 1))
 
 
-def test_a_word_that_is_looked_at_twice_as_much_has_twice_the_share(drawn):
-    """Against one layer's attention, made by hand."""
-    model, out = drawn
-    layer, seen = model.model.layers[0].self_attn, {}
-    hook = layer.register_forward_hook(lambda module, args, output: seen.update(weights=output[1]))
-    one, other = maps_of(drawn), model.model.layers[1].self_attn
-    hook.remove()
-    seen_other = {}
-    hook = other.register_forward_hook(lambda module, args, output: seen_other.update(weights=output[1]))
-    maps_of(drawn)
-    hook.remove()
-    last = SCHEDULE.scale_lengths[-1]
-    both = torch.stack([seen["weights"], seen_other["weights"]]).mean((0, 2))
-    expected = both[:, -last - 1 : -1, : PROMPTS.shape[1] + 1].mT.unflatten(2, SCHEDULE.grids[-1])
-    assert torch.allclose(one, expected)
+def test_it_is_the_mean_over_layers_and_heads(drawn):
+    seen = []
+    hooks = [
+        layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[1]))
+        for layer in drawn[0].model.layers
+    ]
+    found = maps_of(drawn)
+    for hook in hooks:
+        hook.remove()
+    slots = slice(-SCHEDULE.scale_lengths[-1] - 1, -1)
+    weights = torch.stack(seen).mean((0, 2))[:, slots, : PROMPTS.shape[1] + 1]
+    assert torch.allclose(found, weights.mT.unflatten(2, SCHEDULE.grids[-1]))
 
 
 @pytest.mark.parametrize(
