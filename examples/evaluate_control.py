@@ -26,8 +26,10 @@ from tiny_world.shapes import COLOURS, SHAPES, SIDE, Scene, Thing, article, rend
 from tiny_world.tasks import EDITS, sample_edit
 from transformers_nextflow import tiny_checkpoint
 
-HOLE = 64  # side of a hole, and of what is left of a picture that is outpainted
+HOLE = 64  # pixels, the side of a hole
 IN_PLACE = 8  # pixels
+LOW, HIGH, ALL = slice(0, SIDE // 2), slice(SIDE // 2, SIDE), slice(None)
+HALVES = {"left": (ALL, LOW), "right": (ALL, HIGH), "top": (LOW, ALL), "bottom": (HIGH, ALL)}
 STRENGTHS = [step / 8 for step in range(1, 9)]
 PARTS = ("cost", "inpainting", "edits", "variations", "outpainting")
 SHOWN = 6  # samples on a sheet
@@ -167,34 +169,33 @@ def inpainting(run: Run) -> None:
 
 
 def outpainting(run: Run) -> None:
+    """Of two things in a row or a column, one is in the half that is given; the prompt names both."""
     rng = run.rng(2)
     scenes = [sample_scene(rng, "test", str(rng.choice(["position", "attribution"]))) for _ in range(run.number)]
-    chosen = [int(rng.integers(2)) for _ in scenes]
-    pictures, kept = np.stack([render(scene) for scene in scenes]), []
-    made: list[np.ndarray] = []
-    crops = []
-    for i, (scene, index) in enumerate(zip(scenes, chosen, strict=True)):  # each has another place
-        thing = scene.objects[index]
-        inside = square_around(thing)
-        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-        crops.append(Image.fromarray(pictures[i]).crop(box))
-        generator = torch.Generator().manual_seed(run.seed + i)
-        drawn = run.pipe(scene.caption, image=crops[i], position=box[:2], generator=generator).images[0]
-        made.append(np.asarray(drawn))
-        kept.append(inside)
-    stacked, inside = np.stack(made), np.stack(kept)
-    run.add(
-        "outpainting",
-        "the thing stays",
-        [stays(picture, scene.objects[index]) for picture, scene, index in zip(made, scenes, chosen, strict=True)],
-    )
+    things = [scene.objects[int(rng.integers(2))] for scene in scenes]
+    places = np.array([place_of(thing) for thing in things])
+    pictures = np.stack([render(scene) for scene in scenes])
+    inside, made = np.zeros(pictures.shape[:3], bool), np.zeros_like(pictures)
+    for place, (rows, columns) in HALVES.items():
+        chosen = np.flatnonzero(places == place)
+        inside[chosen, rows, columns] = True
+        if len(chosen):
+            halves = [Image.fromarray(pictures[i, rows, columns]) for i in chosen]
+            made[chosen] = run.draw([scenes[i].caption for i in chosen], image=halves, position=place)
+    run.add("outpainting", "the thing stays", list(map(stays, made, things)))
     verdicts = [judge_scene(picture, scene) for picture, scene in zip(made, scenes, strict=True)]
     run.add("outpainting", "the ground goes on", [verdict.background for verdict in verdicts])
     run.add("outpainting", "all of the caption", [verdict.correct for verdict in verdicts])
-    run.add("outpainting", "nothing else", [verdict.strict for verdict in verdicts])
-    run.add("outpainting", "kept part, dB to the source", psnr(stacked, pictures, inside))
-    run.show("outpainting", np.where(inside[..., None], pictures, 160).astype(np.uint8), stacked)
+    run.add("outpainting", "all of it and nothing else", [verdict.strict for verdict in verdicts])
+    run.show("outpainting", np.where(inside[..., None], pictures, 160).astype(np.uint8), made)
+
+
+def place_of(thing: Thing) -> str:
+    """The half that holds the thing."""
+    across, down = thing.cx - SIDE // 2, thing.cy - SIDE // 2
+    if abs(across) > abs(down):
+        return "left" if across < 0 else "right"
+    return "top" if down < 0 else "bottom"
 
 
 def stays(picture: np.ndarray, thing: Thing) -> bool:

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 ORDER = """
     scale_schedule whole_folder strict_loading remote_code configuration_nextflow
     token_layout model_inputs varlen_attention linear_cross_entropy scale_cache layer_compilation
-    multi_scale_quantizer sampling padding kept_regions regional_prompts attention_maps
+    multi_scale_quantizer sampling padding kept_regions regional_prompts word_attention
     generation_config_nextflow decoding_state decoding_settings decoding generation_nextflow
     modeling_nextflow
     semantic_branch strip_decoding modeling_nextflow_image_tokenizer codebook

@@ -108,7 +108,7 @@ def read_source(
     else:
         schedules = {ScaleSchedule(nearest_bucket(*array.shape[:2]), image_processor.num_scales) for array in arrays}
         if len(schedules) > 1:
-            sizes = sorted({array.shape[1::-1] for array in arrays})
+            sizes = sorted({(array.shape[1], array.shape[0]) for array in arrays})
             raise ValueError(
                 f"The pictures have the sizes {sizes} (width, height), but those of a call are drawn at one size. Pass "
                 "`height` and `width`, or one at a time."
@@ -199,8 +199,8 @@ def read_picture(source: Any, limits: SourceLimits) -> np.ndarray:
 
 def read_mask(source: Any, limits: SourceLimits) -> torch.Tensor:
     """The brightness of a picture, `(H, W)` float32 from 0 to 1."""
-    if isinstance(source, np.ndarray | torch.Tensor) and source.dtype in (bool, np.bool_, torch.bool):
-        source = source * (np.uint8(255) if isinstance(source, np.ndarray) else 255)
+    if isinstance(source, torch.Tensor) and source.dtype == torch.bool:
+        source = source.float()
     try:
         return torch.from_numpy(read_picture(source, limits)).float().mean(-1) / 255
     except (TypeError, ValueError) as error:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from . import _registration
 
 if TYPE_CHECKING:  # the same names, for editors and type checkers
-    from .attention_maps import *
     from .codebook import *
     from .configuration_nextflow import *
     from .decoding import GenerationEvent as GenerationEvent
@@ -29,12 +28,12 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from .scale_cache import ScaleCache as ScaleCache
     from .scale_schedule import *
     from .session import *
+    from .word_attention import *
 
 __version__ = "0.1.0"
 
 # The public names of each module: the only list of them at run time.
 _MODULES = {
-    "attention_maps": ("attention_maps",),
     "codebook": ("check_same_codebook", "hash_image_tokenizer", "reseat_codebook"),
     "configuration_nextflow": ("NextFlowConfig", "NextFlowImageTokenizerConfig"),
     "generation_config_nextflow": ("NextFlowGenerationConfig",),
@@ -50,6 +49,7 @@ _MODULES = {
     "remote_code": ("add_remote_code",),
     "scale_cache": ("ScaleCache",),
     "scale_schedule": ("ScaleSchedule", "aspect_buckets", "nearest_bucket", "nearest_sizes"),
+    "word_attention": ("attention_maps",),
     "session": ("NextFlowSession", "SessionMemory"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -74,7 +74,7 @@ PIPELINE = {
     "prompt_style": ({"prompt_style": "chat"}, CHANGES),
     "mask_image": ({"image": Image.new("RGB", (80, 80)), "mask_image": half_white()}, CHANGES),
     "strength": ({"image": Image.new("RGB", (80, 80)), "strength": 0.4}, CHANGES),
-    "position": ({"image": red_picture(), "position": "left", "height": 112, "width": 112}, "stands on a larger"),
+    "position": ({"image": Image.new("RGB", (48, 48)), "position": "left"}, CHANGES),
     "preserve": ({"preserve": "pixels"}, "`preserve` is about an `image`"),
     "image_in_prompt": ({"image_in_prompt": False, "image": red_picture()}, "`image_in_prompt=False`"),
     "regions": ({"regions": [("two blue squares", half_white())]}, CHANGES),

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from test_generation_nextflow import MASK, PROMPTS, SCHEDULE, TEXT, N, build_model, draw
 
-from transformers_nextflow.attention_maps import attention_maps
+from transformers_nextflow.word_attention import attention_maps
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_it_is_the_mean_over_layers_and_heads(drawn):
         ({"scale": 5}, "`scale` must be below 5"),
         ({"scale": -6}, "`scale` must be below 5"),
         ({"sequences": torch.cat([PROMPTS, PROMPTS], 1), "attention_mask": None}, "must end with a whole image"),
-        ({"sequences": torch.full((3, N), TEXT), "attention_mask": None}, "must end with a whole image"),
+        ({"sequences": torch.full((3, N), TEXT), "attention_mask": None}, "don't follow a `<boi>`"),
     ],
 )
 def test_misuse_is_explained(drawn, settings, message):
