@@ -89,7 +89,7 @@ def read_source(
     masks = _mask_list(mask_image, sources)
     limits = SourceLimits.of(vars(image_processor))
     arrays = [read_picture(picture, limits) for picture in sources]
-    drawn = [np.zeros(array.shape[:2], np.float32) for array in arrays]
+    drawn: list[Any] = [np.zeros(array.shape[:2], np.float32) for array in arrays]
     if masks is not None:
         drawn = [read_mask(mask, limits).numpy() for mask in masks]
         for mask, array in zip(drawn, arrays, strict=True):
