@@ -287,9 +287,8 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
                 `"codes"`, the source's own, which finer scales then don't fit; `"pixels"`, as latents, and in the end
                 the source's pixels are pasted with a soft edge.
             image_in_prompt (`bool`, *optional*):
-                Whether the model reads `image` before the prompt, as for an edit. By default it does where `image`
-                stands alone, and not with `mask_image`, `strength` or `position`. True with a mask is an edit of a
-                part; of several pictures of a prompt the last is the one that is kept.
+                Whether the model reads `image` before the prompt, as for an edit; by default where `image` stands
+                alone. True with a mask is an edit of a part (of a prompt's last picture).
             regions, negative_regions (list of prompts with masks, *optional*):
                 `[("a red circle", mask), ...]`: what is drawn where a mask, of the drawn picture's size, is white; the
                 prompt is for the rest. Guidance leads away from negative ones there.
