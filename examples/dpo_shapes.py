@@ -2,10 +2,9 @@
 
     python examples/dpo_shapes.py --output runs/mint
 
-Pairs are two pictures of one scene, on mint and on white, or where a background is named on that one and on mint.
-Measured before and after, on captions that training never shows: how often the background is mint where none is named,
-how often it is the one that is named, and how often a detector finds the right shapes. Runs on a CPU in minutes, with
-LoRA.
+Pairs are two pictures of one scene, on mint and on white. Measured before and after, on captions that training never
+shows: how often the background is mint where none is named, how often it is the one that is named, and how often a
+detector finds the right shapes. Runs on a CPU in minutes, with LoRA.
 """
 
 import argparse
@@ -87,14 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     before = measure(model, processor, tests, options.seed)
 
     rows = []
-    for scene in [*scenes(rng, "train", False, options.pairs // 2), *scenes(rng, "train", True, options.pairs // 2)]:
-        # What a caption names is better than what is liked.
-        papers = (scene.background, LIKED) if "background" in scene.caption else (LIKED, DISLIKED)
-        if scene.background == LIKED:
-            papers = (LIKED, DISLIKED)
+    for scene in scenes(rng, "train", False, options.pairs):
         answers = (
             {"role": "assistant", "content": [{"type": "image", "image": render(replace(scene, background=paper))}]}
-            for paper in papers
+            for paper in (LIKED, DISLIKED)
         )
         prompt = [{"role": "user", "content": scene.caption}]
         rows.append(encode_preference(prompt, *answers, processor, prompt_style="bare"))
