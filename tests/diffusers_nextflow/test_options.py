@@ -142,7 +142,7 @@ COMMAND = {
     "negative_prompt": (["--negative-prompt", "red"], CHANGES),
     "prompt_style": (["--prompt-style", "chat"], CHANGES),
     "guidance_scale": (["--guidance-scale", "1"], CHANGES),
-    "temperature": (["--temperature", "0"], "`image_temperature` must be positive"),
+    "temperature": (["--temperature", "0"], "--temperature must be above 0"),
     "top_k": (["--top-k", "0"], CHANGES),
     "top_p": (["--top-p", "2"], "`image_top_p` must be above 0"),
     "device": (["--device", "toaster"], "cannot be used here"),

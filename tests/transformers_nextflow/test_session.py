@@ -164,7 +164,7 @@ def test_misuse_is_explained_and_leaves_the_session_alone(session):
         (lambda: session.chat("x", thinking=True), "for `generation_mode=.image.`"),
         (lambda: session.ask("x", nonsense=1), "does not take `nonsense`"),
         (lambda: session.ask(3), "must be a string, but got int"),
-        (lambda: session.ask("<image>"), "but there are no `images`"),
+        (lambda: session.ask("<image>"), "but there are 0 images"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
