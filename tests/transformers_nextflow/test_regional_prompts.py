@@ -121,7 +121,7 @@ def test_kept_parts_and_regions_go_together(model):
         ({"regions": []}, "`regions` is a list of one `Region` at least"),
         ({"regions": Region(OTHER, LEFT)}, "`regions` is a list of one `Region` at least"),
         ({"regions": [(OTHER,)]}, r"`regions\[0\]`: .*missing 1 required positional argument: 'mask'"),
-        ({"regions": [Region("a star", LEFT)]}, r"`regions\[0\]`: Prompts and `attention_mask` must be tensors"),
+        ({"regions": [Region("a star", LEFT)]}, r"`regions\[0\]`: `input_ids` must be a tensor"),
         ({"regions": [Region(OTHER + TEXT, LEFT)]}, "its prompt must be text"),
         ({"regions": [Region(OTHER, LEFT[:, 1:])]}, r"has the image's size, \(batch, 80, 80\)"),
         ({"regions": [Region(OTHER, LEFT * 255)]}, "has values from 0 to 1"),
