@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -42,6 +42,18 @@ class SessionMemory:
     num_images: int
     num_bytes: int
     num_tokens_left: int
+
+
+class Transcript(NamedTuple):
+    """A conversation without its keys and values: small, and enough to go on from it.
+
+    Args:
+        input_ids (`list[int]`): All of it in the token view.
+        image_grid_shw (`list[list[int]]`): The grids of its images.
+    """
+
+    input_ids: list[int]
+    image_grid_shw: list[list[int]]
 
 
 class NextFlowSession:
@@ -83,6 +95,21 @@ class NextFlowSession:
         self._now: tuple[Decoding, tuple[dict[str, Any], ...]] = Decoding(model, 1, pad_token_id), ()
         self._open: tuple[Any, Decoding, tuple[dict[str, Any], ...]] | None = None  # a turn that is being answered
         self.last_thought = ""
+
+    @classmethod
+    @torch.no_grad()
+    def from_transcript(
+        cls, model: NextFlowForCausalLM, processor: NextFlowProcessor, transcript: Transcript, **settings
+    ) -> "NextFlowSession":
+        """A session that goes on from a [`~NextFlowSession.transcript`], which is run once.
+
+        `messages`, `num_turns` and `undo` know of the turns from here on alone.
+        """
+        session = cls(model, processor, **settings)
+        if transcript.input_ids:
+            ids = torch.tensor([transcript.input_ids], device=session.input_ids.device)
+            session._decoding.extend(ids, torch.ones_like(ids), [transcript.image_grid_shw])
+        return session
 
     @property
     def _decoding(self) -> Decoding:
@@ -151,14 +178,20 @@ class NextFlowSession:
 
     def stream(self, text: str, images: Sequence[Any] | Any = None, **settings) -> Iterator[StreamChunk]:
         """As [`~NextFlowSession.chat`], but piece by piece; the turn ends with the iterator, or when another begins."""
-        yield from self.processor.decode_stream(self._turn(text, images, "interleaved", settings))
+        yield from self.processor.decode_stream(self.events(text, images, **settings))
+
+    def events(
+        self, text: str, images: Sequence[Any] | Any = None, mode: str = "interleaved", **settings
+    ) -> Iterator[GenerationEvent]:
+        """As [`~NextFlowSession.stream`], but tokens, scales and images as they come; `mode="image"` draws one."""
+        return self._turn(text, images, mode, settings)
 
     def _read_turn(self, content: list[dict[str, Any]]) -> Any:
         """Model inputs of a user's turn and of what stands between it and the turn before."""
         pictures = [part["image"] for part in content if part["type"] == "image"]
         message: Any = {"role": "user", "content": content}
         prompt = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-        if self._marks:
+        if self.input_ids.shape[1]:
             ended = int(self._decoding.ids[0, -1]) in self._eos
             prompt = ("" if ended else self.processor.tokenizer.eos_token) + "\n" + prompt
         return self.processor(text=prompt, images=pictures or None, return_tensors="pt")
@@ -249,6 +282,11 @@ class NextFlowSession:
         return torch.tensor(self._decoding.grids[0], dtype=torch.long).view(-1, 3)
 
     @property
+    def transcript(self) -> Transcript:
+        """What [`~NextFlowSession.from_transcript`] goes on from."""
+        return Transcript(self.input_ids[0].tolist(), self.image_grid_shw.tolist())
+
+    @property
     def num_turns(self) -> int:
         """The number of the user's turns so far."""
         return len(self._marks)
@@ -321,4 +359,4 @@ def _states_of(decoding: Decoding) -> list[DecodingState]:
     return [state for state in (decoding.state, decoding._images) if state is not None]
 
 
-__all__ = ["NextFlowSession", "SessionMemory"]
+__all__ = ["NextFlowSession", "SessionMemory", "Transcript"]
