@@ -54,15 +54,15 @@ def read_settings(arguments: argparse.Namespace) -> ServingSettings:
 
 def serve_forever(settings: ServingSettings, host: str, port: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing goes to anybody
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # a busy machine takes longer than five
     import ray
     from ray import serve
 
     from .deployment import build
 
     options: dict[str, Any] = {}
-    if "RAY_ADDRESS" not in os.environ:  # a small cluster of its own, on this machine, at loopback
-        cores = max(os.cpu_count() or 1, settings.replicas)
-        options = {"num_cpus": cores, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    if "RAY_ADDRESS" not in os.environ:  # a small cluster of its own
+        options = {"num_cpus": max(os.cpu_count() or 1, settings.replicas), "include_dashboard": False}
     ray.init(**options)
     try:
         serve.start(http_options={"host": host, "port": port})

@@ -1,5 +1,6 @@
 """Events as answers of OpenAI's API, whole or in pieces."""
 
+import copy
 import json
 import time
 import uuid
@@ -84,12 +85,8 @@ class ChatAnswer:
     """A chat completion. Its content is a text, or a list of parts where there are pictures."""
 
     def __init__(self, model: str, include_usage: bool = False):
-        self.id, self.model, self.created, self.include_usage = (
-            new_id("chatcmpl"),
-            model,
-            int(time.time()),
-            include_usage,
-        )
+        self.id, self.created = new_id("chatcmpl"), int(time.time())
+        self.model, self.include_usage = model, include_usage
 
     def _of(self, kind: str, **fields: Any) -> Piece:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, **fields}
@@ -201,7 +198,7 @@ class ResponseAnswer:
         self.output.append(item)
         return "response.output_item.added", {
             "output_index": len(self.output) - 1,
-            "item": json.loads(json.dumps(item)),
+            "item": copy.deepcopy(item),
         }
 
     def _text(self, text: str) -> list[tuple[str, Piece]]:
@@ -239,12 +236,8 @@ class ResponseAnswer:
         call = "response.image_generation_call"
         item = self._open("image_generation_call")
         if item is None:
-            told.append(
-                self._add(
-                    {"type": "image_generation_call", "id": new_id("ig"), "status": "in_progress", "result": None}
-                )
-            )
-            item = self.output[-1]
+            item = {"type": "image_generation_call", "id": new_id("ig"), "status": "in_progress", "result": None}
+            told.append(self._add(item))
             item["previews"] = 0
             place = {"item_id": item["id"], "output_index": len(self.output) - 1}
             told += [(f"{call}.in_progress", place), (f"{call}.generating", place)]

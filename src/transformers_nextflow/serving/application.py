@@ -337,7 +337,7 @@ class _Api:
     async def _stream(
         self, job: Job, pieces: Callable[[list[Event]], list[Piece]], named: bool = True
     ) -> StreamingResponse:
-        """Server-sent events. What is wrong with a request is known before they begin, so it has a status of its own."""
+        """Server-sent events. A request that is wrong has a status of its own: they begin when it is accepted."""
         events = self._run(job)
         known = [await anext(events)]
 

@@ -129,7 +129,9 @@ class RayBackend:
         urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
         pages = await asyncio.gather(*(asyncio.to_thread(_read, url) for url in urls))
         lines = [line for page in pages for line in page.splitlines()]
-        return "".join(f"{line}\n" for line in lines if line.lstrip("# HELPTYP").startswith(METRICS))
+        return "".join(
+            f"{line}\n" for line in lines if line.replace("# HELP ", "").replace("# TYPE ", "").startswith(METRICS)
+        )
 
     async def put(self, name: str, transcript: Transcript) -> None:
         await self.transcripts.put.remote(name, transcript)
@@ -157,7 +159,7 @@ class Front:
 
 
 def build(args: dict[str, Any] | None = None) -> Any:
-    """The Serve application of settings, see [`ServingSettings`]. Wrong ones are a `ValueError` before anything runs."""
+    """The Serve application of [`ServingSettings`]. Wrong ones are a `ValueError` before anything runs."""
     settings = ServingSettings.of(dict(args or {}))
     values = settings.model_dump() | {"model": str(settings.folder.resolve()), "name": settings.model_name}
     gpus = settings.gpus

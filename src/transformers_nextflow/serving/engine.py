@@ -92,7 +92,7 @@ class Engine:
         self._seconds_per_row = 1.0
         self._reader = ThreadPoolExecutor(1, "reader")
         self._drawer = ThreadPoolExecutor(1, "drawer")
-        self._wake = asyncio.Event()
+        self._wake: asyncio.Event
         self._loop: asyncio.Task | None = None
 
     # Towards clients
@@ -111,7 +111,8 @@ class Engine:
                 code="queue_full",
                 retry_after=max(1, math.ceil(self._load * self._seconds_per_row)),
             )
-        if self._loop is None or self._loop.done():
+        if self._loop is None or self._loop.done():  # another event loop has ended with it
+            self._wake = asyncio.Event()
             self._loop = asyncio.create_task(self._serve())
         self._load += 1
         row = None
@@ -137,8 +138,8 @@ class Engine:
 
     async def status(self) -> dict[str, Any]:
         """Counts since the start, and what waits now."""
-        held = self.sessions.memory
-        return {**self.counts, "waiting": self._load, "sessions": held.number, "session_bytes": held.num_bytes}
+        number, num_bytes = self.sessions.memory
+        return {**self.counts, "waiting": self._load, "sessions": number, "session_bytes": num_bytes}
 
     def check_health(self) -> None:
         """Raises a `RuntimeError` if jobs are no longer taken, as after a mistake in here; Ray then starts anew."""
@@ -248,14 +249,13 @@ class Engine:
             await loop.run_in_executor(self._drawer, self._draw, batch, loop)
             seconds = (time.perf_counter() - start) / len(batch)
             self._seconds_per_row += 0.2 * (seconds - self._seconds_per_row)
-            self.counts["batches"] += 1
-            self.counts["rows"] += len(batch)
 
     def _next_batch(self) -> list[Row]:
         waiting = [row for row in self._waiting if not row.gone]
         alike = (row for row in waiting if row.key == waiting[0].key)
         batch = list(itertools.islice(alike, self.settings.max_batch))
         self._waiting = deque(row for row in waiting if row not in batch)
+        self.counts.update(batches=bool(batch), rows=len(batch))
         return batch
 
     def _draw(self, rows: list[Row], loop: asyncio.AbstractEventLoop) -> None:

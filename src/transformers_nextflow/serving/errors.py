@@ -30,7 +30,9 @@ class ApiError(Exception):
         """The JSON body."""
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
         kind = "server_error" if self.status >= 500 else kinds.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        # What clients sent, and is repeated here, may hold what UTF-8 can't.
+        message, param = (text and text.encode("utf-8", "replace").decode() for text in (self.message, self.param))
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:

@@ -35,7 +35,7 @@ class LocalBackend:
         return self.transcripts.get(name)
 
 
-def local_app(settings: ServingSettings = ServingSettings(), engine: Engine | None = None) -> FastAPI:
+def local_app(settings: ServingSettings, engine: Engine | None = None) -> FastAPI:
     """The application with an engine of its own: any ASGI server runs it."""
     return build_app(settings, LocalBackend(engine or Engine(settings)))
 

@@ -14,7 +14,9 @@ from .errors import ApiError
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 PerScale = Number | list[Number]
+Guidance = Annotated[float, Field(ge=0, le=100)]
 Text = Annotated[str, Field(min_length=1)]
+StopText = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 class Request(BaseModel):
@@ -25,7 +27,7 @@ class Request(BaseModel):
     model: str | None = None
     seed: Seed | None = None
     stream: StrictBool | None = None
-    guidance_scale: Number | None = None
+    guidance_scale: Guidance | None = None
     image_temperature: PerScale | None = None
     image_top_k: int | list[int] | None = None
     image_top_p: PerScale | None = None
@@ -40,7 +42,7 @@ class Request(BaseModel):
         """Options of `generate` for pictures; diffusers' rule that guidance of at most 1 is off."""
         names = ("guidance_scale", "image_guidance_scale", "image_temperature", "image_top_k", "image_top_p")
         given = {name: value for name in names if (value := getattr(self, name, None)) is not None}
-        if given.get("guidance_scale", 0) >= 0 and "guidance_scale" in given:
+        if "guidance_scale" in given:
             given["guidance_scale"] = max(1.0, given["guidance_scale"])
         return given
 
@@ -109,7 +111,7 @@ class EditRequest(ImageRequest):
     """The fields of `POST /v1/images/edits` beside its files."""
 
     input_fidelity: None = None
-    image_guidance_scale: Number | None = None
+    image_guidance_scale: Guidance | None = None
 
 
 class ImageUrl(BaseModel):
@@ -164,7 +166,7 @@ class ChatRequest(TextRequest):
     modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: str | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(min_length=1, max_length=4)] | None = None
     stream_options: StreamOptions | None = None
     thinking: StrictBool | None = None
     size: str | None = None
@@ -205,7 +207,7 @@ class ResponseRequest(TextRequest):
 
     input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=1)]
     previous_response_id: str | None = None
-    tools: Annotated[list[ImageTool], Field(max_length=1)] | None = None
+    tools: Annotated[list[ImageTool], Field(min_length=1, max_length=1)] | None = None
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     store: StrictBool | None = None

@@ -1,20 +1,12 @@
 """Conversations between their turns: keys and values while there is room, text and codes for as long as it matters."""
 
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..session import NextFlowSession, Transcript
 from .errors import ApiError
 from .jobs import Job
 from .settings import ServingSettings
-
-
-class HeldMemory(NamedTuple):
-    """What is held: the number of sessions, and bytes on the device and of all (what forks share counts for each)."""
-
-    number: int
-    on_device: int
-    num_bytes: int
 
 
 class Sessions:
@@ -57,11 +49,10 @@ class Sessions:
                     on_device -= num_bytes
 
     @property
-    def memory(self) -> HeldMemory:
-        sizes = {name: session.memory.num_bytes for name, session in list(self._held.items())}
-        return HeldMemory(
-            len(sizes), sum(size for name, size in sizes.items() if name not in self._away), sum(sizes.values())
-        )
+    def memory(self) -> tuple[int, int]:
+        """The number of sessions, and their bytes; what several share counts for each."""
+        held = list(self._held.values())
+        return len(held), sum(session.memory.num_bytes for session in held)
 
 
 class Transcripts:
@@ -89,4 +80,4 @@ class Transcripts:
         return self._kept[name]
 
 
-__all__ = ["HeldMemory", "Sessions", "Transcripts"]
+__all__ = ["Sessions", "Transcripts"]
