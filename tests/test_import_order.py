@@ -34,13 +34,18 @@ DIFFUSERS_ORDER = """
     control lora_loader diffusion_backbones modeling_diffusion_decoder pipeline_nextflow pipeline_nextflow_decode
     diffusion_decoder_config diffusion_decoder_trainer
 """
+SERVING_ORDER = """
+    errors settings jobs adapters sessions engine pictures protocol answers guard application local deployment
+"""
 MODULES = [
     *(f"transformers_nextflow.{name}" for name in ORDER.split()),
     *("transformers_nextflow", "transformers_nextflow.nextflow_remote_code"),
     *(f"transformers_nextflow.trainer.{name}" for name in TRAINER_ORDER.split()),
     "transformers_nextflow.trainer",
+    *(f"transformers_nextflow.serving.{name}" for name in SERVING_ORDER.split()),
+    *("transformers_nextflow.serving", "transformers_nextflow.serving.__main__"),
     *(f"diffusers_nextflow.{name}" for name in DIFFUSERS_ORDER.split()),
-    *("diffusers_nextflow", "diffusers_nextflow.__main__"),
+    *("diffusers_nextflow", "diffusers_nextflow.__main__", "diffusers_nextflow.demo"),
 ]
 
 

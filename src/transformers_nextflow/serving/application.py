@@ -355,7 +355,7 @@ class _Api:
                 if not isinstance(error, ApiError):
                     logger.exception("A stream failed")
                     error = ApiError("The server failed at this request; its log says how.", 500)
-                yield sse({"type": "error", **error.body["error"], **error.body})
+                yield sse({**error.body["error"], **error.body, "type": "error"})
             finally:
                 await events.aclose()  # type: ignore[attr-defined]
 

@@ -162,7 +162,7 @@ class ChatRequest(TextRequest):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    n: Literal[1] | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
     modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -205,7 +205,7 @@ class ToolChoice(BaseModel):
 class ResponseRequest(TextRequest):
     """`POST /v1/responses`."""
 
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=1)]
+    input: Text | Annotated[list[InputMessage], Field(min_length=1, max_length=1)]
     previous_response_id: str | None = None
     tools: Annotated[list[ImageTool], Field(min_length=1, max_length=1)] | None = None
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 
-if not all(map(find_spec, ("fastapi", "openai", "httpx", "python_multipart", "yaml"))):
+if not all(map(find_spec, ("fastapi", "openai", "httpx2", "python_multipart", "yaml"))):
     collect_ignore_glob = ["test_*.py"]
 
 
@@ -43,7 +43,7 @@ def engine(parts, settings):
 @pytest.fixture
 def talk(engine):
     """Runs `conversation(client, http)` against a server: OpenAI's client, and a plain one for requests of any kind."""
-    import httpx
+    import httpx2 as httpx
     import openai
 
     from transformers_nextflow.serving.local import LocalBackend, build_app

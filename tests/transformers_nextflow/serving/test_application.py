@@ -3,19 +3,17 @@
 import asyncio
 import json
 
-import httpx
+import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
 import torch
 from PIL import Image
+from server_pictures import picture_of, png_of, uri_of
 
-openai = 
 from diffusers_nextflow import NextFlowPipeline
 from transformers_nextflow.serving import ApiError, Event
 from transformers_nextflow.serving.application import build_app
-
-from server_pictures import picture_of, png_of, uri_of
 
 RED, BLUE = (Image.new("RGB", (80, 80), colour) for colour in ("red", "blue"))
 
@@ -214,7 +212,6 @@ class Broken:
     ],
 )
 def test_errors_have_their_classes(settings, backend, kind, status):
-    httpx = 
     async def ask(stream):
         app = build_app(settings(request_seconds=0.2), backend)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
