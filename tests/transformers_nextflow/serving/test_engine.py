@@ -32,6 +32,19 @@ def pictures(events):
     return [event.value.tobytes() for event in events if event.kind == "image"]
 
 
+def wait_for(engine, number):
+    """The engine begins when so many jobs wait, so they are batched as if they had come at once."""
+    take = engine._next_batch
+
+    def take_when_all_are_there():
+        if len(engine._waiting) < number:
+            return []
+        engine._next_batch = take
+        return take()
+
+    engine._next_batch = take_when_all_are_there
+
+
 @pytest.fixture
 def held(engine):
     """An engine whose thread waits until it is let go, so that jobs meet in its queue."""
@@ -44,8 +57,8 @@ def held(engine):
     return make
 
 
-def test_a_seed_gives_the_picture_of_the_pipeline_in_any_batch(parts, held):
-    engine, gate = held(max_batch=16)
+def test_a_seed_gives_the_picture_of_the_pipeline_in_any_batch(parts, engine):
+    engine = engine(max_batch=16)
     pipe = NextFlowPipeline(parts[0], parts[1].image_tokenizer, parts[1].tokenizer, parts[1].image_processor)
     pipe.set_progress_bar_config(disable=True)
     prompts = ["a", "a much longer prompt", "two words"] * 2
@@ -53,7 +66,7 @@ def test_a_seed_gives_the_picture_of_the_pipeline_in_any_batch(parts, held):
     edits = [Job(prompt="b", pictures=(RED, BLUE)[: 1 + seed], seed=seed) for seed in range(2)]
     # Of another setting, so not in that batch.
     other = Job(prompt="a", seed=0, options={"guidance_scale": 2.0, "image_top_k": 1})
-    threading.Timer(0.3, gate.set).start()
+    wait_for(engine, 9)
     drawn = run(engine, *jobs, *edits, other)
     assert engine.counts["batches"] == 3 and engine.counts["rows"] == 9
 
@@ -77,6 +90,7 @@ def test_chats_in_a_batch_are_those_alone(engine):
         for seed, text in enumerate(["hello", "a longer question", "x"])
     ]
     together, alone = engine(), engine()
+    wait_for(together, len(jobs))
     batch = run(together, *jobs)
     single = [run(alone, job)[0] for job in jobs]
 
