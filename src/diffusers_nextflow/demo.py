@@ -114,12 +114,19 @@ def _label(schedule: ScaleSchedule) -> str:
     return f"{w // shared}:{h // shared} · {schedule.width} x {schedule.height}"
 
 
+# On a phone the picture stands above what was asked for, on a desktop beside it.
 CSS = """
 .gradio-container {max-width: 1080px !important; margin: 0 auto !important}
 #title h1 {margin-bottom: 0}
-.picture img {image-rendering: auto; width: 100%; object-fit: contain}
+.picture img {width: 100%; object-fit: contain}
 .status {min-height: 1.6em}
+.sides {flex-direction: row-reverse}
 footer {display: none !important}
+@media (max-width: 700px) {
+    .sides {flex-direction: column}
+    .picture, .picture .image-container {height: 300px !important}
+    #gallery .grid-container {grid-template-columns: repeat(3, 1fr) !important}
+}
 """
 
 
@@ -223,14 +230,16 @@ def build_page(studio: Studio) -> Any:
         if with_size:
             sizes = studio.sizes()
             parts.append(gr.Dropdown(sizes, value=sizes[0][1], label="Size (width x height)", elem_id="size"))
-        guidance = studio.model.generation_config.guidance_scale or 1.0
-        parts.append(gr.Slider(1, 15, value=guidance, step=0.5, label="Guidance", info="1 is none"))
+        parts.append(gr.Slider(1, 15, value=usual_guidance, step=0.5, label="Guidance", info="1 is none"))
         with gr.Row():
             parts.append(gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=100))
             parts.append(gr.Checkbox(True, label="a new one each time", min_width=100))
         return parts
 
-    def shown(label: str = "Picture", name: str = "") -> tuple[Any, Any]:
+    upload: dict[str, Any] = {"type": "pil", "height": 260, "sources": ["upload", "clipboard"]}
+    usual_guidance = studio.model.generation_config.guidance_scale or 1.0
+
+    def shown(label: str, name: str) -> tuple[Any, Any]:
         options: dict[str, Any] = {"buttons": ["download", "fullscreen"], "elem_classes": "picture", "height": 420}
         picture = gr.Image(label=label, format="png", interactive=False, elem_id=name, **options)
         return picture, gr.Markdown("", elem_classes="status", elem_id=f"{name}-status")
@@ -241,62 +250,65 @@ def build_page(studio: Studio) -> Any:
             "# NextFlow\nPictures grow scale by scale: what you see while you wait is the model's own preview.",
             elem_id="title",
         )
-        with gr.Tab("Draw"), gr.Row():
+        with gr.Tab("Draw"), gr.Row(elem_classes="sides"):
+            with gr.Column(min_width=300):
+                picture, status = shown("Picture", "drawn")
+                to_edit = gr.Button("Edit this picture", elem_id="to-edit")
             with gr.Column(min_width=300):
                 prompt = gr.Textbox(label="Prompt", value=PROMPTS[0], lines=2, elem_id="prompt")
                 go = gr.Button("Draw", variant="primary", elem_id="draw")
+                gr.Examples(PROMPTS, prompt, label="For example")
                 size, guidance, seed, is_random = settings(with_size=True)
                 thinking = gr.Checkbox(False, label="think before drawing")
-                gr.Examples(PROMPTS, prompt, label="For example")
-            with gr.Column(min_width=300):
-                picture, status = shown(name="drawn")
-                to_edit = gr.Button("Edit this picture")
-        with gr.Tab("Edit"), gr.Row():
-            with gr.Column(min_width=300):
-                source = gr.Image(
-                    label="Picture to edit", type="pil", height=260, elem_id="source", sources=["upload", "clipboard"]
-                )
-                change = gr.Textbox(label="What to change", value="make the red circle yellow", elem_id="change")
-                go_edit = gr.Button("Edit", variant="primary", elem_id="edit")
-                edit_settings = settings()
+        with gr.Tab("Edit"), gr.Row(elem_classes="sides"):
             with gr.Column(min_width=300):
                 edited, edit_status = shown("Edited", "edited")
                 again = gr.Button("Go on from this picture")
+            with gr.Column(min_width=300):
+                source = gr.Image(label="Picture to edit", elem_id="source", **upload)
+                change = gr.Textbox(label="What to change", value="make the red circle yellow", elem_id="change")
+                go_edit = gr.Button("Edit", variant="primary", elem_id="edit")
+                edit_settings = settings()
         with gr.Tab("Ask"), gr.Row():
             with gr.Column(min_width=300):
-                subject = gr.Image(label="Picture", type="pil", height=320, sources=["upload", "clipboard"])
+                subject = gr.Image(label="Picture", **upload)
             with gr.Column(min_width=300):
                 question = gr.Textbox(label="Question", value="What do you see?")
                 go_ask = gr.Button("Ask", variant="primary")
                 answer = gr.Textbox(label="Answer", lines=3, interactive=False)
-        with gr.Tab("Story"), gr.Row():
-            with gr.Column(min_width=300):
-                plot = gr.Textbox(label="Story", value=STORIES[0], lines=2)
-                number = gr.Slider(2, 5, value=3, step=1, label="Pictures")
-                go_story = gr.Button("Tell", variant="primary")
-                story_settings = settings()
-                gr.Examples(STORIES, plot, label="For example")
+        with gr.Tab("Story"), gr.Row(elem_classes="sides"):
             with gr.Column(min_width=300):
                 frames = gr.Gallery(label="Story", columns=3, height=320, interactive=False, format="png")
                 story_status = gr.Markdown("", elem_classes="status")
+            with gr.Column(min_width=300):
+                plot = gr.Textbox(label="Story", value=STORIES[0], lines=2)
+                go_story = gr.Button("Tell", variant="primary")
+                gr.Examples(STORIES, plot, label="For example")
+                number = gr.Slider(2, 5, value=3, step=1, label="Pictures")
+                story_settings = settings()
         with gr.Tab("Chat"):
-            dialogue = gr.Chatbot(label="Conversation", height=460, buttons=[])
+            dialogue = gr.Chatbot(label="Conversation", height=460, buttons=[], elem_id="dialogue")
             message = gr.MultimodalTextbox(
                 show_label=False,
                 placeholder="Say something, or show a picture",
                 file_types=["image"],
                 file_count="multiple",
+                elem_id="message",
             )
             with gr.Row():
                 modes = [("answer with a picture", "draw"), ("answer in words", "talk"), ("as it likes", "either")]
                 mode = gr.Radio(modes, value="draw", label="The model should")
-                strength = gr.Slider(
-                    1, 15, value=studio.model.generation_config.guidance_scale or 1.0, label="Guidance"
-                )
+                strength = gr.Slider(1, 15, value=usual_guidance, label="Guidance")
                 anew = gr.Button("Start anew", scale=0)
         with gr.Accordion("Gallery", open=True):
             gallery = gr.Gallery(
-                show_label=False, columns=6, height="auto", interactive=False, format="png", elem_id="gallery"
+                show_label=False,
+                columns=6,
+                fit_columns=False,
+                height="auto",
+                interactive=False,
+                format="png",
+                elem_id="gallery",
             )
 
         drawn = [picture, status, seed, pictures, gallery]
@@ -346,9 +358,10 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
+        studio = load_studio(parsed.model, parsed.device, parsed.dtype)
         import gradio as gr
 
-        page = build_page(load_studio(parsed.model, parsed.device, parsed.dtype))
+        page = build_page(studio)
         # Fonts of the system: no page of ours asks others for anything.
         theme = gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"])
         page.queue(max_size=64, default_concurrency_limit=1)

@@ -51,19 +51,21 @@ def build_app(settings: ServingSettings, backend: Backend) -> FastAPI:
     app = FastAPI(title="transformers-nextflow", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, settings=settings)
     api = _Api(settings, backend)
-    for path, endpoint in {
+    routes: dict[str, Callable[..., Any]] = {
         "/v1/images/generations": api.generate_images,
         "/v1/images/edits": api.edit_images,
         "/v1/chat/completions": api.complete_chat,
         "/v1/responses": api.respond,
-    }.items():
+    }
+    for path, endpoint in routes.items():
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
-    for path, endpoint in {
+    routes = {
         "/v1/models": api.list_models,
         "/v1/models/{name:path}": api.show_model,
         "/health": api.show_health,
         "/metrics": api.show_metrics,
-    }.items():
+    }
+    for path, endpoint in routes.items():
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
 
     @app.exception_handler(ApiError)
@@ -184,13 +186,13 @@ class _Api:
         messages, texts, urls = [], [], 0
         for place, message in enumerate(body.messages):
             parts: Any = message.content
-            if not isinstance(parts, str):
+            if not isinstance(message.content, str):
                 parts = []
                 for number, part in enumerate(message.content):
                     param = f"messages.{place}.content.{number}"
-                    text, url = part.text, part.image_url.url if part.image_url else None  # type: ignore[union-attr]
+                    url = part.image_url.url if part.image_url else None
                     urls += url is not None
-                    parts.append(await self._part(part.type == "text", text, url, param, urls))  # type: ignore[union-attr]
+                    parts.append(await self._part(part.type == "text", part.text, url, param, urls))
             texts += [parts] if isinstance(parts, str) else [part.get("text", "") for part in parts]
             messages.append({"role": {"developer": "system"}.get(message.role, message.role), "content": parts})
         if body.messages[-1].role == "assistant":
@@ -247,11 +249,8 @@ class _Api:
         options = body.image_options | _size(tool.size if tool else None)
         options |= body.text_options(body.max_output_tokens)
         self._limit_images(options, mode, body, may)
-        answer = ResponseAnswer(
-            new_id("resp"), body.model or self.model_name, body.previous_response_id, tool or PictureOptions()
-        )
-        name, previous = answer.response["id"], body.previous_response_id
-        store = body.store is not False
+        name, previous = new_id("resp"), body.previous_response_id
+        answer = ResponseAnswer(name, body.model or self.model_name, previous, tool or PictureOptions())
         job = Job(
             mode=mode,
             prompt=text,
@@ -259,7 +258,7 @@ class _Api:
             in_conversation=True,
             previous=previous,
             transcript=None if previous is None else await self.backend.get(previous),
-            answer=name if store else "",
+            answer="" if body.store is False else name,
             options=options,
             seed=_seed(body),
             previews=(tool.partial_images or 0) if tool else 0,

@@ -261,8 +261,8 @@ class Engine:
     def _draw(self, rows: list[Row], loop: asyncio.AbstractEventLoop) -> None:
         """Draws a batch, in a thread of its own. It ends after the scale at which the last client has gone."""
 
-        def post(row: Row, kind: str, value: Any, index: int = 0) -> None:
-            loop.call_soon_threadsafe(row.events.put_nowait, Event(kind, value, index))
+        def post(row: Row, kind: str, value: Any, step: int = 0) -> None:
+            loop.call_soon_threadsafe(row.events.put_nowait, Event(kind, value, step))
 
         in_conversation = rows[0].job.in_conversation
         pending = list(rows)

@@ -50,12 +50,12 @@ class Event(NamedTuple):
             `"accepted"` (it is right, and waits), `"text"`, `"thought"`, `"preview"`, `"image"`, `"done"` or, between
             threads and processes, `"error"`.
         value: None, a `str`, a `PIL.Image.Image`, an [`Outcome`] or an [`ApiError`].
-        index (`int`): Of a preview: its scale, from 0.
+        step (`int`): Of a preview: its scale, from 0.
     """
 
     kind: str
     value: Any
-    index: int = 0
+    step: int = 0
 
 
 @dataclass

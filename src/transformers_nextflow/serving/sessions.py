@@ -23,7 +23,7 @@ class Sessions:
 
     def open(self, job: Job) -> NextFlowSession:
         """A session that goes on from `job.previous`; others may go on from there, too."""
-        if job.previous in self._held:
+        if job.previous is not None and job.previous in self._held:
             self._held.move_to_end(job.previous)
             return self._held[job.previous].fork()
         if job.transcript is not None:

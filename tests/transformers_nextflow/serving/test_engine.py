@@ -103,7 +103,7 @@ def test_chats_in_a_batch_are_those_alone(engine):
 
 def test_previews_are_decoded_and_spread(engine):
     (events,) = run(engine(), Job(prompt="a", previews=3))
-    assert [(event.kind, event.index) for event in events[1:4]] == [("preview", scale) for scale in (0, 1, 2)]
+    assert [(event.kind, event.step) for event in events[1:4]] == [("preview", scale) for scale in (0, 1, 2)]
     assert all(event.value.size == (80, 80) for event in events[1:5])
     assert preview_scales(18, 3) == (3, 8, 12) and preview_scales(8, 0) == () and preview_scales(1, 3) == (0,)
 
