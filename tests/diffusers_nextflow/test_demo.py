@@ -114,7 +114,7 @@ def test_the_page_in_a_browser():
                 view.click("#draw")
                 shown = watch(view, "drawn")
                 assert len(shown) >= 3  # of seven previews, those that the browser was quick enough to show
-                found = {(thing.shape, thing.colour) for thing in detect_objects(fetch(view, shown[-1]))}
+                found = {(thing.name, thing.colour) for thing in detect_objects(fetch(view, shown[-1]))}
                 assert {("circle", "red"), ("square", "blue")} <= found
                 shoot(view, f"{name}.png")
                 view.click("#to-edit")
