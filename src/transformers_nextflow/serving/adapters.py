@@ -39,20 +39,32 @@ class Adapters:
 
     def use(self, name: str | None) -> None:
         """Makes an adapter, or the bare model for None, what draws from here on."""
-        if name is None:
-            if self.held:
-                self.model.disable_adapters()
-            return
-        if name not in self.held:
+        if name is not None and name not in self.held:
             folder = str(self.settings.adapter_folders[name])
             self.model.load_adapter(folder, adapter_name=name, use_safetensors=True)
             self.model.eval()
-        self.held[name] = None
-        self.held.move_to_end(name)
+        for layer in self._layers():
+            layer.enable_adapters(name is not None)
+            if name is not None:
+                layer.set_adapter(name)
+        if name is not None:
+            self.held[name] = None
+            self.held.move_to_end(name)
         while len(self.held) > self.settings.max_adapters:
-            self.model.delete_adapter(self.held.popitem(last=False)[0])
-        self.model.enable_adapters()
-        self.model.set_adapter(name)
+            self._drop(self.held.popitem(last=False)[0])
+
+    def _drop(self, name: str) -> None:
+        for layer in self._layers():
+            layer.delete_adapter(name)
+        del self.model.peft_config[name]
+
+    def _layers(self) -> list[Any]:
+        """Layers with adapters: transformers' own methods for all of them want a newer PEFT than its loading does."""
+        if getattr(self.model, "peft_config", None) is None:
+            return []
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 __all__ = ["Adapters"]
