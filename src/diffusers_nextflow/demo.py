@@ -121,13 +121,22 @@ CSS = """
 .picture img {width: 100%; object-fit: contain}
 .status {min-height: 1.6em}
 .sides {flex-direction: row-reverse}
+#gallery .grid-wrap {min-height: 0 !important; height: auto !important}
 footer {display: none !important}
 @media (max-width: 700px) {
-    .sides {flex-direction: column}
+    .sides {flex-direction: column; align-items: stretch}
+    .sides > * {width: 100%; max-width: 100%; flex-grow: 0}
     .picture, .picture .image-container {height: 300px !important}
     #gallery .grid-container {grid-template-columns: repeat(3, 1fr) !important}
 }
 """
+
+
+def look() -> dict[str, Any]:
+    """How the page looks, as options of `launch`; in fonts of the system, so that it asks nobody else for any."""
+    from gradio import themes
+
+    return {"css": CSS, "theme": themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])}
 
 
 def build_page(studio: Studio) -> Any:
@@ -359,13 +368,9 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         studio = load_studio(parsed.model, parsed.device, parsed.dtype)
-        import gradio as gr
-
         page = build_page(studio)
-        # Fonts of the system: no page of ours asks others for anything.
-        theme = gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"])
         page.queue(max_size=64, default_concurrency_limit=1)
-        page.launch(server_name=parsed.host, server_port=parsed.port, theme=theme, css=CSS, max_file_size="32mb")
+        page.launch(server_name=parsed.host, server_port=parsed.port, max_file_size="32mb", **look())
     except (ValueError, OSError, ImportError) as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

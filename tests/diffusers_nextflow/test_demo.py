@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from diffusers_nextflow import NextFlowPipeline
-from diffusers_nextflow.demo import CSS, MAX_CHATS, Studio, build_page, load_studio, main
+from diffusers_nextflow.demo import MAX_CHATS, Studio, build_page, load_studio, look, main
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -98,7 +98,7 @@ def test_the_page_in_a_browser():
         port = free.getsockname()[1]
     page = build_page(load_studio(device="cpu"))
     page.queue(default_concurrency_limit=1)
-    page.launch(server_name="127.0.0.1", server_port=port, css=CSS, prevent_thread_lock=True, quiet=True)
+    page.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, **look())
     options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
     try:
         with playwright.sync_playwright() as driver:
