@@ -447,7 +447,7 @@ def train_tokenizer(name: str, options: argparse.Namespace, seed: int) -> NextFl
     torch.manual_seed(seed)
     config = NextFlowProcessor.from_pretrained(tiny_checkpoint()).image_tokenizer.config
     sizes = {"encoder_hidden_sizes": [32, 48, 64], "decoder_hidden_sizes": [32, 48, 64], "pixel_patch_size": 4}
-    tokenizer = NextFlowImageTokenizer(type(config)(**{**config.to_dict(), **sizes}))
+    tokenizer = NextFlowImageTokenizer(type(config)(**{**config.to_dict(), **sizes})).float()
     rng = np.random.default_rng(seed)
     pictures = [to_pixels([render(sample_scene(rng))])[0] for _ in range(min(options.pictures, 2000))]
     for stage, share, settings in TOKENIZERS[name]:

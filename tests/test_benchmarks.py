@@ -55,12 +55,60 @@ def test_grpo_prefix(tmp_path):
     assert "seconds" in again.stdout and "'loss'" not in again.stdout
 
 
-# --- speed.py ---
-
-
 @pytest.fixture
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+# --- positions.py ---
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_shares_of_variance_are_those_of_the_models_rotation(benchmarks, interleaved):
+    """The formula against random queries and keys that the model's own rotary embedding turns."""
+    import torch
+    from positions import HEAD, SECTION, THETA, variance_share
+    from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+    from transformers_nextflow import NextFlowConfig
+    from transformers_nextflow.modeling_nextflow import NextFlowModel
+
+    rope = {"rope_type": "default", "rope_theta": THETA, "mrope_section": list(SECTION)}
+    sizes = dict(hidden_size=HEAD, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1, num_scales=2)
+    tokens = dict(boi_token_id=1, eoi_token_id=2, image_token_id=3, eos_token_id=None, bos_token_id=None)
+    vocabulary = dict(text_vocab_size=8, visual_codebook_size=4, vocab_size=12, pad_token_id=0)
+    options = {**rope, "mrope_interleaved": interleaved}
+    config = NextFlowConfig(**sizes, **tokens, **vocabulary, intermediate_size=8, rope_parameters=options)
+    rotary, generator = NextFlowModel(config).rotary_emb, torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 4000, 1, HEAD, generator=generator).transpose(2, 3)
+    for axis in range(3):
+        for shift in (1.0, 4.0, 64.0):
+            logits = []
+            for place in (0.0, shift):
+                position = torch.zeros(3, 1, 1)
+                position[axis] = place
+                turned, _ = apply_rotary_pos_emb(query, query, *rotary(query, position))
+                logits.append((turned * key).sum(-1).flatten())
+            there, here = (logit - logit.mean() for logit in logits)
+            share = 1 - float((here * there).mean() / there.square().mean())
+            assert share == pytest.approx(variance_share(shift, axis, interleaved), abs=0.02)
+    assert variance_share(64.0, 2, False) < 1e-5 < 0.1 < variance_share(64.0, 2, True)
+
+
+@pytest.mark.slow
+def test_positions(tmp_path, benchmarks, capsys):
+    pytest.importorskip("scipy")
+    import positions
+
+    sizes = ["--pictures", "8", "--steps", "2", "--batch-size", "2", "--seeds", "0", "--work", str(tmp_path)]
+    positions.main(["--train", *sizes])
+    first = capsys.readouterr().out
+    assert first.count("\n| chunks | ") == first.count("\n| in turn | ") == 1
+    positions.main(["--train", *sizes])
+    assert capsys.readouterr().out == first
+
+
+# --- speed.py ---
 
 
 def test_counted_flops_are_those_that_run(benchmarks):
