@@ -460,7 +460,7 @@ def train_tokenizer(name: str, options: argparse.Namespace, seed: int) -> NextFl
         )  # fmt: skip
         trainer = NextFlowImageTokenizerTrainer(
             tokenizer, arguments, train_dataset=[{"pixel_values": picture} for picture in pictures],
-            teacher=EfficientNetTeacher() if stage == "joint" else None,
+            teacher=EfficientNetTeacher().features if stage == "joint" else None,
         )  # fmt: skip
         trainer.train()
     if name == "one branch":
