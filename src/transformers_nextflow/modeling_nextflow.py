@@ -402,9 +402,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
     def _scale_step_mask(self, inputs_embeds, attention_mask, cache, num_past):
         """No mask when every cached slot is real, so that fused kernels run."""
         num_visible = num_past + inputs_embeds.shape[1]
-        num_keys = num_visible
-        if cache is not None:
-            num_keys, _ = cache.get_mask_sizes(inputs_embeds.shape[1], 0)
+        num_keys = num_visible if cache is None else cache.get_mask_sizes(inputs_embeds.shape[1], 0)[0]
         if attention_mask is None:
             if num_keys == num_visible:
                 return None
@@ -590,12 +588,11 @@ def _with_fixed_lengths(cache: Cache) -> Cache:
     A static cache counts in a tensor, in place, and flex attention reads its mask after the count has moved on
     (transformers 5.23): queries would see as many slots too many as there are queries.
     """
-    fixed = copy.copy(cache)
-    layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
-    for layer in layers:
+    fixed: Any = copy.copy(cache)
+    fixed.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in fixed.layers:
         if isinstance(length := getattr(layer, "cumulative_length", None), torch.Tensor):
             layer.cumulative_length = length.clone()
-    fixed.layers = layers
     return fixed
 
 
