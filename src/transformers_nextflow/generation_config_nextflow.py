@@ -178,6 +178,10 @@ class NextFlowGenerationConfig(GenerationConfig):
         vars(self).update(dict.fromkeys(hidden))
         try:
             super().validate(strict=strict, user_set_attributes=user_set_attributes)
+        except TypeError as error:  # a text where a number belongs, as in a damaged file
+            raise ValueError(
+                f"An option of the generation configuration has a value of a wrong type: {error}."
+            ) from error
         finally:
             vars(self).update(hidden)
 

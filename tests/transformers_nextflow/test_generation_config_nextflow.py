@@ -138,6 +138,7 @@ def test_layers():
         ({"image_top_k": -5}, "`image_top_k` must be a whole number"),
         ({"image_temperature": "hot"}, "`image_temperature` must be a number, or a list"),
         ({"image_temperature": [1.0, 0.0]}, "`image_temperature` must be positive"),
+        ({"pad_token_id": "0"}, "has a value of a wrong type"),
         ({"image_top_p": 7}, "`image_top_p` must be above 0 and at most 1"),
         ({"num_return_sequences": 0}, "`num_return_sequences` must be a whole number"),
     ],
