@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import socket
 import sys
 import time
@@ -63,6 +64,11 @@ def serve_forever(settings: ServingSettings, host: str, port: int) -> None:
     options: dict[str, Any] = {}
     if "RAY_ADDRESS" not in os.environ:  # a small cluster of its own
         options = {"num_cpus": max(os.cpu_count() or 1, settings.replicas), "include_dashboard": False}
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in (signal.SIGINT, signal.SIGTERM):  # also where a shell has them ignored
+        signal.signal(name, stop)
     ray.init(**options)
     try:
         serve.start(http_options={"host": host, "port": port})
