@@ -64,6 +64,7 @@ def serve_forever(settings: ServingSettings, host: str, port: int) -> None:
     options: dict[str, Any] = {}
     if "RAY_ADDRESS" not in os.environ:  # a small cluster of its own
         options = {"num_cpus": max(os.cpu_count() or 1, settings.replicas), "include_dashboard": False}
+
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
