@@ -32,6 +32,7 @@ LOW, HIGH, ALL = slice(0, SIDE // 2), slice(SIDE // 2, SIDE), slice(None)
 HALVES = {"left": (ALL, LOW), "right": (ALL, HIGH), "top": (LOW, ALL), "bottom": (HIGH, ALL)}
 STRENGTHS = [step / 8 for step in range(1, 9)]
 PARTS = ("cost", "inpainting", "edits", "variations", "outpainting")
+MOST_VARIED = 40  # pictures, at each strength
 SHOWN = 6  # samples on a sheet
 
 Row = tuple[str, str, int, float]
@@ -210,15 +211,19 @@ def stays(picture: np.ndarray, thing: Thing) -> bool:
 
 
 def variations(run: Run) -> None:
-    rng, number = run.rng(3), min(run.number, 100)
-    scenes = [sample_scene(rng, "test") for _ in range(number)]
-    pictures, prompts = np.stack([render(scene) for scene in scenes]), [scene.caption for scene in scenes]
-    shown, made = run.reconstruct(pictures), []
-    for strength in STRENGTHS:
-        made.append(run.draw(prompts, image=list(pictures), strength=strength))
-        squares = ((made[-1].astype(np.float32) - shown) ** 2).mean((1, 2, 3))
-        run.add(f"strength {strength:g}", "distance to the source's reconstruction, of 255", np.sqrt(squares).tolist())
-    run.show("variations", pictures, *made[1::2])
+    """Of scenes that the caption decides, and of the hard set's, where it leaves the places open."""
+    for split, name in (("test", "places in the caption"), ("hard", "places left open")):
+        rng = run.rng(3)
+        scenes = [sample_scene(rng, split) for _ in range(min(run.number, MOST_VARIED))]
+        pictures, prompts = np.stack([render(scene) for scene in scenes]), [scene.caption for scene in scenes]
+        shown, made = run.reconstruct(pictures), []
+        for strength in STRENGTHS:
+            made.append(run.draw(prompts, image=list(pictures), strength=strength))
+            squares = ((made[-1].astype(np.float32) - shown) ** 2).mean((1, 2, 3))
+            run.add(
+                f"strength {strength:g}, {name}", "distance to the reconstruction, of 255", np.sqrt(squares).tolist()
+            )
+        run.show(f"variations_{split}", pictures, *made[1::2])
 
 
 # Edits
