@@ -88,6 +88,8 @@ def test_it_ends_with_a_checkpoint_that_draws(work):
     pipe = NextFlowPipeline.from_pretrained(work / "nextflow-tiny")
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red circle", generator=torch.Generator().manual_seed(0)).images[0].size == (128, 128)
+    large = pipe("a red circle", decoder="diffusion", decoder_steps=1, decoder_scale=2).images[0]
+    assert large.size == (256, 256) and 3e6 < pipe.diffusion_decoder.num_parameters() < 5e6
     config = pipe.model.config
     assert config.hidden_size == 64 * config.num_attention_heads and config.rope_parameters["rope_theta"] == 1e6
     assert config.rope_parameters["mrope_interleaved"] and config.scale_reweight_alpha == 0.9
