@@ -8,8 +8,9 @@
 FOLDER is an "imagefolder" of the library datasets: pictures and a `metadata.jsonl` with lines such as
 `{"file_name": "0001.png", "text": "a teal hexagon"}`; its pictures are encoded once, and datasets keeps the codes. For
 more than a few thousand pictures, or for conversations, run examples/extract_codes.py first and give its output to
-`--codes`. Every field of `NextFlowSFTConfig` and of TRL's `ModelConfig` is an option, on the command line or in the
-YAML file. On a CPU add `--use_cpu true --bf16 false`.
+`--codes`; a data list mixes its sources by weight (`--data_list data.yaml --codes runs/codes`). Every field of
+`NextFlowSFTConfig` and of TRL's `ModelConfig` is an option, on the command line or in the YAML file. On a CPU add
+`--use_cpu true --bf16 false`.
 """
 
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from transformers_nextflow.trainer import (
     NextFlowSFTTrainer,
     encode_messages,
     load_coded_dataset,
+    mix_coded_datasets,
+    read_data_list,
 )
 
 
@@ -40,6 +43,9 @@ class Data:
     )
     eval_codes: list[str] | None = field(
         default=None, metadata={"help": "Held-out coded samples; a folder's losses are logged under its name."}
+    )
+    data_list: str | None = field(
+        default=None, metadata={"help": "YAML of the sources whose codes are in folders of `--codes`, and weights."}
     )
     caption_column: str = field(default="text", metadata={"help": "Column of the captions."})
     self_correction: bool = field(default=True, metadata={"help": "Draw some of the codes that are seen."})
@@ -59,6 +65,13 @@ def load_samples(data: Data, processor: NextFlowProcessor) -> Dataset:
     """Coded samples, from either source."""
     if (data.pictures is None) == (data.codes is None):
         raise ValueError("Give either `--pictures`, a folder of pictures, or `--codes`, a folder of coded samples.")
+    if data.data_list is not None:
+        if data.codes is None or len(data.codes) != 1:
+            raise ValueError("`--data_list` goes with one folder of `--codes`, in which each source has its own.")
+        sources = read_data_list(data.data_list)
+        coded = {name: load_coded_dataset(Path(data.codes[0], name)) for name in sources}
+        weights = {name: source.weight for name, source in sources.items() if source.weight is not None}
+        return mix_coded_datasets(coded, weights or None)
     if data.codes is not None:
         return concatenate_datasets([load_coded_dataset(folder) for folder in data.codes])
     pictures = load_dataset("imagefolder", data_dir=data.pictures, split="train")

@@ -2,12 +2,14 @@
 
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -20,7 +22,9 @@ from transformers_nextflow import NextFlowConfig, NextFlowProcessor
 from transformers_nextflow.trainer import NextFlowDataCollator, load_coded_dataset
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import data_formats
 import extract_codes
+import sft
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "conversion"))
 from killing import num_kills, run_and_kill
@@ -31,8 +35,13 @@ NUM = 5
 @pytest.fixture(autouse=True)
 def fresh():
     yield
-    extract_codes.load_source.cache_clear()
-    extract_codes.load_processor.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    """What a new process would not know."""
+    for cached in (data_formats.load_with_datasets, data_formats.read_documents, extract_codes.load_processor):
+        cached.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +160,7 @@ def test_tars_of_several_types_of_pictures(run, pictures, tmp_path):
     options = ("--source", "webdataset", "--data", str(tmp_path / "*.tar"), "--text-column", "txt")
     dataset = run(*options)
     assert len(dataset) == 10 and all(len(codes) == 1 for codes in dataset["codes"])
-    extract_codes.load_source.cache_clear()
+    forget()
     some = run(*options, "--image-column", "png", "webp", output="some")
     assert len(some) == 8 and all(len(codes) == 1 for codes in some["codes"])
     bad = [json.loads(line) for line in (tmp_path / "some" / "bad.jsonl").read_text().splitlines()]
@@ -175,10 +184,10 @@ def test_two_columns_of_pictures(run, pictures, tmp_path):
     options = ("--source", "parquet", "--data", str(tmp_path / "rows.parquet"))
     assert run(*options)["id"] == ["1"]
     assert "pictures in before, after. Name one column" in (tmp_path / "codes" / "bad.jsonl").read_text()
-    extract_codes.load_source.cache_clear()
+    forget()
     assert run(*options, "--image-column", "after", output="after")["id"] == ["0"]
     assert "no picture in after, but in before" in (tmp_path / "after" / "bad.jsonl").read_text()
-    extract_codes.load_source.cache_clear()
+    forget()
     with pytest.raises(ValueError, match="columns before, after, text, but not picture"):
         run(*options, "--image-column", "picture", output="none")
 
@@ -218,8 +227,7 @@ class TestAnotherExtraction:
         checkpoint = shutil.copytree(tiny_random_checkpoint, tmp_path / "checkpoint")
 
         def again() -> datasets.Dataset:
-            extract_codes.load_source.cache_clear()
-            extract_codes.load_processor.cache_clear()
+            forget()
             return run("--data", str(folder), "--checkpoint", str(checkpoint))
 
         again()
@@ -246,10 +254,10 @@ class TestAnotherExtraction:
             again()
 
     def test_a_shard_of_another_extraction(self, again, run, pictures, tmp_path):
-        extract_codes.load_source.cache_clear()
+        forget()
         run("--data", str(pictures), "--seed", "7", output="other")
-        shutil.copy(tmp_path / "other" / "000001.arrow", tmp_path / "codes" / "000001.arrow")
-        with pytest.raises(ValueError, match=r"000001\.arrow belongs to another extraction"):
+        shutil.copy(tmp_path / "other" / "00000-00001.arrow", tmp_path / "codes" / "00000-00001.arrow")
+        with pytest.raises(ValueError, match=r"00000-00001\.arrow belongs to another extraction"):
             again()
 
     @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
@@ -259,11 +267,11 @@ class TestAnotherExtraction:
             again()
 
     def test_a_damaged_shard_is_named_and_made_again(self, again, tmp_path):
-        shard = tmp_path / "codes" / "000001.arrow"
+        shard = tmp_path / "codes" / "00000-00001.arrow"
         whole = shard.read_bytes()
         for content in (b"", whole[: len(whole) // 2], b"no arrow"):
             shard.write_bytes(content)
-            with pytest.raises(ValueError, match=r"000001\.arrow is damaged"):
+            with pytest.raises(ValueError, match=r"00000-00001\.arrow is damaged"):
                 load_coded_dataset(tmp_path / "codes")
             assert len(again()) == NUM and shard.read_bytes() == whole
 
@@ -282,26 +290,36 @@ class TestKilled:
     def test_a_worker_that_is_killed_is_replaced(self, tmp_path, monkeypatch):
         done = tmp_path / "done"
         done.mkdir()
-        monkeypatch.setattr(extract_codes, "extract_shard", die_once)
-        monkeypatch.setattr(extract_codes, "is_finished", lambda output, number: (output / str(number)).exists())
-        monkeypatch.setattr(extract_codes, "START_METHOD", "fork")  # sees the two above
-        extract_codes.extract_in_processes([(None, str(done), number, "cpu") for number in range(6)], 2)
+        monkeypatch.setattr(extract_codes, "extract", die_once)
+        monkeypatch.setattr(extract_codes, "START_METHOD", "fork")  # sees the one above
+        assert extract_codes.extract_in_processes([FakeJob(str(done), number) for number in range(6)], 2)
         assert sorted(path.name for path in done.iterdir()) == [*"012345", "died"]
 
     def test_workers_that_always_die_end_the_run(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(extract_codes, "extract_shard", die)
+        monkeypatch.setattr(extract_codes, "extract", die)
         monkeypatch.setattr(extract_codes, "START_METHOD", "fork")
-        with pytest.raises(ValueError, match=r"A worker died 3 times and no shard got finished \(4 are left\)"):
-            extract_codes.extract_in_processes([(None, str(tmp_path), number, "cpu") for number in range(4)], 2)
+        with pytest.raises(ValueError, match=r"A worker died 3 times and no shard got finished \(4 jobs are left\)"):
+            extract_codes.extract_in_processes([FakeJob(str(tmp_path), number) for number in range(4)], 2)
 
 
-def die_once(extraction, output: str, number: int, device: str) -> None:
-    """Stands for a shard: the third one kills its process at the first try."""
-    died = Path(output) / "died"
-    if number == 2 and not died.exists():
+@dataclass
+class FakeJob:
+    output: str
+    number: int
+
+    @property
+    def is_finished(self) -> bool:
+        return Path(self.output, str(self.number)).exists()
+
+
+def die_once(job: FakeJob) -> bool:
+    """Stands for a job: the third one kills its process at the first try."""
+    died = Path(job.output) / "died"
+    if job.number == 2 and not died.exists():
         died.touch()
         die()
-    (Path(output) / str(number)).touch()
+    Path(job.output, str(job.number)).touch()
+    return True
 
 
 def die(*job) -> None:
@@ -318,7 +336,7 @@ def test_the_picture_described(run, pictures, tiny_random_checkpoint):
 def test_bad_input(run, pictures, tmp_path):
     with pytest.raises(ValueError, match="has the columns image, text, but not caption"):
         run("--data", str(pictures), "--text-column", "caption")
-    extract_codes.load_source.cache_clear()
+    forget()
     run("--data", str(pictures), output="other")
     with pytest.raises(ValueError, match=r"other settings or data \(seed was 0, now 1\)"):
         run("--data", str(pictures), "--seed", "1", output="other")
@@ -328,8 +346,8 @@ def test_bad_input(run, pictures, tmp_path):
 
 def test_rows_that_came_since_are_not_passed_over(run, pictures, tmp_path):
     run("--data", str(_copy(pictures, tmp_path / "growing", 3)))
-    extract_codes.load_source.cache_clear()
-    with pytest.raises(ValueError, match="num_rows was 3, now 5"):
+    forget()
+    with pytest.raises(ValueError, match="source_files was"):
         run("--data", str(_copy(pictures, tmp_path / "growing", 5)))
 
 
@@ -362,3 +380,99 @@ def test_on_ray(run, pictures):
         assert run("--data", str(pictures), "--ray", output="ray")[:] == run("--data", str(pictures))[:]
     finally:
         ray.shutdown()
+
+
+class TestDataList:
+    """Several sources: each has a folder of its own, and weights are the training's."""
+
+    @pytest.fixture
+    def write(self, pictures, tmp_path):
+        write_tar(tmp_path / "a.tar", pictures, ["png"] * 3)
+        datasets.Dataset.from_dict({"text": ["some words", "more words"]}).to_json(tmp_path / "words.jsonl")
+
+        def write(first: str = "kind: text_to_image", weights=(0.75, 0.25), more: str = "") -> tuple[str, str]:
+            (tmp_path / "data.yaml").write_text(
+                f"sources:\n  drawn: {{{first}, format: webdataset, data: a.tar, weight: {weights[0]}}}\n"
+                f"  said: {{kind: text, format: json, data: words.jsonl, prompt_style: bare, weight: {weights[1]}}}\n"
+                f"{more}"
+            )
+            return "--data-list", str(tmp_path / "data.yaml")
+
+        return write
+
+    def test_another_weight_and_another_source_encode_nothing_again(self, run, write, tmp_path):
+        found = run(*write())
+        assert {name: len(dataset) for name, dataset in found.items()} == {"drawn": 3, "said": 2}
+        assert found["said"]["prompt_style"] == ["bare"] * 2 and found["drawn"]["prompt_style"] == ["chat"] * 3
+        written = {path: path.stat().st_mtime_ns for path in (tmp_path / "codes").rglob("*.arrow")}
+        more = "  shown: {kind: image_to_text, format: webdataset, data: a.tar, weight: 0.2}\n"
+        assert len(run(*write(weights=(0.4, 0.4), more=more))) == 3
+        assert {path: path.stat().st_mtime_ns for path in written} == written
+        with pytest.raises(ValueError, match=r"codes/drawn holds .* \(kind was 'text_to_image', now 'image_to_text'"):
+            run(*write("kind: image_to_text"))
+
+    def test_a_list_is_trained_on_by_weight(self, run, write, tmp_path, tiny_random_checkpoint):
+        run(*write())
+        data = sft.Data(codes=[str(tmp_path / "codes")], data_list=str(tmp_path / "data.yaml"))
+        samples = sft.load_samples(data, None)
+        assert sum(map(bool, samples["codes"])) == 6 and len(samples) == 8
+
+    @pytest.mark.parametrize(
+        ("first", "message"),
+        [
+            ("kind: editing", "source drawn: The data set has the columns .* but not source, instruction, target"),
+            ("kind: text_to_image, num_scales: 40", "source drawn: `num_scales` must be between 1 and"),
+            ("kind: text_to_image, pictures: none", "source drawn: `pictures` must be a folder"),
+            ("kind: video, raft: none.pth", "source drawn: .*none.pth has no weights"),
+        ],
+    )
+    def test_what_can_not_be_done_is_said_before_the_first_row(self, run, write, tmp_path, first, message):
+        if "video" in first:
+            pytest.importorskip("cv2")
+        with pytest.raises(ValueError, match=message):
+            run(*write(first))
+        assert not (tmp_path / "codes").exists()
+
+    def test_kinds_that_the_tokenizers_can_not_do(self, run, write, tmp_path, tiny_random_checkpoint):
+        checkpoint = shutil.copytree(tiny_random_checkpoint, tmp_path / "checkpoint")
+        processor = NextFlowProcessor.from_pretrained(checkpoint)
+        processor.image_tokenizer = None
+        processor.save_pretrained(tmp_path / "words")
+        with pytest.raises(ValueError, match="source drawn: its kind text_to_image needs an image tokenizer"):
+            run(*write(), "--checkpoint", str(tmp_path / "words"))
+        words = ("--source", "json", "--data", str(tmp_path / "words.jsonl"), "--task", "words")
+        assert len(run(*words, "--checkpoint", str(tmp_path / "words"), output="texts")) == 2
+
+
+def test_the_disk_is_bounded_and_streams_leave_no_copy(run, pictures, tmp_path, monkeypatch):
+    """Never more than so many bytes, by several runs with more room each; the codes are those of a run without."""
+    for tar in "ab":
+        write_tar(tmp_path / f"{tar}.tar", pictures, ["png"] * 5)
+    options = ("--source", "webdataset", "--data", str(tmp_path / "*.tar"), "--text-column", "txt")
+    whole = run(*options, output="whole")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    size, lengths = extract_codes.folder_size(tmp_path / "whole"), []
+    for share in (0.4, 0.7, 1.5):
+        lengths.append(len(run(*options, "--max-bytes", str(share * size), output="bounded")))
+        assert extract_codes.folder_size(tmp_path / "bounded") <= share * size
+    assert 0 < lengths[0] < lengths[1] < lengths[2] == len(whole)
+    assert load_coded_dataset(tmp_path / "bounded")[:] == whole[:]
+    assert run(*options, "--processes", "3", output="many")[:] == whole[:]  # more than files: by shards
+    assert not (tmp_path / "cache").exists()
+
+
+def test_processes_take_devices_in_turn(monkeypatch):
+    started = multiprocessing.get_context("spawn").Value("i", 0)
+    monkeypatch.setattr(extract_codes.threading.Thread, "start", lambda thread: None)
+    monkeypatch.setattr(extract_codes, "_device", "cpu")
+    found = []
+    for _ in range(3):
+        extract_codes._start_worker(["cuda:0", "cuda:1"], started)
+        found.append(extract_codes._device)
+    assert found == ["cuda:0", "cuda:1", "cuda:0"]
+
+
+def test_fewer_processes_than_devices_are_refused(run, pictures, capsys):
+    with pytest.raises(SystemExit):
+        run("--data", str(pictures), "--device", "cpu", "cuda:1", "--processes", "1")
+    assert "more devices than there are --processes" in capsys.readouterr().err

@@ -11,6 +11,7 @@ _MODULES = {
     ".coded_dataset": "coded_features drop_condition encode_conversations encode_messages expand_sample invert_task "
     "load_coded_dataset",
     "..codebook": "hash_image_tokenizer",
+    ".data_list": "DataSource mix_coded_datasets read_data_list",
     ".data_collator": "NextFlowDataCollator",
     ".dpo_config": "NextFlowDPOConfig",
     ".dpo_trainer": "NextFlowDPOTrainer encode_preference",
