@@ -72,7 +72,9 @@ def main() -> None:
     for way, taken in times.items():
         ratios = [first / second for first, second in zip(times["one at a time"], taken, strict=True)]
         print(f"| {way} | {Spread.of([len(rows) / second for second in taken])} | {Spread.of(ratios)} |")
-    print(f"\n{options.rows} rows, {options.num_scales} scales, {options.device}; {same:.2%} of the codes are the same.")
+    print(
+        f"\n{options.rows} rows, {options.num_scales} scales, {options.device}; {same:.2%} of the codes are the same."
+    )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def list_units(source: DataSource) -> list[str]:
     if source.format not in FILE_FORMATS:
         rows = load_with_datasets(source.format, source.data, source.split, source.streaming)
         return [str(index) for index in range(rows.num_shards if source.streaming else 1)]
-    system, _, (pattern, *_) = fsspec.get_fs_token_paths(source.data, expand=False)
+    system, pattern = fsspec.url_to_fs(source.data)
     if system.isdir(pattern):
         pattern = pattern.rstrip("/") + "/**"
     found = sorted(path for path in system.glob(pattern) if not system.isdir(path))
@@ -74,6 +74,8 @@ def describe_files(source: DataSource) -> list[tuple[Any, ...]]:
     else:
         data = source.data or ""
         paths = [str(path) for path in Path(data).rglob("*")] if data and Path(data).is_dir() else glob.glob(data)
+        if not paths and not source.streaming:  # of the Hub
+            return [(load_with_datasets(source.format, source.data, source.split, False)._fingerprint,)]
     if source.pictures:
         paths += [str(path) for path in Path(source.pictures).rglob("*")]
     described: list[tuple[Any, ...]] = []
@@ -82,7 +84,7 @@ def describe_files(source: DataSource) -> list[tuple[Any, ...]]:
             stat = os.stat(path)
             described += [(path, stat.st_size, stat.st_mtime_ns)] if os.path.isfile(path) else []
         else:
-            system, _, (inner, *_) = fsspec.get_fs_token_paths(path)
+            system, inner = fsspec.url_to_fs(path)
             info = system.info(inner)
             described.append((path, *(str(info.get(name)) for name in ("size", "ETag", "blob_id", "mtime", "created"))))
     return described
@@ -92,6 +94,9 @@ def read_rows(source: DataSource, unit: str, start: int = 0) -> Iterator[Row]:
     """Rows of a file, from one on; the rows before are passed over and not decoded.
 
     A file that breaks off ends with a row that says so.
+
+    Raises:
+        `ValueError`: if what is not on this machine breaks off: another try may do better.
     """
     try:
         if source.format in FILE_FORMATS:
@@ -104,6 +109,8 @@ def read_rows(source: DataSource, unit: str, start: int = 0) -> Iterator[Row]:
             shard = rows.shard(num_shards=rows.num_shards, index=int(unit))
             yield from shard.skip(start) if start else shard
     except Exception as error:  # whatever a reader throws at a broken file
+        if source.streaming or not is_local(unit):
+            raise ValueError(f"{unit} of {source.data or source.format} broke off: {error}. Run it again.") from error
         yield {BROKEN: f"{unit} can't be read on: {error}"}
 
 
@@ -170,7 +177,7 @@ def read_documents(path: str) -> list[Any]:
     return json.loads(text) if text.lstrip()[:1] == "[" else [line for line in text.split("\n") if line.strip()]
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def load_with_datasets(name: str, data: str | None, split: str, streaming: bool) -> Any:
     """A builder's or the Hub's data set with its pictures still in bytes: a broken one must not stop the others."""
     options: dict[str, Any] = {}

@@ -167,7 +167,7 @@ def encode_rows(job: Job, rows: Sequence[Row], start: int, device: str) -> list[
                 prompt = extraction.caption_prompt
                 talks[index] = make_messages(rows[index], extraction.source, extraction.columns, prompt, max_frames)
             except Exception as error:  # it is listed, the others go on
-                encoded[index] = _bad(rows[index], start + index, error)
+                encoded[index] = _bad(start + index, error)
         try:
             encoded |= {index: (sample, None) for index, sample in _encode(job, talks, start, device).items()}
         except Exception:  # one of them can't be encoded: which one?
@@ -175,7 +175,7 @@ def encode_rows(job: Job, rows: Sequence[Row], start: int, device: str) -> list[
                 try:
                     encoded[index] = _encode(job, {index: talk}, start, device)[index], None
                 except Exception as error:
-                    encoded[index] = _bad(rows[index], start + index, error)
+                    encoded[index] = _bad(start + index, error)
     named = [(encoded[index], row_name(row, start + index)) for index, row in enumerate(rows)]
     return [({**sample, "id": name}, error) for (sample, error), name in named]
 
@@ -186,7 +186,7 @@ def _shape(row: Row, extraction: Extraction) -> tuple[int, int]:
     return nearest_bucket(height, width) if width and height else (0, 0)
 
 
-def _bad(row: Row, number: int, error: Exception) -> tuple[dict[str, Any], str]:
+def _bad(number: int, error: Exception) -> tuple[dict[str, Any], str]:
     return {"row": number}, f"{type(error).__name__}: {error}"
 
 
@@ -218,7 +218,9 @@ def extract(job: Job, device: str | None = None) -> bool:
         if len(chunk) < size:
             break
         block += 1
-    job.end.write_text(str(block * size + len(chunk)))
+    temporary = job.end.with_suffix(f".{os.getpid()}.part")
+    temporary.write_text(str(block * size + len(chunk)))
+    temporary.rename(job.end)
     return True
 
 
@@ -486,7 +488,8 @@ def main(arguments: Sequence[str] | None = None) -> datasets.Dataset | dict[str,
     options.output = options.output.absolute()  # Ray's workers have folders of their own
 
     sources = read_data_list(options.data_list) if options.data_list else {"": source_of(options)}
-    processor = load_processor(options.checkpoint, options.device[0])
+    alone = options.processes == 1 and not options.ray
+    processor = load_processor(options.checkpoint, options.device[0] if alone else "cpu")
     extractions = {}
     for name, source in sources.items():
         try:
@@ -502,7 +505,7 @@ def main(arguments: Sequence[str] | None = None) -> datasets.Dataset | dict[str,
         jobs += plan_jobs(extraction, options.output / name, options)
     if options.ray:
         complete = extract_on_ray(jobs, options.device[0])
-    elif options.processes == 1:
+    elif alone:
         complete = all(extract(job, options.device[0]) for job in tqdm(jobs, desc="jobs"))
     else:
         complete = extract_in_processes(jobs, options.processes, options.device)

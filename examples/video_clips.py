@@ -43,9 +43,7 @@ def choose_frames(clip: Any, folder: str | None, max_frames: int, raft: str | No
     else:
         raise ValueError("The row has no clip.")
     if len(pairs) < 2:
-        raise ValueError(
-            f"The clip has {len(pairs)} frames at one in {SECONDS_PER_FRAME:g} seconds; a video needs two."
-        )
+        raise ValueError(f"At a frame in {SECONDS_PER_FRAME:g} seconds the clip has {len(pairs)}; it needs two.")
     motions = [describe_motion(*pair, raft) for pair in pairs if pair[1] is not None]
     if not any(moving for moving, _ in motions):
         raise ValueError("The clip is static.")

@@ -334,3 +334,13 @@ def test_speed(tmp_path):
     shares = {row["dtype"]: row["ratio"] for row in rows if row["name"].endswith("the rest")}
     assert shares.keys() == {"float32", "bfloat16"}, "a roofline in each dtype"
     assert all(0 < share < 1 for share in shares.values())
+
+
+@pytest.mark.slow
+def test_encoding():
+    command = [sys.executable, str(ROOT / "benchmarks" / "encoding.py"), "--rows", "4", "--num-scales", "4"]
+    done = run([*command, "--repeats", "1", "--device", "cpu"], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].strip() for row in rows] == ["one at a time", "in order", "by shape"]
+    assert "100.00% of the codes are the same" in done.stdout

@@ -120,9 +120,7 @@ def read_data_list(path: str | Path) -> dict[str, DataSource]:
             raise ValueError(f"{path}: source {name}: {error}") from error
     weights = {name: source.weight for name, source in sources.items() if source.weight is not None}
     if weights and (missing := sources.keys() - weights):
-        raise ValueError(
-            f"{path}: {', '.join(sorted(missing))} have no `weight`, but others have. Give all one, or none."
-        )
+        raise ValueError(f"{path}: {', '.join(sorted(missing))} have no `weight`. Give one to all sources, or to none.")
     if weights and not math.isclose(total := sum(weights.values()), 1, abs_tol=1e-6):
         listed = ", ".join(f"{name} {weight}" for name, weight in weights.items())
         raise ValueError(f"{path}: the weights sum to {total:g} and not to 1 ({listed}).")
