@@ -1,6 +1,6 @@
 """Rows a second of the extraction of codes: all rows of a shard together, by shape, against one row at a time.
 
-    python benchmarks/encoding.py --num-scales 12 --rows 64
+    python benchmarks/encoding.py --rows 64
 
 Pictures of several shapes with short texts go through what `examples/extract_codes.py` calls (`encode_conversations`),
 in one process by turns: *one at a time*; *in order*, as many rows together as a block has; *by shape*, the same after
@@ -37,7 +37,7 @@ def make_rows(number: int) -> list[list[dict]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(tiny_checkpoint()))
-    parser.add_argument("--num-scales", type=int, default=12)
+    parser.add_argument("--num-scales", type=int, help="by default the image processor's own")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -46,6 +46,7 @@ def main() -> None:
     use_clock(options.clock)
     processor = NextFlowProcessor.from_pretrained(options.checkpoint)
     processor.image_tokenizer.to(options.device)
+    num_scales = options.num_scales or processor.image_processor.num_scales
     rows = make_rows(options.rows)
 
     def bucket(index: int) -> tuple[int, int]:
@@ -57,7 +58,7 @@ def main() -> None:
     def encode(indices: list[int]) -> list[dict]:
         generators = [torch.Generator(options.device).manual_seed(index) for index in indices]
         chosen = [rows[index] for index in indices]
-        return encode_conversations(chosen, processor, True, generators, num_scales=options.num_scales)
+        return encode_conversations(chosen, processor, True, generators, num_scales=num_scales)
 
     ways = {
         "one at a time": lambda: [encode([index])[0] for index in range(len(rows))],
@@ -72,9 +73,7 @@ def main() -> None:
     for way, taken in times.items():
         ratios = [first / second for first, second in zip(times["one at a time"], taken, strict=True)]
         print(f"| {way} | {Spread.of([len(rows) / second for second in taken])} | {Spread.of(ratios)} |")
-    print(
-        f"\n{options.rows} rows, {options.num_scales} scales, {options.device}; {same:.2%} of the codes are the same."
-    )
+    print(f"\n{options.rows} rows, {num_scales} scales, {options.device}; {same:.2%} of the codes are the same.")
 
 
 if __name__ == "__main__":

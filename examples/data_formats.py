@@ -240,10 +240,12 @@ def find_columns(source: DataSource) -> dict[str, tuple[str, ...]]:
         ends = CLIPS if part == "video" else PICTURES
         return tuple(name for name in names if any(holds(row.get(name), name, ends) for row in whole))
 
-    talks = not source.columns.keys() & {*KINDS[source.kind]} and source.kind != "video" and among("messages") != ()
-    parts = ("messages", "images") if talks or "messages" in source.columns else KINDS[source.kind]
+    own = KINDS[source.kind]
+    whole_kind = source.kind == "video" or all(any(map(is_there, among(part))) for part in own)
+    talks = "messages" in source.columns or not (whole_kind or source.columns.keys() & {*own} or not among("messages"))
+    parts = ("messages", "images") if talks else own
     columns = {part: among(part) for part in parts}
-    optional = {"images"} if "messages" in parts else {"image"} if source.lone_texts else set()
+    optional = {"images"} if talks else {"image"} if source.lone_texts else set()
     missing = [
         ", ".join(found) or part
         for part, found in columns.items()

@@ -398,6 +398,8 @@ def plan_source(source: DataSource, processor: NextFlowProcessor, options: argpa
     if prompt_style == "chat" and not processor.chat_template:
         raise ValueError(f'{options.checkpoint} has no chat template: its prompts must be "bare".')
     ScaleSchedule(num_scales=num_scales)
+    if processor.image_tokenizer is not None and num_scales > (most := processor.image_tokenizer.config.num_scales):
+        raise ValueError(f"`num_scales` is {num_scales}, but the image tokenizer of {options.checkpoint} has {most}.")
     if source.pictures is not None and not Path(source.pictures).is_dir():
         raise ValueError(f"`pictures` must be a folder, but there is none {source.pictures}.")
     if source.kind == "video":

@@ -422,6 +422,7 @@ class TestDataList:
         [
             ("kind: editing", "source drawn: The data set has the columns .* but not source, instruction, target"),
             ("kind: text_to_image, num_scales: 40", "source drawn: `num_scales` must be between 1 and"),
+            ("kind: text_to_image, num_scales: 6", "source drawn: `num_scales` is 6, but .* has 5"),
             ("kind: text_to_image, pictures: none", "source drawn: `pictures` must be a folder"),
             ("kind: video, raft: none.pth", "source drawn: .*none.pth has no weights"),
         ],
@@ -440,7 +441,7 @@ class TestDataList:
         processor.save_pretrained(tmp_path / "words")
         with pytest.raises(ValueError, match="source drawn: its kind text_to_image needs an image tokenizer"):
             run(*write(), "--checkpoint", str(tmp_path / "words"))
-        words = ("--source", "json", "--data", str(tmp_path / "words.jsonl"), "--task", "words")
+        words = ("--source", "json", "--data", str(tmp_path / "words.jsonl"))
         assert len(run(*words, "--checkpoint", str(tmp_path / "words"), output="texts")) == 2
 
 

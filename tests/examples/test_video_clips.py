@@ -1,13 +1,18 @@
 """Which clips have motion of their own, and which frames are taken of them."""
 
+import io
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from transformers_nextflow.trainer import DataSource
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import data_formats
 import video_clips
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV is optional")
@@ -79,3 +84,17 @@ def test_raft_is_used_where_its_weights_are_given(tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth has no weights of torchvision's `raft_small`"):
         video_clips.check_flow(str(tmp_path / "other.pth"))
+
+
+def test_a_clip_is_a_conversation(tmp_path):
+    clip = write_clip(tmp_path / "walk.mp4", 2.5, walk=15)
+    with tarfile.open(tmp_path / "clips.tar", "w") as archive:
+        for name, data in (("0.mp4", clip), ("0.json", b'{"caption": "it walks"}')):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    source = DataSource("video", "webdataset", str(tmp_path / "clips.tar"))
+    (row,) = data_formats.read_rows(source, source.data)
+    messages = data_formats.make_messages(row, source, data_formats.find_columns(source))
+    assert messages[0] == {"role": "user", "content": "it walks"} and messages[1]["role"] == "assistant"
+    assert [part["image"].size for part in messages[1]["content"]] == [(320, 240)] * 2
