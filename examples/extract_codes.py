@@ -149,9 +149,9 @@ def load_processor(checkpoint: str, device: str) -> NextFlowProcessor:
     return processor
 
 
-def row_name(row: Row, number: int) -> str:
-    """What a row is called: by its own `id` or `__key__`, or its number."""
-    return str(row.get("id") or row.get("__key__") or number)
+def row_name(row: Row, file: int, number: int) -> str:
+    """What a row is called: by its own `id` or `__key__`, or its number (in another file than the first one `1:0`)."""
+    return str(row.get("id") or row.get("__key__") or (f"{file}:{number}" if file else number))
 
 
 def encode_rows(job: Job, rows: Sequence[Row], start: int, device: str) -> list[tuple[dict[str, Any], str | None]]:
@@ -176,7 +176,7 @@ def encode_rows(job: Job, rows: Sequence[Row], start: int, device: str) -> list[
                     encoded[index] = _encode(job, {index: talk}, start, device)[index], None
                 except Exception as error:
                     encoded[index] = _bad(start + index, error)
-    named = [(encoded[index], row_name(row, start + index)) for index, row in enumerate(rows)]
+    named = [(encoded[index], row_name(row, job.file, start + index)) for index, row in enumerate(rows)]
     return [({**sample, "id": name}, error) for (sample, error), name in named]
 
 
@@ -356,7 +356,7 @@ def describe(extraction: Extraction) -> dict[str, Any]:
     """All that the codes are made of, but for the tokenizers; not the weight, which codes don't depend on."""
     facts = asdict(extraction)
     source = facts.pop("source")
-    del source["weight"]
+    del source["weight"], facts["columns"]
     return {**source, **facts, "source_files": hash_of(describe_files(extraction.source))}
 
 

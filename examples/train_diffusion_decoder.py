@@ -15,6 +15,7 @@ Every field of `NextFlowDiffusionDecoderTrainingConfig` is an option. On a CPU a
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -23,19 +24,21 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, Features, Value, load_from_disk
+from datasets import Image as Picture
 from PIL import Image, ImageOps
 from trl import TrlParser
 
+from data_formats import find_picture, list_units, open_picture, read_rows
 from diffusers_nextflow import (
     NextFlowDecodePipeline,
     NextFlowDiffusionDecoder,
     NextFlowDiffusionDecoderTrainer,
     NextFlowDiffusionDecoderTrainingConfig,
 )
-from extract_codes import MANIFEST, Extraction, find_picture, load_source, open_picture
+from extract_codes import MANIFEST, hash_of, row_name
 from transformers_nextflow import NextFlowImageTokenizer, ScaleSchedule
-from transformers_nextflow.trainer import load_coded_dataset
+from transformers_nextflow.trainer import DataSource, load_coded_dataset
 
 TEXT_COLUMNS = ("prompt_embeds", "pooled_prompt_embeds")
 
@@ -64,23 +67,37 @@ class Parts:
     num_eval_samples: int = field(default=0, metadata={"help": "Rows kept from training, the last ones."})
 
 
-def read_extraction(codes: str) -> tuple[Extraction, str]:
-    """What the codes were made of, and the checkpoint whose image tokenizer made them."""
+def read_extraction(codes: str) -> tuple[Dataset, str]:
+    """The pictures that the codes were made of, and the checkpoint whose image tokenizer made them."""
     path = Path(codes, MANIFEST)
     if not path.is_file():
         raise ValueError(f'"{codes}" has no `{MANIFEST}`: make it with examples/extract_codes.py.')
     facts = json.loads(path.read_text(encoding="utf-8"))
-    settings = {item.name: facts[item.name] for item in fields(Extraction)}
-    settings["image_column"] = tuple(settings["image_column"])
-    return Extraction(**settings), facts["checkpoint"]
+    source = DataSource(**{item.name: facts[item.name] for item in fields(DataSource) if item.name in facts})
+    features = Features({"id": Value("string"), "picture": Picture(decode=False)})
+    options = {"gen_kwargs": {"source": source}, "fingerprint": hash_of(source, facts["source_files"])}
+    pictures = Dataset.from_generator(read_pictures, features, **options)  # keeps them, so that any can be read
+    return pictures, facts["checkpoint"]
 
 
-def collate(samples: list[dict[str, Any]], extraction: Extraction, factor: int) -> dict[str, torch.Tensor]:
+def read_pictures(source: DataSource) -> Iterator[dict[str, Any]]:
+    """The picture of each row, None if it has none, by the name that the coded sample has."""
+    for file, unit in enumerate(list_units(source)):
+        for number, row in enumerate(read_rows(source, unit)):
+            try:
+                picture = find_picture(row, source)
+            except ValueError:  # left out of the codes, too
+                picture = None
+            if isinstance(picture, str):
+                picture = str(Path(source.pictures or "", picture))
+            yield {"id": row_name(row, file, number), "picture": picture}
+
+
+def collate(samples: list[dict[str, Any]], pictures: Dataset, factor: int) -> dict[str, torch.Tensor]:
     """Codes, grids, and the pictures cut to the codes' size times `factor`, in [-1, 1]."""
-    rows, columns = load_source(extraction)
     pixels = []
     for sample in samples:
-        picture = ImageOps.exif_transpose(open_picture(find_picture(rows[sample["row"]], extraction, columns)))
+        picture = ImageOps.exif_transpose(open_picture(pictures[sample["row"]]["picture"]))
         picture = picture.convert("RGBA")
         opaque = Image.new("RGB", picture.size, "white")  # as the image processor does it
         opaque.paste(picture, mask=picture.getchannel("A"))
@@ -96,11 +113,9 @@ def collate(samples: list[dict[str, Any]], extraction: Extraction, factor: int) 
     return batch | {name: torch.tensor([sample[name] for sample in samples]) for name in names}
 
 
-def load_samples(codes: str, extraction: Extraction, text_embeds: str | None) -> Dataset:
+def load_samples(codes: str, pictures: Dataset, text_embeds: str | None) -> Dataset:
     """Coded samples with one picture, each with its `row` in the source and what stands for its caption."""
-    samples, (rows, _) = load_coded_dataset(codes), load_source(extraction)
-    names = next((name for name in ("id", "__key__") if name in rows.column_names), None)
-    places = {str(name): row for row, name in enumerate(rows[names] if names else range(len(rows)))}
+    samples, places = load_coded_dataset(codes), {name: row for row, name in enumerate(pictures["id"])}
     samples = samples.add_column("row", [places[name] for name in samples["id"]])
     kept = [index for index, images in enumerate(samples["codes"]) if len(images) == 1]
     if not kept:
@@ -148,7 +163,7 @@ def main(arguments: list[str] | None = None) -> NextFlowDiffusionDecoderTrainer:
     parts, settings = TrlParser(
         (Parts, NextFlowDiffusionDecoderTrainingConfig), allow_abbrev=False
     ).parse_args_and_config(arguments)
-    extraction, checkpoint = read_extraction(parts.codes)
+    pictures, checkpoint = read_extraction(parts.codes)
     folder = {"subfolder": "image_tokenizer"}
     image_tokenizer = NextFlowImageTokenizer.from_pretrained(checkpoint, dtype=torch.float32, **folder)
     torch.manual_seed(settings.seed)
@@ -158,7 +173,7 @@ def main(arguments: list[str] | None = None) -> NextFlowDiffusionDecoderTrainer:
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=parts.lora_r, lora_alpha=parts.lora_r, target_modules=parts.lora_target_modules)
-    samples = load_samples(parts.codes, extraction, parts.text_embeds)
+    samples = load_samples(parts.codes, pictures, parts.text_embeds)
     number = len(samples) - parts.num_eval_samples
     trainer = NextFlowDiffusionDecoderTrainer(
         decoder,
@@ -169,7 +184,7 @@ def main(arguments: list[str] | None = None) -> NextFlowDiffusionDecoderTrainer:
         peft_config=peft_config,
         train_dataset=samples.select(range(number)),
         eval_dataset=samples.select(range(number, len(samples))) if parts.num_eval_samples else None,
-        data_collator=partial(collate, extraction=extraction, factor=max(settings.scale_factors)),
+        data_collator=partial(collate, pictures=pictures, factor=max(settings.scale_factors)),
     )
     trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
     trainer.save_model()
