@@ -42,7 +42,8 @@ class DataSource:
             How it is stored: "webdataset" (tars), "parquet" or "json" (a list, or a document a line), each read file by
             file without a copy on disk; or what `datasets` loads: a builder ("imagefolder") or a data set of the Hub.
         data (`str`, *optional*):
-            A pattern of files, or a folder; local, or a URL that fsspec knows. A data set of the Hub needs none.
+            A pattern of files, or a folder; local, or a URL that fsspec knows. Of a data set of the Hub, which needs none,
+            a pattern of its own files.
         columns (`dict`, *optional*):
             In which column each part of the kind is, where it is not found by its usual name. `json.caption` is the
             field `caption` of the column `json`. A picture may be in one of several columns, in a list.
@@ -140,9 +141,11 @@ def _read_source(entry: Any, folder: Path) -> DataSource:
         raise ValueError(f"`columns` must have a column for each part, but is {columns!r}.")
     listed = {part: tuple(names) if isinstance(names, list) else str(names) for part, names in columns.items()}
     source = DataSource(**{**entry, "columns": listed})
-    paths = {name: getattr(source, name) for name in ("data", "pictures", "raft")}
+    inside = "/" in source.format  # `data` is a pattern of files in a data set of the Hub
+    paths = {name: getattr(source, name) for name in ("pictures", "raft", *(() if inside else ("data",)))}
     found = {name: path for name, path in paths.items() if path is not None and "://" not in path}
-    return replace(source, **{name: str(folder / path) for name, path in found.items()})
+    local: dict[str, Any] = {name: str(folder / path) for name, path in found.items()}
+    return replace(source, **local)
 
 
 def mix_coded_datasets(datasets: Mapping[str, Dataset], weights: Mapping[str, float] | None = None) -> Dataset:
