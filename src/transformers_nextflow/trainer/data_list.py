@@ -42,8 +42,8 @@ class DataSource:
             How it is stored: "webdataset" (tars), "parquet" or "json" (a list, or a document a line), each read file by
             file without a copy on disk; or what `datasets` loads: a builder ("imagefolder") or a data set of the Hub.
         data (`str`, *optional*):
-            A pattern of files, or a folder; local, or a URL that fsspec knows. Of a data set of the Hub, which needs none,
-            a pattern of its own files.
+            A pattern of files, or a folder; local, or a URL that fsspec knows. Of a data set of the Hub,
+            which needs none, a pattern of its own files.
         columns (`dict`, *optional*):
             In which column each part of the kind is, where it is not found by its usual name. `json.caption` is the
             field `caption` of the column `json`. A picture may be in one of several columns, in a list.
