@@ -25,6 +25,7 @@ from transformers import AutoConfig, PreTrainedConfig
 BLOCK_BYTES = 2**24
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+READABLE = {**DTYPES, "I64": torch.int64}  # counters beside the weights, which are dropped
 INDEX, PLAN = "model.safetensors.index.json", "conversion.plan"
 MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
 # Source key -> our key, None for what is dropped; the first that matches counts. A field stands for what FIELDS says.
@@ -137,7 +138,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if {"F16", "BF16"} <= {entry["dtype"] for entry in header.values()}:  # as wide as each other: no size tells
         raise ValueError(f'"{path}" holds both F16 and BF16 tensors: its header is damaged. Download it again.')
     return {
-        name: StoredTensor(path, name, tuple(entry["shape"]), DTYPES[entry["dtype"]], start + entry["data_offsets"][0])
+        name: StoredTensor(
+            path, name, tuple(entry["shape"]), READABLE[entry["dtype"]], start + entry["data_offsets"][0]
+        )
         for name, entry in header.items()
     }
 
@@ -149,12 +152,12 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[int, int]:
     whole = [isinstance(part, list) and all(type(n) is int and n >= 0 for n in part) for part in (shape, offsets)]
     if not all(whole) or len(offsets) != 2 or not isinstance(dtype, str):
         raise ValueError(f'"{name}" in "{path}" has no whole entry in the header. Download the file again.')
-    if dtype not in DTYPES:
+    if dtype not in READABLE:
         raise ValueError(
             f'"{name}" in "{path}" has the dtype {dtype}; expected one of {", ".join(DTYPES)}. '
             "Quantised checkpoints can't be converted."
         )
-    num_bytes = prod(shape) * DTYPES[dtype].itemsize
+    num_bytes = prod(shape) * READABLE[dtype].itemsize
     if offsets[1] - offsets[0] != num_bytes:
         raise ValueError(
             f'"{name}" in "{path}" takes the bytes {offsets[0]} to {offsets[1]}, but {num_bytes} bytes by its shape '
@@ -360,6 +363,8 @@ def plan_tensors(
             plan.append(made[name])
         else:
             check_shape(kept[name], shape)
+            if kept[name].dtype not in NAMES:
+                raise ValueError(f'"{kept[name].name}" in "{kept[name].file}" holds {kept[name].dtype}, not weights.')
             plan.append(PlannedTensor(name, shape, dtype or kept[name].dtype, kept[name].blocks))
     return plan
 

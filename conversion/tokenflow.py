@@ -1,6 +1,9 @@
 """Makes a NextFlow image tokenizer of a public TokenFlow tokenizer (arXiv 2412.03069): same codes, same pictures.
 
     python conversion/tokenflow.py --source tokenflow_clipb_32k_enhanced.pt --output image_tokenizer
+    python conversion/tokenflow.py --source tokenflow_clipb_32k_enhanced.pt --t2i TokenFlow-t2i --output tokenflow-t2i
+
+The second one makes the whole text-to-image model, `TokenFlowForCausalLM` with this image tokenizer.
 
 All three of TokenFlow's layouts are known, each with the normal and the enhanced pixel decoder: clipb_224 (images of
 224 or 256 pixels), vitamin_xlarge_256 (needs timm) and siglip_384. Layout and decoder are read off the weights.
@@ -303,10 +306,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--paper-schedules", action="store_true", help="NextFlow's grids and aspects instead of TokenFlow's squares"
     )
+    parser.add_argument("--t2i", type=Path, help="folder of TokenFlow-t2i: make the text-to-image model")
     options = parser.parse_args(arguments)
+    if options.t2i and options.paper_schedules:
+        parser.error("--t2i draws on TokenFlow's own grids: leave --paper-schedules out")
     settings = PAPER_SCHEDULES if options.paper_schedules else {}
+    common = (options.dtype, options.max_shard_size)
     with one_line_errors(parser):
-        convert_tokenflow(options.source, options.output, options.dtype, options.max_shard_size, **settings)
+        if options.t2i:
+            from conversion.tokenflow_t2i import convert_t2i
+
+            convert_t2i(options.t2i, options.output, options.source, *common)
+        else:
+            convert_tokenflow(options.source, options.output, *common, **settings)
         report(options)
 
 

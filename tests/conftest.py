@@ -68,6 +68,15 @@ def tiny_random_checkpoint(tmp_path_factory) -> Path:
     return save_tiny_random_checkpoint(tmp_path_factory.mktemp("tiny_random_checkpoint"))
 
 
+@pytest.fixture(scope="session")
+def tiny_tokenflow_checkpoint(tmp_path_factory) -> Path:
+    """TokenFlow's golden model and image tokenizer, converted: 4 scales (64 x 64 pixels), 64 codes."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tokenflow_source import save_checkpoint
+
+    return save_checkpoint(tmp_path_factory.mktemp("tiny_tokenflow_checkpoint"))
+
+
 def save_tiny_random_checkpoint(folder: Path) -> Path:
     """A plain transformers checkpoint of random weights: 5 scales (80 x 80 pixels), 64 codes, a vocabulary of bytes."""
     import torch

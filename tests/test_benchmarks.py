@@ -273,12 +273,12 @@ def test_parts_add_up_and_what_they_wrap_is_restored(benchmarks, monkeypatch, dt
 def test_a_schedule_is_drawn_as_it_is(benchmarks):
     from roofline import draw
 
-    from transformers_nextflow import NextFlowGenerationConfig, aspect_buckets
+    from transformers_nextflow import NextFlowConfig, aspect_buckets
 
     class Model:
         def generate(self, prompt, height, width, num_scales, **settings):
             size = {"height": height, "width": width, "num_scales": num_scales}
-            self.schedule = NextFlowGenerationConfig(**size).schedule(limit=18)
+            self.schedule = NextFlowConfig().schedule(**size)
 
     model = Model()
     for bucket in aspect_buckets():
@@ -344,3 +344,14 @@ def test_encoding():
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
     assert [row[0].strip() for row in rows] == ["one at a time", "in order", "by shape"]
     assert "100.00% of the codes are the same" in done.stdout
+
+
+def test_plain_tokenflow(benchmarks, capsys):
+    """Both ways draw the same, and the slots are those of the description: 9 steps of two prompts of 131 tokens."""
+    from plain_tokenflow import main
+
+    main(["--hidden-size", "32", "--num-layers", "1", "--repeats", "1", "--passes", "1"])
+    (row,) = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| 1 |")]
+    ends = [sum(side**2 for side in (1, 2, 4, 6, 8, 10, 12, 14, 16)[: s + 1]) for s in range(9)]
+    assert int(row[4]) == 2 * sum(131 + end - 1 for end in ends) and int(row[5]) == 2 * (131 + 816)
+    assert row[7].strip() == "100.0%"

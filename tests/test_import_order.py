@@ -12,14 +12,14 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 
 ORDER = """
-    scale_schedule whole_folder strict_loading remote_code configuration_nextflow
+    scale_schedule whole_folder strict_loading remote_code configuration_nextflow configuration_tokenflow
     token_layout model_inputs varlen_attention linear_cross_entropy scale_cache layer_compilation
     multi_scale_quantizer sampling padding kept_regions regional_prompts word_attention
     generation_config_nextflow decoding_state decoding_settings decoding generation_nextflow
-    modeling_nextflow
+    modeling_nextflow modeling_tokenflow
     semantic_branch strip_decoding modeling_nextflow_image_tokenizer codebook
     picture_sources image_processing_pil_nextflow image_processing_nextflow
-    chat_template token_fields stream_decoding processing_nextflow
+    chat_template token_fields stream_decoding processing_nextflow processing_tokenflow
     session pipelines _registration
 """
 TRAINER_ORDER = """

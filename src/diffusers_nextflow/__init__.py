@@ -14,7 +14,8 @@ from .pipeline_nextflow_decode import NextFlowDecodePipeline
 
 # Without these entries a folder on disk would still load, but a repository on the Hub would be refused.
 _METHODS = ["save_pretrained", "from_pretrained"]
-_COMPONENTS = ("NextFlowForCausalLM", "NextFlowImageTokenizer", "NextFlowImageProcessor", "NextFlowImageProcessorPil")
+_MODELS = ("NextFlowForCausalLM", "TokenFlowForCausalLM", "NextFlowImageTokenizer")
+_COMPONENTS = (*_MODELS, "NextFlowImageProcessor", "NextFlowImageProcessorPil")
 _OURS = ("NextFlowPipeline", "NextFlowDecodePipeline", "NextFlowDiffusionDecoder")
 pipeline_loading_utils.LOADABLE_CLASSES["transformers_nextflow"] = dict.fromkeys(_COMPONENTS, _METHODS)
 pipeline_loading_utils.LOADABLE_CLASSES["diffusers_nextflow"] = dict.fromkeys(_OURS, _METHODS)

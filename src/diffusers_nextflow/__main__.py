@@ -50,6 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     drawing.add_argument("--temperature", type=float, help="how freely to draw; 1 is as trained")
     drawing.add_argument("--top-k", type=int, help="draw from this many best codes; 1 is greedy")
     drawing.add_argument("--top-p", type=float, help="draw from the best codes that hold this share of probability")
+    drawing.add_argument("--num-passes", type=int, help="draw each scale so many times (TokenFlow: 1 to 3)")
     drawing.add_argument("--decoder", choices=["vq", "diffusion"], default="vq", help="what makes pictures of codes")
     drawing.add_argument("--decoder-steps", type=int, help="of the diffusion decoder")
     drawing.add_argument("--decoder-scale", type=int, default=1, help="2: the diffusion decoder draws twice the size")
@@ -178,6 +179,7 @@ def draw(arguments: argparse.Namespace) -> None:
         image_temperature=arguments.temperature,
         image_top_k=arguments.top_k,
         image_top_p=arguments.top_p,
+        num_passes=arguments.num_passes,
         decoder=arguments.decoder,
         decoder_steps=arguments.decoder_steps,
         decoder_scale=arguments.decoder_scale,

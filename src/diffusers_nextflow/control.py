@@ -85,6 +85,8 @@ def read_source(
         return None
     if num_frames is not None:
         raise ValueError("`mask_image`, `strength` and `position` are for single images, without `num_frames`.")
+    if not pipe.model.config.writes_text:
+        raise ValueError("`mask_image`, `strength` and `position` are for NextFlow; this model only draws texts anew.")
     model, image_processor, sources = pipe.model, pipe.image_processor, [of_prompt[-1] for of_prompt in pictures]
     masks = _mask_list(mask_image, sources)
     limits = SourceLimits.of(vars(image_processor))
@@ -98,14 +100,14 @@ def read_source(
                     f"`mask_image` has {mask.shape[1]} x {mask.shape[0]} pixels (width x height), but its `image` has "
                     f"{array.shape[1]} x {array.shape[0]}. Resize it to that."
                 )
-    limit, asked = model.config.num_scales, any(getattr(size, name) is not None for name in SIZE)
+    asked = any(getattr(size, name) is not None for name in SIZE)
+    if position is not None or asked:
+        chosen = size if asked else size.over(model.generation_config)
+        schedule = model.config.schedule(*(getattr(chosen, name) for name in SIZE))
     if position is not None:
-        schedule = (size if asked else size.over(model.generation_config)).schedule(limit)
         placed = [_place(array, mask, position, schedule) for array, mask in zip(arrays, drawn, strict=True)]
         arrays, drawn = [array for array, _ in placed], [mask for _, mask in placed]
-    elif asked:
-        schedule = size.schedule(limit)
-    else:
+    elif not asked:
         schedules = {ScaleSchedule(nearest_bucket(*array.shape[:2]), image_processor.num_scales) for array in arrays}
         if len(schedules) > 1:
             sizes = sorted({(array.shape[1], array.shape[0]) for array in arrays})

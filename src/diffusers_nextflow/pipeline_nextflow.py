@@ -32,6 +32,7 @@ from transformers_nextflow import (
 )
 from transformers_nextflow.generation_config_nextflow import NextFlowGenerationConfig
 from transformers_nextflow.processing_nextflow import pipeline_index
+from transformers_nextflow.processing_tokenflow import PROCESSORS
 from transformers_nextflow.sampling import make_generators
 from transformers_nextflow.strict_loading import HUB_ARGUMENTS
 from transformers_nextflow.whole_folder import whole_folder
@@ -92,7 +93,7 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
     whose callback reads or sets them, and None (False) outside of calls.
 
     Args:
-        model ([`~transformers_nextflow.NextFlowForCausalLM`]): The language model that draws.
+        model ([`~transformers_nextflow.NextFlowForCausalLM`]): The language model that draws (or TokenFlow's).
         image_tokenizer ([`~transformers_nextflow.NextFlowImageTokenizer`]): Decodes codes to pixels.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The text tokenizer.
         image_processor ([`~transformers_nextflow.NextFlowImageProcessor`]): For images that are given to the model.
@@ -221,6 +222,7 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
         image_temperature: float | list[float] | None = None,
         image_top_k: int | list[int] | None = None,
         image_top_p: float | list[float] | None = None,
+        num_passes: int | None = None,
         prompt_style: str | None = None,
         mask_image: Any = None,
         strength: float | None = None,
@@ -250,26 +252,22 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
             negative_prompt (`str` or `list[str]`, *optional*):
                 What guidance leads away from, in the style of the prompts; by default, and for an empty one, from no
                 prompt at all. One for all prompts, or one per prompt.
-            height, width (`int`, *optional*):
-                Pixels; they choose the schedule (see [`~transformers_nextflow.ScaleSchedule.from_size`]).
+            height, width (`int`, *optional*): Pixels; they choose the schedule (see `ScaleSchedule.from_size`).
             num_scales (`int`, *optional*):
                 Forces the number of scales; then only the aspect ratio of `height` and `width` counts.
-            num_inference_steps (`int`, *optional*):
-                The number of scales, which the size decides; a `ValueError` if it is another.
-            guidance_scale (`float`, *optional*):
-                Strength of classifier-free guidance. At most 1 turns it off, as everywhere in diffusers.
+            num_inference_steps (`int`, *optional*): The number of scales; a `ValueError` if the size has another.
+            guidance_scale (`float`, *optional*): Of classifier-free guidance; at most 1 turns it off, as in diffusers.
             image_guidance_scale (`float`, *optional*):
                 Strength of the guidance by `image` apart from the prompt's; a third branch. By default the pictures are
                 in both branches and only the text is guided.
             thinking (`bool`, *optional*, defaults to `False`):
                 The model writes a thought before it draws; the output's `thoughts` hold it. Prompts become chat turns.
-            num_frames (`int`, *optional*):
-                So many images in sequence for each prompt, a story; see the output's `frames`.
+            num_frames (`int`, *optional*): So many images in sequence for each prompt, a story; see `frames`.
             num_images_per_prompt (`int`, *optional*, defaults to 1): Images a prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of all draws: one, or one per image. In float32 the same seed gives the same image in any batch.
-            image_temperature, image_top_k, image_top_p (number or list of numbers, *optional*):
-                How codes are sampled; one for all scales, or one per scale.
+            image_temperature, image_top_k, image_top_p (*optional*): A number for all scales, or a list with one each.
+            num_passes (`int`, *optional*): How many times each scale is drawn; TokenFlow takes it.
             prompt_style (`str`, *optional*):
                 `"bare"`, the prompt is given to the model as it is, or `"chat"`, as a user's turn. By default as the
                 model was trained: `model.generation_config.prompt_styles` has it for each task.
@@ -434,6 +432,7 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
                     image_temperature=image_temperature,
                     image_top_k=image_top_k,
                     image_top_p=image_top_p,
+                    num_passes=num_passes,
                     on_scale_end=on_scale_end,
                     regions=areas,
                     **kept,
@@ -532,7 +531,8 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
     @property
     def _processor(self) -> NextFlowProcessor:
         parts = (self.image_processor, self.tokenizer, self.image_tokenizer)
-        return NextFlowProcessor(*parts, self.model.config.text_vocab_size, self.tokenizer.chat_template)
+        processor = PROCESSORS[self.model.config.model_type]
+        return processor(*parts, self.model.config.text_vocab_size, self.tokenizer.chat_template)
 
     def _encode(self, prompts: list[str], pictures: list[list[Any]], tasks: list[str], style: str | None) -> Any:
         """Prompts, as the model was trained to be prompted, behind their pictures; padded on the left."""

@@ -14,6 +14,7 @@ from . import _registration
 if TYPE_CHECKING:  # the same names, for editors and type checkers
     from .codebook import *
     from .configuration_nextflow import *
+    from .configuration_tokenflow import *
     from .decoding import GenerationEvent as GenerationEvent
     from .generation_config_nextflow import *
     from .generation_nextflow import *
@@ -21,8 +22,10 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from .image_processing_pil_nextflow import *
     from .modeling_nextflow import *
     from .modeling_nextflow_image_tokenizer import *
+    from .modeling_tokenflow import *
     from .pipelines import *
     from .processing_nextflow import *
+    from .processing_tokenflow import TokenFlowProcessor as TokenFlowProcessor
     from .regional_prompts import Region as Region
     from .remote_code import *
     from .scale_cache import ScaleCache as ScaleCache
@@ -36,15 +39,18 @@ __version__ = "0.1.0"
 _MODULES = {
     "codebook": ("check_same_codebook", "hash_image_tokenizer", "reseat_codebook"),
     "configuration_nextflow": ("NextFlowConfig", "NextFlowImageTokenizerConfig"),
+    "configuration_tokenflow": ("TokenFlowConfig",),
     "generation_config_nextflow": ("NextFlowGenerationConfig",),
     "generation_nextflow": ("NextFlowGenerateOutput", "NextFlowGenerationMixin"),
     "image_processing_nextflow": ("NextFlowImageProcessor",),
     "image_processing_pil_nextflow": ("NextFlowImageProcessorPil",),
     "modeling_nextflow": ("NextFlowForCausalLM", "NextFlowModel", "NextFlowPreTrainedModel"),
     "modeling_nextflow_image_tokenizer": ("NextFlowImageTokenizer", "NextFlowImageTokenizerOutput"),
+    "modeling_tokenflow": ("TokenFlowForCausalLM", "TokenFlowModel", "TokenFlowPreTrainedModel"),
     "pipelines": ("NextFlowTextToImagePipeline",),
     "decoding": ("GenerationEvent",),
     "processing_nextflow": ("NextFlowProcessor", "StreamChunk"),
+    "processing_tokenflow": ("TokenFlowProcessor",),
     "regional_prompts": ("Region",),
     "remote_code": ("add_remote_code",),
     "scale_cache": ("ScaleCache",),

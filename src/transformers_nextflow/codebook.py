@@ -1,6 +1,7 @@
 """What ties a language model to its image tokenizer: the same codes must mean the same picture to both."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,9 +27,16 @@ def hash_image_tokenizer(image_tokenizer: NextFlowImageTokenizer) -> str:
     return known[1]
 
 
-def check_schedules(image_tokenizer: Any) -> None:
+def check_schedules(image_tokenizer: Any, scale_sides: Sequence[int] | None = None) -> None:
     """Refuses an image tokenizer whose images have other sizes than a language model plans with."""
     config = getattr(image_tokenizer, "config", None)
+    if scale_sides is not None:
+        if (sides := list(getattr(config, "sides", scale_sides))) != list(scale_sides):
+            raise ValueError(
+                f"The image tokenizer has grids of the sides {sides}, but the model draws on {list(scale_sides)}: they "
+                "are not of one checkpoint."
+            )
+        return
     foreign = [name for name in ("scale_sides", "image_size") if getattr(config, name, None) is not None]
     if foreign:
         raise ValueError(
@@ -58,7 +66,7 @@ def check_same_codebook(config: Any, image_tokenizer: NextFlowImageTokenizer | N
     """
     if image_tokenizer is None:
         return
-    check_schedules(image_tokenizer)
+    check_schedules(image_tokenizer, config.scale_sides)
     if config.visual_codebook_size != image_tokenizer.config.codebook_size:
         raise ValueError(
             f"The model draws {config.visual_codebook_size} codes but the image tokenizer has "
@@ -88,7 +96,7 @@ def reseat_codebook(model: Any, image_tokenizer: NextFlowImageTokenizer) -> None
     Raises:
         `ValueError`: if the codebooks differ in size, or its schedules or stride differ from the paper's.
     """
-    check_schedules(image_tokenizer)
+    check_schedules(image_tokenizer, model.config.scale_sides)
     codebook, weight = image_tokenizer.quantizer.codebook(), model.base_model.visual_codebook.weight
     if codebook.shape != weight.shape:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterable
 from functools import wraps
 from typing import Any, ClassVar
 
@@ -91,6 +92,10 @@ class NextFlowConfig(StrictConfigMixin, Qwen2_5_VLTextConfig):
 
     model_type = "nextflow"
     base_config_key = ""
+    scale_sides: ClassVar[None] = None  # of the grids, where they are not the paper's
+    image_end_ids: ClassVar[tuple[int, ...]] = ()  # text that closes an image
+    max_text_tokens: ClassVar[int | None] = None  # of a prompt
+    writes_text: ClassVar[bool] = True  # or draws single images of texts, and nothing else
     ignore_keys_at_rope_validation = {"mrope_section", "mrope_interleaved"}
     auto_map: ClassVar[dict[str, Any]] = {}  # TRL reads it when a model is given as a path
 
@@ -136,6 +141,48 @@ class NextFlowConfig(StrictConfigMixin, Qwen2_5_VLTextConfig):
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         if self.auto_map:
             write_shim(save_directory)  # the entries of `auto_map` name that file
+
+    @property
+    def image_start_ids(self) -> tuple[int, ...]:
+        """Text that opens an image: its last token predicts the first code."""
+        return (self.boi_token_id,)
+
+    def schedule(
+        self, height: int | None = None, width: int | None = None, num_scales: int | None = None
+    ) -> ScaleSchedule:
+        """The schedule of an image of this size in pixels, or this number of scales; by default the largest square.
+
+        Raises:
+            `ValueError`: if no schedule has this size, or it has more scales than the model.
+        """
+        if (height is None) != (width is None):
+            raise ValueError(f"Pass `height` and `width` together, but got height {height} and width {width}.")
+        if height is None or width is None:
+            schedule = ScaleSchedule(num_scales=self.num_scales if num_scales is None else num_scales)
+        else:
+            schedule = ScaleSchedule.from_size(height, width, num_scales)
+        if schedule.num_scales > self.num_scales:
+            largest = ScaleSchedule(schedule.bucket, self.num_scales)
+            raise ValueError(
+                f"An image of {schedule.height} x {schedule.width} pixels takes {schedule.num_scales} scales, but this "
+                f"model has {self.num_scales} (`config.num_scales`): at this aspect it draws up to {largest.height} x "
+                f"{largest.width} (height x width)."
+            )
+        return schedule
+
+    def schedule_of(self, grid_shw: Iterable[int]) -> ScaleSchedule:
+        """The schedule of a row of `image_grid_shw`.
+
+        Raises:
+            `ValueError`: if there is none, or it has more scales than the model.
+        """
+        schedule = ScaleSchedule.from_grid_shw(grid_shw)
+        if schedule.num_scales > self.num_scales:
+            raise ValueError(
+                f"An image of {schedule.num_scales} scales was given, but the model has {self.num_scales} "
+                "(`config.num_scales`). Encode the image with fewer scales."
+            )
+        return schedule
 
     def _check_visual_fields(self):
         if self.vocab_size != self.text_vocab_size + self.visual_codebook_size:

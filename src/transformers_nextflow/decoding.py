@@ -21,7 +21,7 @@ from .decoding_state import DecodingState
 from .kept_regions import Keeper
 from .padding import Prompts, end_with_boi, move_right, stack_rows, unconditional_prompts
 from .regional_prompts import Regions
-from .sampling import ScaleSampling, draw_codes, draw_seeds, sample_codes
+from .sampling import ScaleSampling, draw_codes, draw_seeds, passes_of_scales, sample_codes
 from .scale_cache import ScaleCache, check_empty, make_cache
 from .scale_schedule import ScaleSchedule
 from .token_layout import count_images
@@ -113,6 +113,7 @@ def draw_scales(
     rows: Sequence[int] = (),
     keeper: Keeper | None = None,
     regions: Regions | None = None,
+    later_passes: Sequence[tuple[int, float]] = (),
 ) -> Iterator[DecodingStep]:
     """Draws R images, scale by scale.
 
@@ -130,6 +131,7 @@ def draw_scales(
         rows (`list[int]`, *optional*): The images' numbers in the steps.
         keeper ([`Keeper`], *optional*): What is kept of other images; a row for each that is drawn, or for each prefix.
         regions ([`Regions`], *optional*): Their branches are the last of all.
+        later_passes (*optional*): `(top_k, top_p)` of each further pass over a scale; the first scale has none.
 
     Yields:
         [`DecodingStep`] of kind `"scale"`. Nothing of a scale is run before the next step is asked for.
@@ -137,38 +139,41 @@ def draw_scales(
     config, device = states[0].model.config, states[0].mask.device
     sources = generators[::images_per_prefix]
     num_branches = len(logits) // len(sources) - len(regions.prompts if regions else ())
-    lengths = [0 if sampling.top_k == 1 else n for sampling, n in zip(plan, schedule.scale_lengths, strict=True)]
+    passes = passes_of_scales(plan, later_passes)
+    lengths = [[n * (p.top_k != 1) for p in own] for own, n in zip(passes, schedule.scale_lengths, strict=True)]
+    totals = list(map(sum, lengths))
     shared = prefix_scales if images_per_prefix > 1 else len(plan)
-    seeds = draw_seeds(sources, lengths[:shared], device)
+    seeds = draw_seeds(sources, totals[:shared], device)
     codes = torch.empty(len(sources), 0, dtype=torch.long, device=device)
     guidance_scale: float | None = None  # that a reader has set
-    for index, sampling in enumerate(plan):
+    for index, of_scale in enumerate(passes):
         if guidance_scale is not None:
-            sampling = sampling._replace(guidance_scale=guidance_scale)
+            of_scale = [sampling._replace(guidance_scale=guidance_scale) for sampling in of_scale]
         if index == shared:
             for state in states:
                 state.select(torch.arange(len(state.mask), device=device).repeat_interleave(images_per_prefix))
             codes = codes.repeat_interleave(images_per_prefix, dim=0)
-            seeds += draw_seeds(generators, lengths[shared:], device)
-        sampler = partial(
-            draw_codes,
-            sampling=sampling,
-            seeds=seeds[index] if lengths[index] else None,
-            num_codes=config.visual_codebook_size,
-            num_branches=num_branches,
-        )
-        if regions is not None:
-            sampler = partial(_draw_mixed, sampler, regions, slice(*schedule.offsets[index : index + 2]), num_branches)
-        if index == 0:
-            drawn = sampler(lambda values: values, logits[:, None].float())
-        else:
-            first = 0 if config.visual_feature_mode == "accumulated" else schedule.offsets[index - 1]
-            inputs = codes[:, first:] + config.text_vocab_size
-            drawn = _run_branches(states, inputs, schedule, index, sampler)
-        drawn = drawn.to(codes.device)
-        if keeper is not None:
-            drawn = keeper.place(index, codes, drawn)
-        codes = torch.cat([codes, drawn], dim=1)
+            seeds += draw_seeds(generators, totals[shared:], device)
+        known, seeds_of_passes = codes, seeds[index].split(lengths[index], dim=1)
+        for number, (sampling, own_seeds) in enumerate(zip(of_scale, seeds_of_passes, strict=True)):
+            sampler = partial(
+                draw_codes,
+                sampling=sampling,
+                seeds=own_seeds if own_seeds.shape[1] else None,
+                num_codes=config.visual_codebook_size,
+                num_branches=num_branches,
+            )
+            if regions is not None:
+                cells = slice(*schedule.offsets[index : index + 2])
+                sampler = partial(_draw_mixed, sampler, regions, cells, num_branches)
+            if index == 0:
+                drawn = sampler(lambda values: values, logits[:, None].float())
+            else:
+                first = 0 if config.visual_feature_mode == "accumulated" else schedule.offsets[index - 1]
+                inputs = codes[:, first:] + config.text_vocab_size
+                drawn = _run_branches(states, inputs, schedule, index, sampler, own_map=number > 0)
+            drawn = drawn.to(codes.device)
+            codes = torch.cat([known, drawn if keeper is None else keeper.place(index, known, drawn)], dim=1)
         step = DecodingStep(
             "scale", list(rows), codes, schedule, index, sampling.guidance_scale, config.visual_codebook_size
         )
@@ -195,15 +200,18 @@ def _run_branches(
     schedule: ScaleSchedule,
     index: int,
     sampler: Callable[..., torch.Tensor],
+    own_map: bool = False,
 ) -> torch.Tensor:
     """Codes `(R, n_s)` of a scale; the last state to run draws from the hidden states of all."""
     if len(states) == 1:
-        return states[0].run_scale(inputs.repeat(len(states[0].mask) // len(inputs), 1), schedule, index, sampler)
+        inputs = inputs.repeat(len(states[0].mask) // len(inputs), 1)
+        return states[0].run_scale(inputs, schedule, index, sampler, own_map)
     hidden_states = [
-        state.run_scale(inputs, schedule, index, lambda head, hidden_states: hidden_states) for state in states[1:]
+        state.run_scale(inputs, schedule, index, lambda head, hidden_states: hidden_states, own_map)
+        for state in states[1:]
     ]
     return states[0].run_scale(
-        inputs, schedule, index, lambda head, own: sampler(head, torch.cat([own, *hidden_states]))
+        inputs, schedule, index, lambda head, own: sampler(head, torch.cat([own, *hidden_states])), own_map
     )
 
 
@@ -254,8 +262,8 @@ class Decoding:
             self.extend(*prompts, grids)
             self._repeat(torch.arange(len(self.rows), device=self.rows.device).repeat_interleave(copies))
             return
-        boi, pad, first_code = self.config.boi_token_id, self.pad_token_id, self.config.text_vocab_size
-        ids, mask = self.ids, self.real = end_with_boi(*prompts, boi, pad)
+        start, pad, first_code = self.config.image_start_ids, self.pad_token_id, self.config.text_vocab_size
+        ids, mask = self.ids, self.real = end_with_boi(*prompts, start, pad)
         for with_images in (True, False)[: settings.num_branches - 1]:
             branch = unconditional_prompts((self.ids, self.real), settings.negative, first_code, pad, with_images)
             ids, mask = stack_rows((ids, mask), branch, pad)
@@ -387,17 +395,17 @@ class Decoding:
         numbers = self.rows.tolist()
         generators = [settings.generators[row] for row in numbers]
         schedule, offset = settings.schedule, self.config.text_vocab_size
-        sharing = settings.prefix_scales, settings.images_per_prefix
+        options: dict[str, Any] = {"rows": numbers, "later_passes": settings.later_passes}
+        options |= {"prefix_scales": settings.prefix_scales, "images_per_prefix": settings.images_per_prefix}
         codes, drawn_rows, keeper = self.ids[:, :0], self.rows[:: settings.images_per_prefix], None
         regions = settings.regions and settings.regions.select(drawn_rows)
         if settings.kept is not None:
             kept = settings.kept.select(drawn_rows)
             every_code = torch.arange(self.config.visual_codebook_size, device=self.ids.device)
             keeper = Keeper(kept, schedule, self.model.model.visual_codebook(every_code))
+        options |= {"keeper": keeper, "regions": regions}
         try:
-            for step in draw_scales(
-                states, logits, schedule, settings.plan, generators, *sharing, numbers, keeper, regions
-            ):
+            for step in draw_scales(states, logits, schedule, settings.plan, generators, **options):
                 codes = step.ids
                 yield step
                 codes = step.ids

@@ -23,6 +23,7 @@ from .padding import Prompts, end_with_boi, read_prompts
 from .regional_prompts import Region, Regions, read_regions
 from .sampling import ScaleSampling, make_generators, sampling_plan
 from .scale_schedule import ScaleSchedule
+from .token_layout import opens_image
 
 logger = logging.get_logger(__name__)
 
@@ -51,7 +52,7 @@ class DecodingSettings:
         opening (`str`): `"now"`, images follow one another without text; `"free"`, the model writes `<boi>` where it
             wants an image; `"must"`, an image follows where the text ends or reaches its limit.
         text_after_images (`bool`): Whether a row that has all its images goes on with text.
-        prefix_scales, images_per_prefix (`int`): See [`draw_scales`].
+        prefix_scales, images_per_prefix (`int`), later_passes: See [`draw_scales`].
         kept ([`KeptCodes`], *optional*): What is kept of other images, one row per row.
         regions ([`Regions`], *optional*): Parts of the image with prompts of their own.
         cache (`Cache`, *optional*), cache_implementation (`str`): What keys and values are kept in.
@@ -79,6 +80,7 @@ class DecodingSettings:
     images_per_prefix: int = 1
     kept: KeptCodes | None = None
     regions: Regions | None = None
+    later_passes: Sequence[tuple[int, float]] = ()
     cache: Cache | None = None
     cache_implementation: str = "dynamic"
     keeps_cache: bool = True
@@ -172,6 +174,7 @@ def read_settings(
     """
     model, config, ids = call.model, call.config, call.prompts[0]
     _refuse_prompt_learning(model)
+    check_abilities(model.config, call)
     if config.generation_mode == "interleaved":
         opening, images, text, default_text = "free", config.max_new_images, config.max_new_tokens, 256
     elif config.thinking:
@@ -180,12 +183,23 @@ def read_settings(
         opening, images, text, default_text = "now", config.num_frames or 1, 0, 0
     schedule, num_codes = _schedule(call), model.config.visual_codebook_size
     kept = read_kept(keep_codes, keep_mask, keep_repair, len(ids), schedule, num_codes, ids.device)
+    is_single = opening != "free" and images == 1
     for name, given in {"keep_codes": kept, "regions": regions}.items():
-        if given is not None and (opening == "free" or images != 1):
+        if given is not None and not is_single:
             raise ValueError(f"`{name}` are of one image: they are for single images. Leave them out.")
-    plan, num_branches = _plan(call, schedule.num_scales)
+    candidates = _pass_candidates(call)
+    plan, num_branches = _plan(call, schedule.num_scales, candidates[0])
+    if not is_single and (negative_prompt_ids is not None or call.given.negative_ids is not None):
+        raise ValueError(
+            f"`{'negative_ids' if negative_prompt_ids is None else 'negative_prompt_ids'}` would stand between the "
+            "images of a sequence: they are for single images. Leave them out."
+        )
+    if negative_prompt_ids is not None and num_branches == 1:
+        logger.warning_once("`negative_prompt_ids` has no effect without a `guidance_scale` other than 1.")
+    if negative_prompt_ids is None and is_single and call.config.negative_ids:
+        negative_prompt_ids = torch.tensor([call.config.negative_ids])
     negative = _negative(call, negative_prompt_ids, negative_prompt_attention_mask)
-    ends_with_boi = (ids[:, -1:] == model.config.boi_token_id).any(-1)
+    ends_with_boi = opens_image(ids, model.config.image_start_ids)[:, -1:].any(-1)
     length = max(ids.shape[1] - int(len(ids) > 0 and bool(ends_with_boi.all())), negative[0].shape[1] - 1)
     if text is None and config.max_length is not None:
         text = max(0, config.max_length - ids.shape[1])
@@ -207,13 +221,6 @@ def read_settings(
     areas = _regions(call, regions, copies, schedule, num_branches)
     num_areas = len(areas.prompts) if areas else 0
     _check_memory(model, implementation, num_rows * (num_branches + num_areas), ids.shape[1] + new_slots)
-    if negative_prompt_ids is not None and (opening == "free" or images > 1):
-        raise ValueError(
-            "`negative_prompt_ids` would stand between the images of a sequence: they are for single images. Leave "
-            "them out."
-        )
-    if negative_prompt_ids is not None and num_branches == 1:
-        logger.warning_once("`negative_prompt_ids` has no effect without a `guidance_scale` other than 1.")
     if not one_image and len(negative[0]) > 1:
         negative = negative[0].repeat_interleave(copies, dim=0), negative[1].repeat_interleave(copies, dim=0)
     sharing = _sharing(call, schedule.num_scales, copies) if one_image else (0, 1)
@@ -230,6 +237,7 @@ def read_settings(
         images_per_prefix=sharing[1],
         regions=areas,
         kept=kept and kept.select(torch.arange(len(ids), device=ids.device).repeat_interleave(copies)),
+        later_passes=candidates[1:],
         cache=cache,
         cache_implementation=implementation,
         keeps_cache=cache is not None or bool(keeps_own),
@@ -261,7 +269,7 @@ def _negative(call: Call, negative_ids: torch.Tensor | None, mask: torch.Tensor 
         raise ValueError(
             f"Got {len(negative_ids)} negative prompts for {len(ids)} prompts. Pass one, or one per prompt."
         )
-    return end_with_boi(*negative, config.boi_token_id, pad)
+    return end_with_boi(*negative, config.image_start_ids, pad)
 
 
 def _regions(call: Call, regions: Any, copies: int, schedule: ScaleSchedule, num_branches: int) -> Regions | None:
@@ -302,7 +310,48 @@ def _text_settings(call: Call, num_images: int, processors: Any, tokenizer: Any)
     }
 
 
-def _plan(call: Call, num_scales: int) -> tuple[list[ScaleSampling], int]:
+def check_abilities(config: Any, call: Call | None = None) -> None:
+    """Refuses what a model that only draws pictures of texts was never trained for; without a call: to write."""
+    if config.writes_text:
+        return
+    options = call.config if call is not None else None
+    asked = {
+        "writes text": options is None or options.generation_mode == "interleaved" or bool(options.thinking),
+        "draws several images in sequence": options is not None and options.num_frames is not None,
+        "reads images": call is not None and any(map(len, call.grids)),
+    }
+    if unable := [name for name, is_asked in asked.items() if is_asked]:
+        raise ValueError(
+            f"This model ({config.model_type}) draws single images of texts. It never {unable[0]}: pass a text alone, "
+            'and `generation_mode="image"` without `thinking` and `num_frames`.'
+        )
+    lengths = call.prompts[1].sum(-1) if call is not None else torch.zeros(1)
+    limit = config.max_text_tokens + len(config.image_start_ids)
+    if (longest := int(lengths.max())) > limit:
+        raise ValueError(
+            f"A prompt has {longest} tokens, but the model reads {config.max_text_tokens} and those that open an image "
+            "(`config.max_text_tokens`). Make prompts with its processor, which cuts them, or shorten it."
+        )
+
+
+def _pass_candidates(call: Call) -> list[tuple[Any, Any]]:
+    """Top-k and top-p of each pass; the first one's may be lists, with one for each scale."""
+    config, number = call.config, call.config.num_passes or 1
+    if number > 1 and call.model.config.visual_feature_mode != "accumulated":
+        raise ValueError(
+            f"`num_passes={number}` feeds a scale its own codes, which this model has no input for "
+            '(`config.visual_feature_mode` is not "accumulated"). Leave it out.'
+        )
+    stored, greedy = config.pass_candidates or [], (1, 1.0)
+    passes = stored[number - 1] if number <= len(stored) else [(0, 1.0), *[greedy] * (number - 1)]
+    # More candidates than there are codes are all of them.
+    first, *later = ((min(int(k), call.model.config.visual_codebook_size), p) for k, p in passes)
+    given = (config.image_top_k, config.image_top_p)
+    top_k, top_p = (own if value is None else value for value, own in zip(given, first, strict=True))
+    return [(top_k, top_p), *([greedy] * len(later) if config.do_sample is False else later)]
+
+
+def _plan(call: Call, num_scales: int, candidates: tuple[Any, Any]) -> tuple[list[ScaleSampling], int]:
     """How the codes of each scale are drawn, and the number of branches."""
     config, have_images = call.config, all(map(len, call.grids))
     # A stored one is for edits alone; one that is given must make sense.
@@ -319,8 +368,8 @@ def _plan(call: Call, num_scales: int) -> tuple[list[ScaleSampling], int]:
         guidance_schedule=config.guidance_schedule or "constant",
         image_guidance_scale=config.image_guidance_scale if have_images else None,
         temperature=1.0 if config.image_temperature is None else config.image_temperature,
-        top_k=config.image_top_k,
-        top_p=1.0 if config.image_top_p is None else config.image_top_p,
+        top_k=candidates[0],
+        top_p=candidates[1],
         do_sample=config.do_sample is not False,
     )
     if any(sampling.image_guidance_scale != 1 for sampling in plan):
@@ -331,7 +380,7 @@ def _plan(call: Call, num_scales: int) -> tuple[list[ScaleSampling], int]:
 def _schedule(call: Call) -> ScaleSchedule:
     """The schedule that is asked for; an edit keeps the size of the image that it edits, the last of its prompt."""
     if not all(map(len, call.grids)) or any(getattr(call.given, name) is not None for name in SIZE):
-        return call.config.schedule(call.model.config.num_scales)
+        return call.model.config.schedule(*(getattr(call.config, name) for name in SIZE))
     last = {tuple(grids[-1]) for grids in call.grids}
     if len(last) > 1:
         sizes = sorted({(s.height, s.width) for s in map(ScaleSchedule.from_grid_shw, last)})

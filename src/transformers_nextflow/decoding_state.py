@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import CompileConfig
 
+from .scale_cache import ScaleCache
 from .scale_schedule import ScaleSchedule
-from .token_layout import ScaleStep, TokenLayout, scale_position_ids
+from .token_layout import ScaleStep, TokenLayout, positions_before, scale_position_ids
 
 
 class DecodingState:
@@ -87,7 +88,12 @@ class DecodingState:
         return logits[:, -1]
 
     def run_scale(
-        self, ids: torch.Tensor, schedule: ScaleSchedule, scale_index: int, code_sampler: Callable[..., torch.Tensor]
+        self,
+        ids: torch.Tensor,
+        schedule: ScaleSchedule,
+        scale_index: int,
+        code_sampler: Callable[..., torch.Tensor],
+        own_map: bool = False,
     ) -> torch.Tensor:
         """Appends the slots of one scale of an image that every row has open, and draws from what they predict.
 
@@ -97,22 +103,40 @@ class DecodingState:
             schedule (`ScaleSchedule`): The image's.
             scale_index (`int`): The scale, at least 1; after scale 0 the position is that of the slot after `<boi>`.
             code_sampler (`Callable`): See [`ScaleStep`].
+            own_map (`bool`, *optional*, defaults to `False`):
+                The scale's slots are there already, and its codes among the ids: predicts these anew, from what they
+                have become (see [`ScaleStep`]). This leaves no trace in the state.
 
         Returns:
             What the sampler returned.
         """
-        self.mask = F.pad(self.mask, (0, schedule.scale_lengths[scale_index]), value=1)
-        spatial_range = float(self.model.config.rope_spatial_range)
-        position_ids = scale_position_ids(self.position - scale_index, schedule, scale_index, spatial_range)
-        self.position = self.position + 1
+        spatial_range, number, cache = (
+            self.model.config.rope_spatial_range,
+            schedule.scale_lengths[scale_index],
+            self.cache,
+        )
+        before, after = (positions_before(schedule, index, spatial_range) for index in (scale_index, scale_index + 1))
+        if own_map:
+            cache = self._cache_without_last(number)
+        else:
+            self.mask, self.position = F.pad(self.mask, (0, number), value=1), self.position + after - before
         return self.model(
             input_ids=ids,
             attention_mask=None if self._all_real else self.mask,
-            position_ids=position_ids,
-            cache=self.cache,
+            position_ids=scale_position_ids(self.position - after, schedule, scale_index, spatial_range),
+            cache=cache,
             use_cache=True,
-            scale_step=ScaleStep(schedule, scale_index, code_sampler, self.compile_config),
+            scale_step=ScaleStep(schedule, scale_index, own_map, code_sampler, self.compile_config),
         ).image_codes
+
+    def _cache_without_last(self, number: int) -> Cache:
+        """The cache without its last slots, for one step in their place."""
+        num_slots = self.num_slots - number
+        if isinstance(self.cache, ScaleCache):
+            return self.cache.beginning(num_slots, number)
+        twin = self.fork()
+        twin.crop(num_slots, self.position)
+        return twin.cache
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps the given rows, in the given order; a row may occur more than once."""

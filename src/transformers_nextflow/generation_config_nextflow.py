@@ -10,7 +10,6 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 
 from .sampling import GUIDANCE_SCHEDULES, check_candidates
-from .scale_schedule import ScaleSchedule
 
 GENERATION_MODES = ("text", "image", "interleaved")
 PROMPT_TASKS = ("image", "edit", "thinking", "frames")
@@ -70,12 +69,20 @@ class NextFlowGenerationConfig(GenerationConfig):
         image_guidance_scale (`float`, *optional*):
             Guides by the prompt's images apart from the text (InstructPix2Pix): `neither + image_guidance_scale *
             (images - neither) + guidance_scale * (all - images)`; a third branch. A stored value is for edits alone.
+        negative_ids (`list[int]`, *optional*):
+            Text that guidance leads away from where a call has no negative prompt; by default none.
         guidance_schedule (`str`, *optional*, defaults to `"constant"`):
             `"constant"`, or `"linear"`: from 1 at the first scale to the full strength at the last. That is VAR's ramp,
             `(1 + t) * conditional - t * unconditional` with `t = cfg * s / (S - 1)`, whose `cfg` is `guidance_scale -
             1`: the papers' 5 is a `guidance_scale` of 6 here, and no constant. See [`paper_sampling`].
         image_temperature, image_top_k, image_top_p (a number, or a list with one for each scale, *optional*):
             What codes are drawn from; by default (1, 0 and 1) nothing is cut off.
+        num_passes (`int`, *optional*, defaults to 1):
+            How many times each scale but the first is drawn, each time in sight of what was drawn before; the last
+            drawing counts. Only for models with accumulated features.
+        pass_candidates (`list[list[list]]`, *optional*):
+            `[top_k, top_p]` of each pass, for 1, 2, ... passes. `image_top_k` and `image_top_p` overrule those of the
+            first pass. By default passes after the first take the likeliest codes.
         thinking (`bool`, *optional*):
             Image mode: the model first writes a thought (at most `max_new_tokens`, 128 by default), then draws.
         num_frames (`int`, *optional*):
@@ -103,10 +110,13 @@ class NextFlowGenerationConfig(GenerationConfig):
     width: int | None = None
     num_scales: int | None = None
     image_guidance_scale: float | None = None
+    negative_ids: list[int] | None = None
     guidance_schedule: str | None = None
     image_temperature: float | list[float] | None = None
     image_top_k: int | list[int] | None = None
     image_top_p: float | list[float] | None = None
+    num_passes: int | None = None
+    pass_candidates: list[list[list[float]]] | None = None
     thinking: bool | None = None
     num_frames: int | None = None
     max_new_images: int | None = None
@@ -152,7 +162,15 @@ class NextFlowGenerationConfig(GenerationConfig):
         for name, legal in choices.items():
             if (value := getattr(self, name)) is not None and value not in legal:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, but got {value!r}.")
-        counts = (*SIZE, "num_frames", "prefix_scales", "images_per_prefix", "max_new_tokens", "num_return_sequences")
+        counts = (
+            *SIZE,
+            "num_passes",
+            "num_frames",
+            "prefix_scales",
+            "images_per_prefix",
+            "max_new_tokens",
+            "num_return_sequences",
+        )
         for name, least in {**dict.fromkeys(counts, 1), "num_beams": 1, "max_new_images": 0, "top_k": 0}.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
@@ -163,6 +181,13 @@ class NextFlowGenerationConfig(GenerationConfig):
                 raise ValueError(f"`{name}` must be a number of at least 0 (1 turns guidance off), but got {value!r}.")
         temperature, top_p = (1.0 if v is None else v for v in (self.image_temperature, self.image_top_p))
         check_candidates(None, None, temperature, self.image_top_k, top_p)
+        for number, passes in enumerate(self.pass_candidates or (), start=1):
+            if len(passes) != number or any(len(candidates) != 2 for candidates in passes):
+                raise ValueError(
+                    "`pass_candidates` has for 1, 2, ... passes a pair [top_k, top_p] a pass, but got "
+                    f"{passes!r} for {number}."
+                )
+            check_candidates(None, None, 1.0, [k for k, _ in passes], [p for _, p in passes])
         styles = {} if self.prompt_styles is None else self.prompt_styles
         if not isinstance(styles, dict) or set(styles) - set(PROMPT_TASKS) or set(styles.values()) - set(PROMPT_STYLES):
             raise ValueError(
@@ -204,29 +229,6 @@ class NextFlowGenerationConfig(GenerationConfig):
         config.update(**options)
         others = {name: value for name, value in given.items() if name not in vars(config)}
         return config if generation_config is None else config.over(generation_config), others
-
-    def schedule(self, limit: int) -> ScaleSchedule:
-        """The schedule that the options ask for, of a model that draws up to `limit` scales.
-
-        Raises:
-            `ValueError`: if no schedule has this size, or it has more scales than the model.
-        """
-        if (self.height is None) != (self.width is None):
-            raise ValueError(
-                f"Pass `height` and `width` together, but got height {self.height} and width {self.width}."
-            )
-        if self.height is None or self.width is None:
-            schedule = ScaleSchedule(num_scales=limit if self.num_scales is None else self.num_scales)
-        else:
-            schedule = ScaleSchedule.from_size(self.height, self.width, self.num_scales)
-        if schedule.num_scales > limit:
-            largest = ScaleSchedule(schedule.bucket, limit)
-            raise ValueError(
-                f"An image of {schedule.height} x {schedule.width} pixels takes {schedule.num_scales} scales, but this "
-                f"model has {limit} (`config.num_scales`): at this aspect it draws up to {largest.height} x "
-                f"{largest.width} (height x width)."
-            )
-        return schedule
 
     def check_drawing(self, keywords: set[str], given: set[str]) -> None:
         """Refuses options of a call that its mode can't serve; stored ones are for other calls, and dropped.

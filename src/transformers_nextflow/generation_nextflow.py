@@ -23,6 +23,7 @@ from .decoding_settings import (
     Call,
     DecodingSettings,
     TextOnlyLogitsProcessor,
+    check_abilities,
     check_context,
     read_options,
     read_settings,
@@ -193,7 +194,9 @@ class NextFlowGenerationMixin(_GenerationMixin):
             "regions": regions,
             "on_scale_end": on_scale_end,
         }
-        if self._mode(generation_config, kwargs) == "text":
+        mode = kwargs["generation_mode"] = self._mode(generation_config, kwargs)
+        if mode == "text":
+            check_abilities(self.config)
             return self._generate_text(inputs, generation_config, drawing_inputs, kwargs)
         streamer = kwargs.pop("streamer", None)
         decoding, settings, config, prompts = self._begin(inputs, generation_config, {**drawing_inputs, **kwargs})
@@ -288,7 +291,7 @@ class NextFlowGenerationMixin(_GenerationMixin):
         Returns:
             An iterator over [`GenerationEvent`]: every token, every scale and every image, of all rows.
         """
-        kwargs.setdefault("generation_mode", "interleaved")
+        kwargs.setdefault("generation_mode", "interleaved" if self.config.writes_text else "image")
         if self._mode(generation_config, kwargs) == "text":
             raise ValueError("Text mode does not stream events: pass a `streamer` to `generate`.")
         if unfit := [name for name in ("streamer", "on_scale_end") if kwargs.pop(name, None) is not None]:
@@ -298,7 +301,8 @@ class NextFlowGenerationMixin(_GenerationMixin):
 
     def _mode(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> str:
         stored = (getattr(config, "generation_mode", None) for config in (generation_config, self.generation_config))
-        return next((mode for mode in (kwargs.get("generation_mode"), *stored) if mode is not None), "text")
+        default = "text" if self.config.writes_text else "image"
+        return next((mode for mode in (kwargs.get("generation_mode"), *stored) if mode is not None), default)
 
     def _begin(
         self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
@@ -358,9 +362,9 @@ class NextFlowGenerationMixin(_GenerationMixin):
             grids = {tuple(row) for row in image_grid_shw.tolist()}
             if len(grids) != 1:
                 raise ValueError(f"The images of a batch must share one grid, but got {sorted(grids)}.")
-            schedule = ScaleSchedule.from_grid_shw(grids.pop())
+            schedule = self.config.schedule_of(grids.pop())
         elif isinstance(tokens, ImageSequences):
-            schedule = ScaleSchedule.from_grid_shw(tokens.grid_shw)
+            schedule = self.config.schedule_of(tokens.grid_shw)
         else:
             raise ValueError(
                 "The grid of the images is not known: these ids are not those that `generate` returned. Pass "

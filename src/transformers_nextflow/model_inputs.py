@@ -95,10 +95,13 @@ def check_scale_step(
     if not 1 <= index < num_scales:
         raise ValueError(f"The index of a scale step must be between 1 and {num_scales - 1} here, but got {index}.")
     first = 0 if config.visual_feature_mode == "accumulated" else index - 1
-    num_codes = schedule.offsets[index] - schedule.offsets[first]
+    last = index if step.own_map else index - 1
+    if step.own_map and config.visual_feature_mode != "accumulated":
+        raise ValueError('`own_map` is for `visual_feature_mode="accumulated"`, where a scale has such a map.')
+    num_codes = schedule.offsets[last + 1] - schedule.offsets[first]
     if input_ids.shape[-1] != num_codes:
         raise ValueError(
-            f"The step for scale {index} takes the {num_codes} codes of scales {first} to {index - 1}, but got "
+            f"The step for scale {index} takes the {num_codes} codes of scales {first} to {last}, but got "
             f"{input_ids.shape[-1]}."
         )
     check_shapes(input_ids, None, attention_mask, position_ids, None, num_past, schedule.scale_lengths[index])

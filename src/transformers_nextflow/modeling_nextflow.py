@@ -3,7 +3,6 @@
 Letters: B rows, L slots per row, H hidden size, D width of a code vector, G images of one schedule, n codes, S scales.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ from .model_inputs import (
     split_position_ids,
     text_positions,
 )
-from .scale_cache import CacheRows, RowGroup, ScaleCache
+from .scale_cache import CacheRows, RowGroup, ScaleCache, with_fixed_lengths
 from .scale_schedule import ScaleSchedule
 from .strict_loading import StrictPreTrainedModel
 from .token_layout import ImageGroup, ScaleStep, TokenLayout, index_of_sequence_start
@@ -50,7 +49,7 @@ from .varlen_attention import SDPA_VARLEN, find_sequences
 
 
 def scale_feature_maps(
-    vectors: torch.Tensor, schedule: ScaleSchedule, scales: range, accumulated: bool = False
+    vectors: torch.Tensor, schedule: ScaleSchedule, scales: range, accumulated: bool = False, own_map: bool = False
 ) -> torch.Tensor:
     """Feature maps made of the codes before a scale, which the connector turns into input slots.
 
@@ -63,6 +62,8 @@ def scale_feature_maps(
         schedule (`ScaleSchedule`): The images' schedule.
         scales (`range`): The scales to make maps for, the first at least 1.
         accumulated (`bool`, *optional*, defaults to `False`): Accumulated instead of residual.
+        own_map (`bool`, *optional*, defaults to `False`):
+            Add the code vectors of the last scale, which `vectors` then hold, to its accumulated map.
 
     Returns:
         `torch.FloatTensor` of shape `(G, sum of n_s over scales, D)`.
@@ -78,6 +79,8 @@ def scale_feature_maps(
         resized = F.interpolate(previous, schedule.grids[s], mode="bicubic", align_corners=False)
         if s in scales:
             maps.append(resized.flatten(2).transpose(1, 2))
+    if own_map:
+        maps[-1] = maps[-1] + vectors[:, schedule.offsets[scales.stop - 1] :]
     return torch.cat(maps, dim=1)
 
 
@@ -171,15 +174,19 @@ class LayerInputs(NamedTuple):
 class NextFlowModel(NextFlowPreTrainedModel):
     """Qwen2.5-VL's text layers on NextFlow's input view: embeddings, positions and masks are all made here."""
 
+    layer_class: type[nn.Module] = Qwen2_5_VLDecoderLayer
+    norm_class: type[nn.Module] = Qwen2_5_VLRMSNorm
+    rotary_class: type[nn.Module] = NextFlowRotaryEmbedding
+
     def __init__(self, config: NextFlowConfig):
         super().__init__(config)
-        if config.use_sliding_window:
+        if getattr(config, "use_sliding_window", False):
             raise ValueError("NextFlow attends to whole images: `use_sliding_window` must be False.")
         # Visual ids have no row: they enter through the codebook and the connector.
         self.embed_tokens = nn.Embedding(config.text_vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(Qwen2_5_VLDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = NextFlowRotaryEmbedding(config)  # type: ignore[arg-type]  # it reads text fields only
+        self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
+        self.norm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = self.rotary_class(config)
         self.visual_codebook = nn.Embedding(config.visual_codebook_size, config.visual_code_dim)
         self.connector = Connector(
             nn.Linear(config.visual_code_dim, config.hidden_size),
@@ -306,7 +313,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         try:
             # Out-of-range codes are left to the codebook: looking at them here would make the host wait.
             codes = input_ids - self.config.text_vocab_size
-            embeds = self._features(codes, step.schedule, range(step.index, step.index + 1))
+            embeds = self._features(codes, step.schedule, range(step.index, step.index + 1), step.own_map)
         except IndexError as error:
             raise ValueError(
                 f"A scale step takes visual ids only, {self.config.text_vocab_size} to {self.config.vocab_size - 1}."
@@ -358,9 +365,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
     def _embed(self, input_ids, inputs_embeds, layout: TokenLayout | None) -> torch.Tensor:
         """Input view of token-view ids: `(B, L)` -> `(B, L, H)`."""
         if inputs_embeds is None:
-            # The slot of an image's last code carries <eoi>; the other code slots are overwritten below.
-            is_code = input_ids >= self.config.text_vocab_size
-            inputs_embeds = self.embed_tokens(input_ids.masked_fill(is_code, self.config.eoi_token_id))
+            inputs_embeds = self._embed_text(input_ids)
         images = [] if layout is None else layout.images
         if not images:
             if not (self.training and torch.is_grad_enabled()):
@@ -378,11 +383,19 @@ class NextFlowModel(NextFlowPreTrainedModel):
         placed = inputs_embeds.flatten(0, 1).index_copy(0, slots, torch.cat(features).to(inputs_embeds))
         return placed.view_as(inputs_embeds)
 
-    def _features(self, codes: torch.Tensor, schedule: ScaleSchedule, scales: range) -> torch.Tensor:
+    def _embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Slots of text. That of an image's last code carries `<eoi>`; those of other codes are overwritten."""
+        is_code = input_ids >= self.config.text_vocab_size
+        return self.embed_tokens(input_ids.masked_fill(is_code, self.config.eoi_token_id))
+
+    def _features(
+        self, codes: torch.Tensor, schedule: ScaleSchedule, scales: range, own_map: bool = False
+    ) -> torch.Tensor:
         """Input slots of `scales` from the codes before them: `(G, n)` -> `(G, sum of n_s over scales, H)`."""
         # In fp32: resizing in low precision would lose what the codes tell apart.
         vectors = self.visual_codebook(codes).float()
-        maps = scale_feature_maps(vectors, schedule, scales, self.config.visual_feature_mode == "accumulated")
+        accumulated = self.config.visual_feature_mode == "accumulated"
+        maps = scale_feature_maps(vectors, schedule, scales, accumulated, own_map)
         of_scale = self.scale_embedding(torch.arange(scales.start, scales.stop, device=codes.device))
         lengths = schedule.scale_lengths[scales.start : scales.stop]
         of_slot = [row.expand(length, -1) for row, length in zip(of_scale, lengths, strict=True)] or [of_scale]
@@ -390,13 +403,12 @@ class NextFlowModel(NextFlowPreTrainedModel):
         features = self.connector(maps).to(self.embed_tokens.weight.dtype)
         # These modules may be on several devices, and the ids on another (`device_map="auto"`).
         features = features + torch.cat(of_slot).to(features)
-        features = features + self._scale_length_embedding(schedule.num_scales, features.device).to(features)
-        return features.to(codes.device)
+        return (features + self._image_embedding(schedule, scales, features.device).to(features)).to(codes.device)
 
-    def _scale_length_embedding(self, num_scales: int, device: torch.device) -> torch.Tensor:
-        """Sinusoidal embedding `(H,)` of an image's number of scales, as wide as a freshly made embedding."""
+    def _image_embedding(self, schedule: ScaleSchedule, scales: range, device: torch.device) -> torch.Tensor:
+        """What all slots share: sinusoidal embedding `(H,)` of the number of scales, as wide as a freshly made one."""
         half = self.config.hidden_size // 2
-        angles = num_scales * 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=device) / half)
+        angles = schedule.num_scales * 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=device) / half)
         return math.sqrt(2) * self.config.initializer_range * torch.cat([angles.sin(), angles.cos()])
 
     def _scale_step_mask(self, inputs_embeds, attention_mask, cache, num_past):
@@ -428,7 +440,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 )
             block_ids = F.pad(layout.block_ids, (int(num_past), 0), value=-1)
         if cache is not None and self.config._attn_implementation == "flex_attention":
-            cache = _with_fixed_lengths(cache)
+            cache = with_fixed_lengths(cache)
         return create_causal_mask(
             self.config,
             inputs_embeds,
@@ -458,13 +470,14 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
     """NextFlow with its one output head over text and visual ids."""
 
     generation_config_class = NextFlowGenerationConfig
+    model_class: type[NextFlowModel] = NextFlowModel
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # as in transformers
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: NextFlowConfig):
         super().__init__(config)
-        self.model = NextFlowModel(config)
+        self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -580,20 +593,6 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         if is_plain_linear(head):
             return F.linear(hidden_states, head.weight[first:])
         return head(hidden_states)[..., first:]
-
-
-def _with_fixed_lengths(cache: Cache) -> Cache:
-    """A shallow copy of a cache whose lengths stay what they are now.
-
-    A static cache counts in a tensor, in place, and flex attention reads its mask after the count has moved on
-    (transformers 5.23): queries would see as many slots too many as there are queries.
-    """
-    fixed: Any = copy.copy(cache)
-    fixed.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in fixed.layers:
-        if isinstance(length := getattr(layer, "cumulative_length", None), torch.Tensor):
-            layer.cumulative_length = length.clone()
-    return fixed
 
 
 __all__ = ["NextFlowForCausalLM", "NextFlowModel", "NextFlowPreTrainedModel"]

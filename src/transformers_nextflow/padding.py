@@ -4,10 +4,13 @@ A batch is token-view ids `(B, L)` and a mask of the same shape, 0 where there i
 Letters: B rows, L slots per row.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 from .model_inputs import check_tensors
+from .token_layout import opens_image
 
 Prompts = tuple[torch.Tensor, torch.Tensor]
 
@@ -68,13 +71,14 @@ def move_right(ids: torch.Tensor, keep: torch.Tensor, pad_token_id: int) -> Prom
     return ids.gather(-1, order).masked_fill(~keep, pad_token_id), keep.long()
 
 
-def end_with_boi(ids: torch.Tensor, mask: torch.Tensor, boi_token_id: int, pad_token_id: int) -> Prompts:
-    """Prompts that all end with `<boi>`, which is added where it is missing."""
-    ends_with_boi = (ids[:, -1:] == boi_token_id).any(-1, keepdim=True)
+def end_with_boi(ids: torch.Tensor, mask: torch.Tensor, start_ids: Sequence[int], pad_token_id: int) -> Prompts:
+    """Prompts that all end with the ids that open an image (`<boi>`), which are added where they are missing."""
+    ends_with_boi = opens_image(ids, start_ids)[:, -1:].any(-1, keepdim=True)
     if ends_with_boi.all():
         return ids, mask
-    boi = torch.full_like(ends_with_boi, boi_token_id, dtype=ids.dtype)
-    return move_right(torch.cat([ids, boi], dim=1), torch.cat([mask.bool(), ~ends_with_boi], dim=1), pad_token_id)
+    boi = torch.tensor(start_ids, device=ids.device).expand(len(ids), -1)
+    added = ~ends_with_boi.expand_as(boi)
+    return move_right(torch.cat([ids, boi], dim=1), torch.cat([mask.bool(), added], dim=1), pad_token_id)
 
 
 def unconditional_prompts(

@@ -32,7 +32,7 @@ from .remote_code import write_shim
 from .scale_schedule import ScaleSchedule
 from .stream_decoding import StreamChunk, decode_stream
 from .strict_loading import HUB_ARGUMENTS, read_json
-from .token_fields import expand_marks, pad, tokenize, truncate
+from .token_fields import expand_marks, id_of, pad, to_rows, tokenize, truncate
 from .token_layout import count_images, read_grids, split_grids
 from .whole_folder import whole_folder
 
@@ -78,17 +78,29 @@ class NextFlowProcessor(ProcessorMixin):
     ```
     """
 
+    config_class: Any = NextFlowConfig
+    model_name = "NextFlowForCausalLM"
+
     def __init__(
         self, image_processor=None, tokenizer=None, image_tokenizer=None, visual_token_offset=None, chat_template=None
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
-        check_schedules(image_tokenizer)
+        self._read_marks(tokenizer)
+        if self.config_class.scale_sides is None:
+            check_schedules(image_tokenizer)
         self.image_tokenizer = image_tokenizer
         self.visual_token_offset = visual_token_offset
+
+    def _read_marks(self, tokenizer: Any) -> None:
+        """Finds the mark of an image, and what opens and closes one."""
         self.image_token = getattr(tokenizer, "image_token", None) or "<image>"
         self.boi_token = getattr(tokenizer, "boi_token", None) or "<boi>"
-        self.image_token_id = _id_of(tokenizer, self.image_token)
-        self.boi_token_id = _id_of(tokenizer, self.boi_token)
+        self.image_token_id = id_of(tokenizer, self.image_token)
+        self.boi_token_id = id_of(tokenizer, self.boi_token)
+        self.image_start_ids, self.image_end_ids = [self.boi_token_id], list[int]()
+
+    def cut_prompts(self, encoded: dict[str, list[Any]]) -> None:
+        """Cuts texts before an image to what the model reads, in place: here they may have any length."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -172,6 +184,7 @@ class NextFlowProcessor(ProcessorMixin):
             max_length = self.tokenizer.model_max_length if max_length is None else max_length
 
         encoded = tokenize(self.tokenizer, texts, **text_kwargs)
+        self.cut_prompts(encoded)
         num_marks = [ids.count(self.image_token_id) for ids in encoded["input_ids"]]
         pictures = match_pictures(images, num_marks, self.image_token)
         if not pictures and {"height", "width"} & images_kwargs.keys():
@@ -180,7 +193,7 @@ class NextFlowProcessor(ProcessorMixin):
                 'to be drawn pass them to `generate`; in a pipeline: `generate_kwargs={"height": ..., "width": ...}`.'
             )
         ids, target_ids, grids = self._encode_images(pictures, self_correction, generator, images_kwargs)
-        marks = (self.image_token_id, self.boi_token_id)
+        marks = (self.image_token_id, self.image_start_ids, self.image_end_ids)
         fields = expand_marks(encoded, ids, *marks)
         if self_correction:
             fields["labels"] = expand_marks(encoded, target_ids, *marks)["input_ids"]
@@ -218,8 +231,7 @@ class NextFlowProcessor(ProcessorMixin):
         number = max(1, ENCODED_TOGETHER // area)
         for first in range(0, len(pictures), number):
             chosen = pictures[first : first + number]
-            inputs = self.image_processor(chosen, **{**images_kwargs, "return_tensors": "pt"})
-            pixel_values, grids = inputs["pixel_values"], inputs["image_grid_shw"]
+            pixel_values, grids = self._read_images(chosen, images_kwargs)
             draws = generator[first : first + number] if isinstance(generator, list) else [generator] * len(chosen)
             together: dict[tuple[int, ...], list[int]] = {}
             for index, row in enumerate(grids.tolist()):
@@ -236,6 +248,11 @@ class NextFlowProcessor(ProcessorMixin):
             target_ids += [pair[1] for pair in codes]
             rows += grids.tolist()
         return ids, target_ids, rows
+
+    def _read_images(self, pictures: list[Any], images_kwargs: dict) -> tuple[Any, torch.Tensor]:
+        """Pixels and grids of pictures."""
+        inputs = self.image_processor(pictures, **{**images_kwargs, "return_tensors": "pt"})
+        return inputs["pixel_values"], inputs["image_grid_shw"]
 
     def _image_parts(self) -> tuple[NextFlowImageTokenizer, int]:
         if self.image_tokenizer is None:
@@ -320,7 +337,7 @@ class NextFlowProcessor(ProcessorMixin):
                 Leaves special tokens out; `<image>` is one of them.
             kwargs: Options of the tokenizer's `decode`.
         """
-        rows, is_batch = _to_rows(token_ids)
+        rows, is_batch = to_rows(token_ids)
         texts = [
             self.tokenizer.decode(self._collapse_images(ids), skip_special_tokens=skip_special_tokens, **kwargs)
             for ids in rows
@@ -338,14 +355,14 @@ class NextFlowProcessor(ProcessorMixin):
             yield visual, list(run)
 
     def _collapse_images(self, ids: list[int]) -> list[int]:
-        """Ids with one `<image>` for every run of visual ids and the `<boi>` before it."""
+        """Ids with one `<image>` for every run of visual ids and what opens it."""
         collapsed: list[int] = []
         for visual, run in self._runs(ids):
             if not visual:
                 collapsed.extend(run)
                 continue
-            if collapsed and collapsed[-1] == self.boi_token_id:
-                collapsed.pop()
+            if collapsed[-len(self.image_start_ids) :] == self.image_start_ids:
+                del collapsed[-len(self.image_start_ids) :]
             collapsed.append(self.image_token_id)
         return collapsed
 
@@ -384,7 +401,7 @@ class NextFlowProcessor(ProcessorMixin):
         if not len(codes):
             return []
         for number, (image_codes, grid) in enumerate(zip(codes, grids.tolist(), strict=True)):
-            schedule = ScaleSchedule.from_grid_shw(grid)
+            schedule = ScaleSchedule.from_grid_shw(grid, sides=image_tokenizer.config.sides)
             if len(image_codes) not in schedule.offsets[1:]:
                 raise ValueError(
                     f"Image {number} has {len(image_codes)} codes, but its grid {schedule.grid_shw} has "
@@ -400,7 +417,7 @@ class NextFlowProcessor(ProcessorMixin):
         Returns:
             `list[list[str | PIL.Image.Image]]`, one list per sequence; special tokens and blank texts are left out.
         """
-        runs = [list(self._runs(ids)) for ids in _to_rows(token_ids)[0]]
+        runs = [list(self._runs(ids)) for ids in to_rows(token_ids)[0]]
         codes = [[token - self.visual_token_offset for token in run] for row in runs for visual, run in row if visual]
         pictures = iter(self.decode_codes(codes, image_grid_shw) if codes or len(read_grids(image_grid_shw)) else [])
         segments = [
@@ -491,7 +508,7 @@ class NextFlowProcessor(ProcessorMixin):
                 write_shim(partial)
             if self.image_tokenizer is not None:
                 self.image_tokenizer.save_pretrained(os.path.join(partial, IMAGE_TOKENIZER_FOLDER))
-                write_pipeline_index(partial)
+                write_pipeline_index(partial, self.model_name)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(save_directory)), **kwargs)
         return [os.path.join(save_directory, os.path.relpath(file, partial)) for file in files]
@@ -540,18 +557,18 @@ class NextFlowProcessor(ProcessorMixin):
             return None
         image_tokenizer = NextFlowImageTokenizer.from_pretrained(path, subfolder=subfolder, **passed)
         model_config = read_json(path, "config.json", **kwargs) or {}  # none where a processor is saved by itself
-        if model_config.get("model_type") == NextFlowConfig.model_type:
-            check_same_codebook(NextFlowConfig.from_dict(model_config), image_tokenizer)
+        if model_config.get("model_type") == cls.config_class.model_type:
+            check_same_codebook(cls.config_class.from_dict(model_config), image_tokenizer)
         return image_tokenizer
 
 
-def pipeline_index(folder: str | os.PathLike) -> dict[str, Any]:
+def pipeline_index(folder: str | os.PathLike, model_name: str | None = None) -> dict[str, Any]:
     """What `model_index.json` says to diffusers of a folder with a model and a processor: all flat but the images'."""
-    tokenizer_config = read_json(folder, "tokenizer_config.json") or {}
+    tokenizer_config, config = (read_json(folder, f"{name}config.json") or {} for name in ("tokenizer_", ""))
     index: dict[str, Any] = {
         "_class_name": "NextFlowPipeline",
         "_diffusers_version": version("diffusers"),
-        "model": ["transformers_nextflow", "NextFlowForCausalLM"],
+        "model": ["transformers_nextflow", model_name or (config.get("architectures") or ["NextFlowForCausalLM"])[0]],
         "image_tokenizer": ["transformers_nextflow", "NextFlowImageTokenizer"],
         "tokenizer": ["transformers", tokenizer_config["tokenizer_class"]],
         "image_processor": ["transformers_nextflow", "NextFlowImageProcessor"],
@@ -563,38 +580,16 @@ def pipeline_index(folder: str | os.PathLike) -> dict[str, Any]:
     return index
 
 
-def write_pipeline_index(folder: str | os.PathLike) -> None:
+def write_pipeline_index(folder: str | os.PathLike, model_name: str | None = None) -> None:
     """Makes a folder with a processor, and the model that joins it, one that `DiffusionPipeline` loads."""
-    Path(folder, "model_index.json").write_text(json.dumps(pipeline_index(folder), indent=2) + "\n", encoding="utf-8")
+    Path(folder, "model_index.json").write_text(
+        json.dumps(pipeline_index(folder, model_name), indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _is_text(text: Any) -> bool:
     texts = [text] if isinstance(text, str) else text
     return isinstance(texts, list | tuple) and len(texts) > 0 and all(isinstance(sample, str) for sample in texts)
-
-
-def _id_of(tokenizer, token: str) -> int:
-    token_id = tokenizer.convert_tokens_to_ids(token)
-    if token_id is None or token_id == tokenizer.unk_token_id:
-        raise ValueError(
-            f"The tokenizer does not know `{token}`. NextFlow's tokenizers have `<boi>`, `<eoi>` and `<image>` after "
-            "Qwen's own tokens; `conversion/qwen_tokenizer.py` makes one."
-        )
-    return token_id
-
-
-def _to_rows(token_ids) -> tuple[list[list[int]], bool]:
-    """Ids as a list of lists, and whether they came as a batch."""
-    if token_ids is None:
-        raise ValueError("There are no ids to decode, but None.")
-    rows = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
-    if isinstance(rows, int):
-        return [[rows]], False
-    rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
-    if any(token < 0 for ids in rows for token in (ids if isinstance(ids, list | tuple) else [ids])):
-        raise ValueError("Ids must not be negative. (Labels have -100 where nothing is learned: leave those out.)")
-    is_batch = bool(rows) and not isinstance(rows[0], int)
-    return (rows if is_batch else [rows]), is_batch
 
 
 __all__ = ["NextFlowProcessor", "StreamChunk"]

@@ -111,7 +111,7 @@ def read_regions(
                 raise ValueError(f"{name} has {rows} {what} for {num_prompts} prompts. Pass one, or one per prompt.")
         if not isinstance(region.negative, bool):
             raise ValueError(f"{name}: `negative` must be True or False, but got {region.negative!r}.")
-        read.append(end_with_boi(ids.to(device), mask.to(device), config.boi_token_id, pad))
+        read.append(end_with_boi(ids.to(device), mask.to(device), config.image_start_ids, pad))
         shares.append(of_cells.to(device).expand(num_prompts, -1))
         negative.append(region.negative)
     return Regions(read, torch.stack(shares), negative, copies)

@@ -32,8 +32,12 @@ def add_remote_code(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f'"{folder}" has no config.json; save the model there first.')
-    write_shim(folder)
     config = json.loads((folder / "config.json").read_text())
+    if (model_type := config.get("model_type")) != "nextflow":
+        raise ValueError(
+            f'"{folder}" holds a {model_type}, which has no remote code: import this package before it loads.'
+        )
+    write_shim(folder)
     config["auto_map"] = _references(MODEL_CLASSES)
     _write_json(folder / "config.json", config)
     if (folder / "processor_config.json").is_file():

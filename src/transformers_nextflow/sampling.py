@@ -78,6 +78,14 @@ def sampling_plan(
     return [ScaleSampling(*values) for values in settings]
 
 
+def passes_of_scales(
+    plan: Sequence[ScaleSampling], later_passes: Sequence[tuple[int, float]]
+) -> list[list[ScaleSampling]]:
+    """How each pass over each scale is drawn: as planned, then by top-k and top-p of later passes; scale 0 has one."""
+    again: list[dict[str, Any]] = [{"top_k": top_k, "top_p": top_p} for top_k, top_p in later_passes]
+    return [[first, *(first._replace(**cut) for cut in again[: len(again) * (s > 0)])] for s, first in enumerate(plan)]
+
+
 def check_candidates(
     num_scales: int | None, codebook_size: int | None, temperature: Any = 1.0, top_k: Any = None, top_p: Any = 1.0
 ) -> tuple[list[Any], list[Any], list[Any]]:

@@ -3,6 +3,7 @@
 Letters: R rows, h key-value heads, L slots, d width of a head.
 """
 
+import copy
 import math
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -268,6 +269,15 @@ class ScaleCache(Cache):
         size = max(size for size in range(1, longest + 1) if common % size == 0)
         return [RowGroup(start, start + size, padding[start]) for start in range(0, len(padding), size)]
 
+    def beginning(self, length: int, number: int) -> "ScaleCache":
+        """A view of the first `length` slots, for one step of `number` slots that are not kept."""
+        view = copy.copy(self)
+        view.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in view.layers:
+            layer.length = min(layer.length, length)
+            layer.capacity, layer.num_unstored = layer.length + number, number
+        return view
+
     def advance(self, number: int):
         """Counts slots that all rows of all layers have."""
         for layer in self.layers:
@@ -307,6 +317,20 @@ def check_empty(cache: Cache, length: int) -> None:
             f"The cache has room for {cache.get_max_length()} tokens, but prompt and image take {length}. Pass one "
             f"with `max_cache_len={length}`, or none."
         )
+
+
+def with_fixed_lengths(cache: Cache) -> Cache:
+    """A shallow copy of a cache whose lengths stay what they are now.
+
+    A static cache counts in a tensor, in place, and flex attention reads its mask after the count has moved on
+    (transformers 5.23): queries would see as many slots too many as there are queries.
+    """
+    fixed: Any = copy.copy(cache)
+    fixed.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in fixed.layers:
+        if isinstance(length := getattr(layer, "cumulative_length", None), torch.Tensor):
+            layer.cumulative_length = length.clone()
+    return fixed
 
 
 class CacheRows:

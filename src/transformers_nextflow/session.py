@@ -11,7 +11,7 @@ from PIL import Image
 
 from .codebook import check_same_codebook
 from .decoding import Decoding, GenerationEvent, events_of
-from .decoding_settings import INPUTS, Call, read_options, read_settings
+from .decoding_settings import INPUTS, Call, check_abilities, read_options, read_settings
 from .decoding_state import DecodingState
 from .generation_config_nextflow import NextFlowGenerationConfig, refuse_unknown
 from .modeling_nextflow import NextFlowForCausalLM
@@ -85,6 +85,7 @@ class NextFlowSession:
             raise ValueError(
                 f"A session takes a model and its `NextFlowProcessor`, but got {type(processor).__name__}."
             )
+        check_abilities(model.config)
         processor._image_parts()  # says what is missing
         check_same_codebook(model.config, processor.image_tokenizer)
         _check_settings(settings)

@@ -40,13 +40,17 @@ def tokenize(tokenizer: Any, texts: Sequence[str], **options) -> dict[str, list[
 
 
 def expand_marks(
-    encoded: Mapping[str, Any], codes: Iterable[list[int]], image_token_id: int, boi_token_id: int
+    encoded: Mapping[str, Any],
+    codes: Iterable[list[int]],
+    image_token_id: int,
+    start_ids: Sequence[int],
+    end_ids: Sequence[int] = (),
 ) -> dict[str, list[list[Any]]]:
-    """The tokenizer's fields with every mark replaced by `<boi>` and the ids of an image."""
+    """The tokenizer's fields with every mark replaced by the ids of an image, between those that open and close it."""
     remaining = iter(codes)
     fields: dict[str, list[list[Any]]] = {name: [] for name in encoded}
     for row, ids in enumerate(encoded["input_ids"]):
-        spans = [[boi_token_id, *next(remaining)] if token == image_token_id else [token] for token in ids]
+        spans = [[*start_ids, *next(remaining), *end_ids] if token == image_token_id else [token] for token in ids]
         for name in fields:
             values = encoded[name][row]
             spread = ([value] * len(span) for value, span in zip(values, spans, strict=True))
@@ -85,3 +89,28 @@ def pad(tokenizer: Any, fields: dict[str, list[list[Any]]], **padding) -> dict[s
             fill = [filler] * (len(padded) - len(values))
             batch[name].append(fill + values if left else values + fill)
     return batch
+
+
+def to_rows(token_ids: Any) -> tuple[list[list[int]], bool]:
+    """Ids as a list of lists, and whether they came as a batch."""
+    if token_ids is None:
+        raise ValueError("There are no ids to decode, but None.")
+    rows = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+    if isinstance(rows, int):
+        return [[rows]], False
+    rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
+    if any(token < 0 for ids in rows for token in (ids if isinstance(ids, list | tuple) else [ids])):
+        raise ValueError("Ids must not be negative. (Labels have -100 where nothing is learned: leave those out.)")
+    is_batch = bool(rows) and not isinstance(rows[0], int)
+    return (rows if is_batch else [rows]), is_batch
+
+
+def id_of(tokenizer: Any, token: str) -> int:
+    """The id of a special token; a `ValueError` if the tokenizer does not know it."""
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    if token_id is None or token_id == tokenizer.unk_token_id:
+        raise ValueError(
+            f"The tokenizer does not know `{token}`. NextFlow's tokenizers have `<boi>`, `<eoi>` and `<image>` after "
+            "Qwen's own tokens; `conversion/qwen_tokenizer.py` makes one."
+        )
+    return token_id

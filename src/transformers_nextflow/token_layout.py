@@ -9,7 +9,7 @@ Token view: `... text <boi> v_1 ... v_N text ...`. The output at a slot predicts
 Letters: B rows, L slots per row, G images of a group, n codes per image (N when it is whole), S scales.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ class ScaleStep:
     Args:
         schedule (`ScaleSchedule`): The images' schedule, the same in all rows.
         index (`int`): 0-based scale, at least 1, whose n_s slots are fed, and whose codes their outputs predict.
+        own_map (`bool`, *optional*, defaults to `False`):
+            The slots carry the accumulated map of the scale itself, its codes among them, and predict these anew.
         code_sampler (`Callable`, *optional*):
             Called as `code_sampler(head, hidden_states)`, where `head` computes visual logits. What it returns becomes
             `image_codes`, and there are no `logits`: a scale is drawn without ever holding all its logits.
@@ -37,6 +39,7 @@ class ScaleStep:
 
     schedule: ScaleSchedule
     index: int
+    own_map: bool = False
     code_sampler: Callable[..., torch.Tensor] | None = None
     compile_config: CompileConfig | None = None
 
@@ -92,7 +95,8 @@ class TokenLayout:
         """Finds the images of a batch, checks that the grids fit them, and lays out all slots.
 
         A text slot advances the position by one, and so does every scale of an image: an image of S scales takes S + 1
-        positions (`<boi>` and `<eoi>` take one each, scale 0 has no slot of its own).
+        positions (`<boi>` and `<eoi>` take one each, scale 0 has no slot of its own). Where the model has no
+        `rope_spatial_range` every slot advances it, and all coordinates are equal.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`): Token-view ids.
@@ -117,21 +121,22 @@ class TokenLayout:
             scale_of_code, place_of_code = code_coordinates(group.schedule, device)
             carried = slice(1, group.slots.shape[1])
             scale_index[group.feature_slots] = scale_of_code[carried]
-            coordinates[:, group.feature_slots] = float(config.rope_spatial_range) * place_of_code[:, None, carried]
+            place = float(config.rope_spatial_range or 0) * place_of_code[:, None, carried]
+            coordinates[:, group.feature_slots] = place
         scale_index, coordinates = scale_index.view(shape), coordinates.view(2, *shape)
 
-        advances = torch.ones_like(scale_index)
-        advances[:, 1:] = (scale_index[:, 1:] == 0) | (scale_index[:, 1:] != scale_index[:, :-1])
+        is_spatial, in_scale = config.rope_spatial_range is not None, scale_index > 0
+        begins = torch.ones_like(scale_index)
+        begins[:, 1:] = ~in_scale[:, 1:] | (scale_index[:, 1:] != scale_index[:, :-1])
+        # Counting what begins in a row tells its scales apart.
+        block_ids = begins.cumsum(-1).masked_fill(~in_scale, -1)
+        advances = begins if is_spatial else torch.ones_like(begins)
         if attention_mask is not None:
             advances = advances * attention_mask.bool()
         counter = (advances.cumsum(-1) - 1).clamp(min=0) + start
-
-        in_scale = scale_index > 0
-        # The counter tells the scales of a row apart, so it serves as their name.
-        block_ids = counter.masked_fill(~in_scale, -1)
         if seq_idx is not None:
             counter = counter - counter.gather(-1, index_of_sequence_start(seq_idx))
-        spatial = torch.where(in_scale, coordinates, counter.float())
+        spatial = torch.where(in_scale & is_spatial, coordinates, counter.float())
         return cls(torch.cat([counter.float()[None], spatial]), block_ids, scale_index, images)
 
     def scale_of_tokens(self) -> torch.Tensor:
@@ -179,8 +184,13 @@ def code_coordinates(schedule: ScaleSchedule, device: torch.device) -> tuple[tor
     return torch.cat(scale_index).to(device), torch.cat(coordinates, dim=1).float().to(device)
 
 
+def positions_before(schedule: ScaleSchedule, scale_index: int, spatial_range: float | None) -> int:
+    """How many positions `<boi>` and the slots before those of a scale take."""
+    return schedule.offsets[scale_index] if spatial_range is None else scale_index
+
+
 def scale_position_ids(
-    start: torch.Tensor, schedule: ScaleSchedule, scale_index: int, spatial_range: float
+    start: torch.Tensor, schedule: ScaleSchedule, scale_index: int, spatial_range: float | None
 ) -> torch.Tensor:
     """Positions of the slots that carry one scale of an image.
 
@@ -188,7 +198,7 @@ def scale_position_ids(
         start (`torch.Tensor` of shape `(B,)`): Position of each row's `<boi>`.
         schedule (`ScaleSchedule`): The image's schedule.
         scale_index (`int`): 0-based scale, at least 1 (the 1x1 scale is never an input).
-        spatial_range (`float`): `config.rope_spatial_range`.
+        spatial_range (`float`, *optional*): `config.rope_spatial_range`.
 
     Returns:
         `torch.FloatTensor` of shape `(3, B, n_s)`.
@@ -199,8 +209,10 @@ def scale_position_ids(
             f"scales, but got {scale_index}. (Scale 0 is predicted by the slot of `<boi>`.)"
         )
     cells = slice(schedule.offsets[scale_index], schedule.offsets[scale_index + 1])
-    rows, columns = code_coordinates(schedule, start.device)[1][:, cells] * spatial_range
     start = start.float()[:, None]
+    if spatial_range is None:
+        return (start + torch.arange(cells.start, cells.stop, device=start.device)).expand(3, -1, -1)
+    rows, columns = code_coordinates(schedule, start.device)[1][:, cells] * spatial_range
     depth = (start + scale_index).expand(-1, rows.shape[0])
     return torch.stack([depth, rows.expand_as(depth), columns.expand_as(depth)])
 
@@ -221,6 +233,14 @@ def read_grids(image_grid_shw: Any, num_images: int | None = None, source: str =
             "scales, bucket height, bucket width) for each image, in reading order over the batch."
         )
     return grids
+
+
+def opens_image(ids: torch.Tensor, start_ids: Sequence[int]) -> torch.Tensor:
+    """Where an image opens: bool `(B, L)`, True at the last of the ids that open one."""
+    opens = torch.ones_like(ids, dtype=torch.bool)
+    for distance, token in enumerate(reversed(start_ids)):
+        opens &= F.pad(ids == token, (distance, 0))[:, : ids.shape[1]]
+    return opens
 
 
 def find_images(
@@ -269,25 +289,21 @@ def _group_images(
     """The images of a batch by schedule and number of scales, checked against their grids."""
     if image_grid_shw is None:
         return []
-    length, boi_token_id = input_ids.shape[1], config.boi_token_id
+    length = input_ids.shape[1]
     rows, starts, lengths = find_images(input_ids, config.text_vocab_size, attention_mask)
-    opened = (starts > 0) & (input_ids[rows, (starts - 1).clamp(min=0)] == boi_token_id)
+    opened = (starts > 0) & opens_image(input_ids, config.image_start_ids)[rows, (starts - 1).clamp(min=0)]
     found = torch.stack([rows, starts, lengths, opened], dim=-1).tolist()
     for row, start, _, is_open in found:
         if not is_open:
             raise ValueError(
-                f"The image codes at row {row}, slot {start} don't follow a `<boi>` (id {boi_token_id}). An image is "
-                "`<boi>` and then all its codes, with nothing in between."
+                f"The image codes at row {row}, slot {start} don't follow a `<boi>` (id "
+                f"{', '.join(map(str, config.image_start_ids))}). An image is `<boi>` and then all its codes, with "
+                "nothing in between."
             )
     grids = read_grids(image_grid_shw, len(found)).tolist()
     members: dict[tuple[ScaleSchedule, int], list[int]] = {}
     for (row, start, num_codes, _), grid in zip(found, grids, strict=True):
-        schedule = ScaleSchedule.from_grid_shw(grid)
-        if schedule.num_scales > config.num_scales:
-            raise ValueError(
-                f"An image of {schedule.num_scales} scales was given, but the model has {config.num_scales} "
-                "(`config.num_scales`). Encode the image with fewer scales."
-            )
+        schedule = config.schedule_of(grid)
         if num_codes not in schedule.offsets:
             raise ValueError(
                 f"The image at row {row}, slot {start} has {num_codes} codes. An image with grid {tuple(grid)} has "

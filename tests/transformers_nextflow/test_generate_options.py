@@ -81,10 +81,13 @@ OPTIONS = {
     "width": (48, "rrr", {}),
     "num_scales": (2, "rcc", {}),
     "image_guidance_scale": (2.0, "rrr", {}),
+    "negative_ids": ([90], "rcr", GUIDED),
     "guidance_schedule": ("linear", "rcc", GUIDED),
     "image_temperature": (9.0, "rcc", {}),
     "image_top_k": (1, "rcc", SAMPLED),
     "image_top_p": (0.01, "rcc", SAMPLED),
+    "num_passes": (2, "rrr", {}),  # for accumulated features; see test_modeling_tokenflow.py
+    "pass_candidates": ([[[1, 1.0]]], "rcc", SAMPLED),
     "thinking": (True, "rcr", {}),
     "num_frames": (2, "rcr", {}),
     "max_new_images": (2, "rrs", {}),

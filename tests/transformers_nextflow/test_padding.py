@@ -54,7 +54,9 @@ def test_without_a_mask_leading_padding_is_found():
 
 
 def test_boi_is_added_where_it_lacks():
-    ids, mask = end_with_boi(torch.tensor([[1, 2, BOI], [PAD, 5, 6]]), torch.tensor([[1, 1, 1], [0, 1, 1]]), BOI, PAD)
+    ids, mask = end_with_boi(
+        torch.tensor([[1, 2, BOI], [PAD, 5, 6]]), torch.tensor([[1, 1, 1], [0, 1, 1]]), (BOI,), PAD
+    )
     assert ids.tolist() == [[PAD, 1, 2, BOI], [PAD, 5, 6, BOI]]
     assert mask.tolist() == [[0, 1, 1, 1], [0, 1, 1, 1]]
 

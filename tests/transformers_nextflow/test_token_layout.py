@@ -1,11 +1,10 @@
 """Positions, blocks and loss weights against a slot-by-slot double, and against figure 5 of the paper."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from slow_layout import walk
 
+from transformers_nextflow import NextFlowConfig
 from transformers_nextflow.scale_schedule import ScaleSchedule, aspect_buckets
 from transformers_nextflow.token_layout import (
     TokenLayout,
@@ -16,7 +15,9 @@ from transformers_nextflow.token_layout import (
 )
 
 TEXT, BOI, PAD, C = 100, 90, 0, 64.0
-CONFIG = SimpleNamespace(text_vocab_size=TEXT, boi_token_id=BOI, num_scales=18, rope_spatial_range=C)
+SIZES = {"text_vocab_size": TEXT, "visual_codebook_size": 100, "vocab_size": TEXT + 100}
+MARKS = {"boi_token_id": BOI, "eoi_token_id": BOI + 1, "image_token_id": BOI + 2}
+CONFIG = NextFlowConfig(**SIZES, **MARKS, rope_spatial_range=C)
 
 
 def image(schedule: ScaleSchedule, num_scales: int | None = None) -> list[int]:
@@ -137,7 +138,7 @@ def test_bad_grids():
     with pytest.raises(ValueError, match=r"must have shape \(num_images, 3\)"):
         TokenLayout.of(ids, torch.tensor([4, 16, 16]), CONFIG)
     with pytest.raises(ValueError, match="An image of 4 scales was given, but the model has 3"):
-        TokenLayout.of(ids, torch.tensor([A.grid_shw]), SimpleNamespace(**{**vars(CONFIG), "num_scales": 3}))
+        TokenLayout.of(ids, torch.tensor([A.grid_shw]), NextFlowConfig(**SIZES, **MARKS, num_scales=3))
 
 
 def test_images_are_found_in_one_place():

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from ..decoding import GenerationEvent
 from ..decoding_settings import Call, DecodingSettings, read_options, read_settings
+from ..generation_config_nextflow import SIZE
 from ..modeling_nextflow import NextFlowForCausalLM
 from ..padding import Prompts
 from ..processing_nextflow import NextFlowProcessor
@@ -217,7 +218,7 @@ class Engine:
         """A turn is checked by its session when it comes up; here only what can be known without it."""
         self.processor.check_plain([])
         _, config, _ = read_options(self.model, {**job.options, "generation_mode": job.mode})
-        config.schedule(self.model.config.num_scales)
+        self.model.config.schedule(*(getattr(config, name) for name in SIZE))
         return Row(job, torch.empty(0), [], dict(job.options), None, object())
 
     def _encode(self, job: Job, text: str, pictures: list[Any]) -> Any:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel, PromptLearningConfig
+from transformers import AutoModelForMultimodalLM
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..codebook import check_same_codebook
-from ..modeling_nextflow import NextFlowForCausalLM
 from ..processing_nextflow import IMAGE_TOKENIZER_FOLDER, NextFlowProcessor, write_pipeline_index
+from ..processing_tokenflow import PROCESSORS
 from .packing import EpochSampler
 
 logger = logging.getLogger(__name__)
@@ -263,12 +264,13 @@ def copy_settings(args: Any, kind: Any, output_dir: str) -> Any:
 def load_model(model: Any, args: Any, processing_class: Any, peft_config: Any) -> tuple[Any, NextFlowProcessor | None]:
     """The language model, with a config that is not the caller's, and its processor, which fit together."""
     if isinstance(model, str):
-        model = NextFlowForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **(args.model_init_kwargs or {})})
+        options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
+        model = AutoModelForMultimodalLM.from_pretrained(model, **options)
         args.model_init_kwargs = None
     processor = processing_class if isinstance(processing_class, NextFlowProcessor) else None
     if processor is None:
         try:
-            processor = NextFlowProcessor.from_pretrained(model.config._name_or_path)
+            processor = PROCESSORS[model.config.model_type].from_pretrained(model.config._name_or_path)
             processor.tokenizer = processing_class or processor.tokenizer
         except (OSError, ValueError) as error:
             logger.warning(

@@ -33,7 +33,6 @@ from ..chat_template import read_messages
 from ..codebook import hash_image_tokenizer
 from ..configuration_nextflow import NextFlowConfig
 from ..processing_nextflow import NextFlowProcessor
-from ..scale_schedule import ScaleSchedule
 from ..token_fields import tokenize
 
 CodedSample = dict[str, Any]
@@ -123,6 +122,8 @@ def encode_conversations(
     """
     if prompt_style not in ("chat", "bare"):
         raise ValueError(f'`prompt_style` must be "chat" or "bare", but got {prompt_style!r}.')
+    if prompt_style == "chat" and processor.chat_template is None:
+        raise ValueError('This processor has no chat template: pass `prompt_style="bare"`.')
     special = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
     samples, pictures, sources = list[CodedSample](), list[Any](), list[torch.Generator]()
     for index, messages in enumerate(conversations):
@@ -193,7 +194,9 @@ def _tokenize(chat: list[dict[str, Any]], processor: NextFlowProcessor, style: s
         said = [part["text"] if part["type"] == "text" else processor.image_token for part in _parts(message)]
         if answers := message["role"] == "assistant":
             said.append(processor.tokenizer.eos_token)
-        (new,) = tokenize(processor.tokenizer, ["".join(said)])["input_ids"]
+        encoded = tokenize(processor.tokenizer, ["".join(said)], add_special_tokens=not ids)  # one <s> for Llama
+        processor.cut_prompts(encoded)
+        (new,) = encoded["input_ids"]
         ids, mask = ids + new, mask + [int(answers)] * len(new)
     return ids, mask
 
@@ -221,10 +224,10 @@ def invert_task(sample: CodedSample) -> CodedSample:
     return {**sample, **{name: sample[f"inverse_{name}"] for name in ("token_ids", "completion_mask")}}
 
 
-def drop_condition(sample: CodedSample, image_token_id: int) -> CodedSample:
+def drop_condition(sample: CodedSample, image_token_id: int, bos_token_id: int | None = None) -> CodedSample:
     """The sample without the text of its prompt, as guidance's unconditional branch sees it; pictures stay."""
     slots = zip(sample["token_ids"], sample["completion_mask"], strict=True)
-    kept = [(token, answer) for token, answer in slots if answer or token == image_token_id]
+    kept = [(token, answer) for token, answer in slots if answer or token in (image_token_id, bos_token_id)]
     return {**sample, "token_ids": [token for token, _ in kept], "completion_mask": [answer for _, answer in kept]}
 
 
@@ -276,11 +279,11 @@ def check_sample(sample: CodedSample, config: NextFlowConfig) -> list[tuple[list
     _check_range("token_ids", tokens, config.text_vocab_size)
     _check_range("completion_mask", mask, 2)
     for codes, targets, grid in images:
-        num_codes = ScaleSchedule.from_grid_shw(grid).num_tokens
-        if not len(codes) == len(targets) == num_codes or grid[0] > config.num_scales:
+        num_codes = config.schedule_of(grid).num_tokens
+        if not len(codes) == len(targets) == num_codes:
             raise ValueError(
                 f"An image of grid {tuple(grid)} has {num_codes} codes, but the sample has {len(codes)} and "
-                f"{len(targets)} targets, and the model {config.num_scales} scales."
+                f"{len(targets)} targets."
             )
         _check_range("codes", codes, config.visual_codebook_size)
         _check_range("target_codes", targets, config.visual_codebook_size)
@@ -316,8 +319,10 @@ def expand_sample(
         seen = wanted = [token]
         if token == config.image_token_id:
             codes, targets, _ = next(remaining)
-            seen = [config.boi_token_id, *(code + offset for code in codes)]
-            wanted = [config.boi_token_id, *(code + offset for code in targets)]
+            start = list(config.image_start_ids)
+            seen = [*start, *(code + offset for code in codes), *config.image_end_ids]
+            learned = start if config.writes_text else [-100] * len(start)
+            wanted = [*learned, *(code + offset for code in targets), *config.image_end_ids]
         input_ids += seen
         labels += wanted if answer or not completion_only else [-100] * len(wanted)
     labels[:1] = [-100] * len(labels[:1])

@@ -54,7 +54,7 @@ class NextFlowDataCollator:
         # Questions are never dropped from answers in words.
         draws = any(answer and token == mark for token, answer in marks)
         if draws and torch.rand((), generator=generator) < self.condition_dropout:
-            sample = drop_condition(sample, mark)
+            sample = drop_condition(sample, mark, self.config.bos_token_id)
         row = expand_sample(sample, self.config, self.completion_only)
         length, limit = len(row["input_ids"]), self.max_length or self.config.max_position_embeddings
         if length > limit:

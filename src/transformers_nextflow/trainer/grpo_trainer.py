@@ -125,7 +125,8 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
                 )
         size, _ = NextFlowGenerationConfig.merge({name: getattr(args, name) for name in SIZE}, None)
         self._first_visual_id = model.config.text_vocab_size
-        self.schedule = size.over(model.generation_config).schedule(model.config.num_scales)
+        size = size.over(model.generation_config)
+        self.schedule = model.config.schedule(*(getattr(size, name) for name in SIZE))
         self._check_scales(args)
         super().__init__(
             model,
@@ -204,8 +205,9 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         texts, pictures = zip(*map(self._read_prompt, rows), strict=True)
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
         batch = self.processor(list(texts), list(pictures) if any(pictures) else None, **options)
-        for name, last in (("input_ids", self.processor.boi_token_id), ("attention_mask", 1)):
-            batch[name] = F.pad(batch[name].long(), (0, 1), value=last)
+        start = torch.tensor(self.processor.image_start_ids).expand(len(texts), -1)
+        batch["input_ids"] = torch.cat([batch["input_ids"].long(), start], dim=1)
+        batch["attention_mask"] = F.pad(batch["attention_mask"].long(), (0, start.shape[1]), value=1)
         return batch
 
     def _read_prompt(self, row: Row) -> tuple[str, list[Any]]:

@@ -15,14 +15,20 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from ..scale_schedule import ScaleSchedule, sequence_flops
+from ..configuration_nextflow import NextFlowConfig
+from ..scale_schedule import sequence_flops
 from .coded_dataset import CodedSample
 
+_NEXTFLOW = NextFlowConfig()
 PACKING_STRATEGIES = ("compute", "length")
 
 
-def block_lengths(sample: CodedSample, image_token_id: int) -> list[int]:
-    """Lengths of what a coded sample's sequence is made of, in order: runs of text (with `<boi>`) and scales."""
+def block_lengths(sample: CodedSample, image_token_id: int, config: Any = _NEXTFLOW) -> list[int]:
+    """Lengths of what a coded sample's sequence is made of, in order: runs of text (with `<boi>`) and scales.
+
+    `config` is the model's; any [`NextFlowConfig`] gives the same.
+    """
+    start, end = len(config.image_start_ids), len(config.image_end_ids)
     blocks, previous = [], 0
     marks = np.flatnonzero(np.asarray(sample["token_ids"]) == image_token_id).tolist()
     if len(marks) != len(sample["image_grid_shw"]):
@@ -30,13 +36,15 @@ def block_lengths(sample: CodedSample, image_token_id: int) -> list[int]:
             f"The sample has {len(marks)} image marks, but grids of {len(sample['image_grid_shw'])} images."
         )
     for mark, grid in zip(marks, sample["image_grid_shw"], strict=True):
-        blocks += [mark + 1 - previous, *ScaleSchedule.from_grid_shw(grid).scale_lengths]
-        previous = mark + 1
+        blocks += [mark + start - previous, *config.schedule_of(grid).scale_lengths]
+        previous = mark + 1 - end
     tail = len(sample["token_ids"]) - previous
     return [*blocks, tail] if tail else blocks
 
 
-def sample_costs(samples: Iterable[CodedSample], image_token_id: int, hidden_size: int | None) -> np.ndarray:
+def sample_costs(
+    samples: Iterable[CodedSample], image_token_id: int, hidden_size: int | None, config: Any = _NEXTFLOW
+) -> np.ndarray:
     """Cost of each sample in tokens of linear work, float64; plain lengths if `hidden_size` is None.
 
     Raises:
@@ -46,7 +54,7 @@ def sample_costs(samples: Iterable[CodedSample], image_token_id: int, hidden_siz
     costs = []
     for index, sample in enumerate(samples):
         try:
-            blocks = block_lengths(sample, image_token_id)
+            blocks = block_lengths(sample, image_token_id, config)
         except ValueError as error:
             raise ValueError(f"Sample {sample.get('id', index)}: {error}") from error
         costs.append(sum(blocks) if hidden_size is None else sequence_flops(blocks, hidden_size) / per_token)

@@ -30,7 +30,8 @@ from .sft_config import NextFlowSFTConfig
 logger = logging.getLogger(__name__)
 
 # What PEFT takes where no `target_modules` are named.
-TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("nextflow", ["q_proj", "v_proj"])
+for _model_type in ("nextflow", "tokenflow_t2i"):
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(_model_type, ["q_proj", "v_proj"])
 
 
 class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
@@ -302,7 +303,7 @@ def fit_samples(
     if (found := check_codes(sizes, hashes, config)) is not None:
         config.image_tokenizer_hash = found  # saved with the model, for the next training
     by_compute = args.packing and args.packing_strategy == "compute" and not held_out
-    options = (config.image_token_id, config.hidden_size if by_compute else None)
+    options = (config.image_token_id, config.hidden_size if by_compute else None, config)
     samples = dataset.remove_columns(["codes", "target_codes"])
     costs = sample_costs(samples, *options)
     if args.task_inversion and not held_out:
@@ -330,6 +331,10 @@ def train_new_weights_only(model: NextFlowForCausalLM) -> None:
     Rows are frozen by a mask on the gradient, so the optimizer must not decay `embed_tokens` and `lm_head`.
     """
     config = model.config
+    if config.eoi_token_id is None:
+        raise ValueError(
+            '`stage="alignment"` trains what a text model lacks; this one was trained whole. Leave it out.'
+        )
     model.requires_grad_(False)
     for module in (model.model.connector, model.model.scale_embedding):
         module.requires_grad_(True)
