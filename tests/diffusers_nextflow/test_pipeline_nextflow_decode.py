@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
 
-from conftest import build_byte_tokenizer
 from diffusers_nextflow import NextFlowDecodePipeline, NextFlowPipeline
 from diffusion_parts import build_decoder, build_vae, random_codes
 from transformers_nextflow import ScaleSchedule
@@ -177,12 +176,15 @@ def test_a_callback_sees_and_changes_samples(decode):
     assert seen == [(True, 0, 1, 3, 80, 80), (True, 1, 1, 3, 80, 80)]
 
 
-def test_captions_go_through_the_text_encoder(plain):
+def test_captions_go_through_the_text_encoder(plain, tiny_random_checkpoint):
     config = CLIPTextConfig(
         hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, projection_dim=6
     )
     torch.manual_seed(0)
-    encoder, tokenizer = CLIPTextModelWithProjection(config).eval(), build_byte_tokenizer()
+    encoder, tokenizer = (
+        CLIPTextModelWithProjection(config).eval(),
+        AutoTokenizer.from_pretrained(tiny_random_checkpoint),
+    )
     tokenizer.model_max_length = 20
     parts = {
         "image_tokenizer": plain.image_tokenizer,
@@ -228,11 +230,11 @@ def test_bad_calls(settings, message, decode):
         decode(**{"codes": random_codes(1), "image_grid_shw": GRID, **settings})
 
 
-def test_a_decode_pipeline_is_whole(decode):
+def test_a_decode_pipeline_is_whole(decode, plain):
     with pytest.raises(ValueError, match="needs a `diffusion_decoder`, its `scheduler` and `image_tokenizer`"):
         NextFlowDecodePipeline(**{**decode.components, "scheduler": None})
     with pytest.raises(ValueError, match="`text_encoder` and `tokenizer` belong together"):
-        NextFlowDecodePipeline(**{**decode.components, "tokenizer": build_byte_tokenizer()})
+        NextFlowDecodePipeline(**{**decode.components, "tokenizer": plain.tokenizer})
 
 
 # Loading, moving
