@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -315,7 +316,8 @@ def test_speed(tmp_path):
         "--markdown",
         str(tmp_path / "table"),
     ]
-    done = run(command, capture_output=True)
+    # A process of its own: it trains, and autograd may have threads here already, which a fork does not have.
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows").read_text())["rows"]
     assert {row["part"] for row in rows} == set(parts)

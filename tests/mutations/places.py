@@ -49,7 +49,7 @@ def cases() -> list[Mutation]:
     path = ROOT / PACKAGE / "modeling_nextflow.py"
 
     def in_length_embedding(node):
-        return isinstance(node, ast.FunctionDef) and node.name == "_scale_length_embedding"
+        return isinstance(node, ast.FunctionDef) and node.name == "_image_embedding"
 
     def scale_embedding(node):
         return isinstance(node, ast.Call) and ast.unparse(node.func) == "self.scale_embedding"

@@ -27,6 +27,9 @@ VALUES = {
     "images_per_prefix": 2,
     "return_cache": False,
     "prompt_styles": {"image": "chat"},
+    "negative_ids": [1, 2],
+    "num_passes": 1,
+    "pass_candidates": [[[10, 0.9]]],
 }
 
 

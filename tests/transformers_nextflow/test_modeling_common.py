@@ -350,6 +350,8 @@ def test_a_scale_step_runs_on_two_devices():
             places.append(hidden_states.device)
             return head(hidden_states).argmax(-1)
 
-        outputs = model(ids, position_ids=positions, scale_step=ScaleStep(SCHEDULE, 2, sample), cache=cache)
+        outputs = model(
+            ids, position_ids=positions, scale_step=ScaleStep(SCHEDULE, 2, code_sampler=sample), cache=cache
+        )
     assert places == [torch.device("cuda:1")]
     assert outputs.image_codes.device == ids.device and outputs.image_codes.shape == (2, 9)

@@ -70,7 +70,7 @@ def test_bad_input(samples, tiny_random_checkpoint):
         ({"codes": [[]], "target_codes": [[]], "image_grid_shw": [[1, 16, 16]]}, "has 1 codes, but the sample has 0"),
         (
             {"image_grid_shw": [[6, 16, 16]]},
-            "has 91 codes, but the sample has 55 and 55 targets, and the model 5 scales",
+            "An image of 6 scales was given, but the model has 5",
         ),
         ({"image_grid_shw": [[5, 1, 99]]}, "99"),
         ({"codebook_size": 4096}, "codebook of 4096 codes"),
