@@ -142,9 +142,9 @@ stages:
 
 def test_stages_get_the_folders_of_those_before(recipe, capsys):
     folder = recipe(GOOD)
-    one, two = run_recipe.plan_stages(folder, Path("/work"), {"codes": "a b"}, miniature=True)
-    assert one.command[1:] == ("--codes", "a b", "--output_dir", "/work/one") and one.done == "model.safetensors"
-    start = ("--config", f"{folder}/a.yaml", "--model_name_or_path", "/work/one")
+    one, two = run_recipe.plan_stages(folder, Path("/elsewhere"), {"codes": "a b"}, miniature=True)
+    assert one.command[1:] == ("--codes", "a b", "--output_dir", "/elsewhere/one") and one.done == "model.safetensors"
+    start = ("--config", f"{folder}/a.yaml", "--model_name_or_path", "/elsewhere/one")
     assert two.command[1:] == (*start, "--max_steps", "1") and not two.is_done
     run_recipe.main(["--recipe", str(folder), "--work", "w", "--set", "codes=x", "--list", "--from", "two"])
     listed = capsys.readouterr().out
