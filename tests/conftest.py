@@ -20,6 +20,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 NUM_SCALES = 5  # of the tiny random checkpoint
 CODEBOOK_SIZE = 64
 
+LIBRARIES = ("transformers", "diffusers", "trl", "peft", "accelerate")
+
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """A single file runs in this process: workers would each import torch for it."""
@@ -39,7 +41,7 @@ class DeprecationIsAnError(logging.Handler):
 @pytest.fixture(scope="session", autouse=True)
 def no_deprecated_calls():
     handler = DeprecationIsAnError()
-    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers", "trl", "peft", "accelerate")]
+    loggers = [logging.getLogger(name) for name in LIBRARIES]
     for logger in loggers:
         logger.addHandler(handler)
     yield
@@ -173,15 +175,13 @@ def forked_process():
     return last_line
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def keep_logging():
     """The command makes the libraries silent, which is right for a process of its own and wrong for the other tests."""
-    import diffusers
-    import transformers
-
-    libraries = [transformers.utils.logging, diffusers.utils.logging]
-    verbosities = [library.get_verbosity() for library in libraries]
+    levels = [(logger, logger.level) for logger in map(logging.getLogger, LIBRARIES)]
     yield
-    for library, verbosity in zip(libraries, verbosities, strict=True):
-        library.set_verbosity(verbosity)
-        library.enable_progress_bar()
+    for logger, level in levels:
+        logger.setLevel(level)
+    for name in ("transformers", "diffusers"):
+        if name in sys.modules:
+            sys.modules[name].utils.logging.enable_progress_bar()

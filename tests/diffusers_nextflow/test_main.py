@@ -17,9 +17,6 @@ from diffusers_nextflow.__main__ import main
 PROMPT = "a red circle left of a blue square"
 
 
-pytestmark = pytest.mark.usefixtures("keep_logging")
-
-
 @pytest.fixture
 def command(tiny_random_checkpoint, tmp_path, monkeypatch):
     """Runs the command in this process and in an empty folder, with the random checkpoint."""

@@ -212,7 +212,6 @@ def test_transformers_pipeline(name, draw):
     check(outcome, lambda: run(**settings), run(**free), lambda images: np.asarray(images[0]))
 
 
-@pytest.mark.usefixtures("keep_logging")
 @pytest.mark.parametrize("name", COMMAND)
 def test_command(name, tiny_random_checkpoint, tmp_path, monkeypatch, capsys):
     def run(folder, *options):

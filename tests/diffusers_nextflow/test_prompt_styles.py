@@ -101,7 +101,6 @@ def test_transformers_pipeline(trained):
         assert np.abs(np.asarray(drawn[0]).astype(int) - expected).max() <= 1
 
 
-@pytest.mark.usefixtures("keep_logging")
 def test_command(trained, tmp_path):
     _, folder, processor, samples = trained
     file = tmp_path / "out.png"

@@ -68,7 +68,7 @@ def test_commands_exist(page):
             assert f'"{option}"' in code, f"{page.name} gives {words[1]} {option}"
 
 
-def test_the_first_command_of_the_readme_draws(checkpoint, tmp_path, monkeypatch, keep_logging):
+def test_the_first_command_of_the_readme_draws(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     install, draw = commands(README)[:2]
     assert install[:3] == ["pip", "install", "-e"] and draw[:3] == ["python", "-m", "diffusers_nextflow"]
