@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from transformers_nextflow import NextFlowGenerationConfig, ScaleSchedule, nearest_bucket
-from transformers_nextflow.image_processing_pil_nextflow import find_turn, to_eight_bits, to_rgb
+from transformers_nextflow.generation_config_nextflow import SIZE
+from transformers_nextflow.image_processing_pil_nextflow import open_eight_bits, to_rgb
 from transformers_nextflow.kept_regions import kept_places
-from transformers_nextflow.picture_sources import SourceLimits, open_picture
+from transformers_nextflow.picture_sources import SourceLimits
 from transformers_nextflow.regional_prompts import Region
 
-SIZE = ("height", "width", "num_scales")
 PRESERVE = ("latents", "codes", "pixels")
 FEATHER = 8  # pixels from the edge of what is kept over which it is blended
 _SHARES = {"left": 0.0, "right": 1.0, "top": 0.0, "bottom": 1.0, "center": 0.5}
@@ -192,10 +192,7 @@ def read_regions(pipe: Any, task: str, style: str | None, *groups: Any) -> list[
 
 def read_picture(source: Any, limits: SourceLimits) -> np.ndarray:
     """A picture of any source, upright, as `uint8` `(H, W, 3)`."""
-    image = open_picture(source, limits)
-    turn = find_turn(image)
-    image = to_eight_bits(image)
-    limits.check_size(*image.size, copies=0)
+    image, turn = open_eight_bits(source, limits)
     return to_rgb(image if turn is None else image.transpose(turn))
 
 

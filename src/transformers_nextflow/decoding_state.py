@@ -110,11 +110,8 @@ class DecodingState:
         Returns:
             What the sampler returned.
         """
-        spatial_range, number, cache = (
-            self.model.config.rope_spatial_range,
-            schedule.scale_lengths[scale_index],
-            self.cache,
-        )
+        spatial_range, number = self.model.config.rope_spatial_range, schedule.scale_lengths[scale_index]
+        cache = self.cache
         before, after = (positions_before(schedule, index, spatial_range) for index in (scale_index, scale_index + 1))
         if own_map:
             cache = self._cache_without_last(number)

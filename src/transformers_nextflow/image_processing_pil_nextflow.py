@@ -109,6 +109,17 @@ def find_turn(image: Any) -> Image.Transpose | None:
         return None
 
 
+def open_eight_bits(
+    source: Any, limits: SourceLimits, input_data_format: str | ChannelDimension | None = None
+) -> tuple[Image.Image, Image.Transpose | None]:
+    """A picture of any source in 8 bits, within the limits, and what makes it upright."""
+    image = open_picture(source, limits)
+    turn = find_turn(image)  # which the next step forgets
+    image = to_eight_bits(image, input_data_format)
+    limits.check_size(*image.size, copies=0)
+    return image, turn
+
+
 def to_eight_bits(image: ImageInput, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
     """A PIL image of 8 bits, of a picture or an array with 1, 3 or 4 channels (first or last, or a plain `(H, W)`).
 
@@ -203,11 +214,7 @@ class NextFlowBaseImageProcessor(BaseImageProcessor):
 
     def _read(self, source, background_color=WHITE, input_data_format=None, **kwargs) -> np.ndarray:
         """A picture of any source as `uint8` RGB `(H, W, 3)`, not much larger than what it is resized to."""
-        limits = SourceLimits.of(kwargs)
-        image = open_picture(source, limits)
-        turn = find_turn(image)
-        image = to_eight_bits(image, input_data_format)
-        limits.check_size(*image.size, copies=0)
+        image, turn = open_eight_bits(source, SourceLimits.of(kwargs), input_data_format)
         if kwargs["do_resize"]:
             upright = turn not in SIDEWAYS
             width, height = image.size if upright else image.size[::-1]

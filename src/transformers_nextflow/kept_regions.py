@@ -10,12 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .multi_scale_quantizer import downsample, upsample
+from .multi_scale_quantizer import downsample, lookup_slices, upsample
 from .scale_schedule import ScaleSchedule
 
 LEAST_SHARE = 0.5  # of a cell's pixels that makes it a kept one
-
-_MAX_DISTANCES = 2**25  # that exist at once, 128 MB
 
 
 @dataclass(frozen=True)
@@ -192,8 +190,8 @@ class Keeper:
 def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """The codes `(m,)` whose vectors are nearest to those given, `(m, D)`, float32."""
     half_squares = codebook.square().sum(-1) / 2
-    parts = vectors.split(max(1, _MAX_DISTANCES // len(codebook)))
-    return torch.cat([(half_squares - part @ codebook.T).argmin(-1) for part in parts])
+    slices = lookup_slices(vectors, codebook)
+    return torch.cat([(half_squares - rows @ codebook.T).argmin(-1) for rows in slices])
 
 
 __all__ = ["Keeper", "KeptCodes", "kept_places", "nearest_codes", "pixel_shares", "read_kept"]

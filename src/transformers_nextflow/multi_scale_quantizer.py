@@ -18,6 +18,11 @@ Grid = tuple[int, int]
 _MAX_DISTANCES = 2**25
 
 
+def lookup_slices(vectors: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows of vectors `(M, D)`, so many at once as may be compared with all codes `(K, D)`."""
+    return vectors.split(max(1, _MAX_DISTANCES // len(codebook)))
+
+
 @dataclass
 class QuantizedResult:
     """What the quantizer makes of a batch of feature maps: fields of [`NextFlowImageTokenizerOutput`], and in training
@@ -131,7 +136,7 @@ class MultiScaleQuantizer(nn.Module):
 
         The rows are dealt out to the generators in runs of equal length.
         """
-        slices = vectors.split(max(1, _MAX_DISTANCES // len(codebook)))
+        slices = lookup_slices(vectors, codebook)
         distances = (self.distances(rows, codebook, semantic_weight) for rows in slices)
         if self_correction is None:
             nearest = torch.cat([part.argmin(-1) for part in distances])

@@ -33,9 +33,9 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[str]:
         markers = sorted((name for name in names if name.name in MARKERS), key=lambda name: len(name.parts))
         for name in markers:  # the outermost goes first and comes last
             (target / name).unlink(missing_ok=True)
-        for folder in {folder for folder, _ in weights}:
-            for old in (target / folder).glob("*.safetensors*"):
-                if (folder, _weights(old.name)) in weights and folder / old.name not in names:
+        for place in {place for place, _ in weights}:
+            for old in (target / place).glob("*.safetensors*"):
+                if (place, _weights(old.name)) in weights and place / old.name not in names:
                     old.unlink()
         for name in sorted(names, key=lambda name: -markers.index(name) if name in markers else -len(names)):
             (partial / name).chmod(mode)
