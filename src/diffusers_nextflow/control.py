@@ -184,7 +184,7 @@ def read_regions(pipe: Any, task: str, style: str | None, *groups: Any) -> list[
         ):
             raise ValueError(f"`{name}` is a list of (prompt, mask), one at least, but got {group!r:.200}.")
         for prompt, mask in listed:
-            inputs = pipe._encode([prompt], [[]], [task], style)
+            inputs = pipe._encode([prompt], [[]], task, style)
             share = read_mask(mask, limits)[None].to(device)
             read.append(Region(inputs["input_ids"], share, inputs["attention_mask"], name == "negative_regions"))
     return read or None

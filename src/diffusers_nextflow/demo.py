@@ -69,7 +69,7 @@ class Studio:
             height, width = (16 * int(side) for side in size.split("x"))
             options |= {"height": height, "width": width, "num_scales": self.model.config.num_scales}
         events = self.model.stream(
-            **self.pipe._encode([prompt], [pictures], [task], None),
+            **self.pipe._encode([prompt], [pictures], task, None),
             generation_mode="image",
             guidance_scale=guidance_scale,
             generator=torch.Generator().manual_seed(int(seed)),

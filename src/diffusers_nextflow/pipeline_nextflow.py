@@ -348,13 +348,11 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
 
         guidance_scale = _strength(guidance_scale)
         task = "thinking" if thinking else "frames" if num_frames is not None else "edit" if any(pictures) else "image"
-        inputs = self._encode(prompts, pictures, [task] * len(prompts), prompt_style)
+        inputs = self._encode(prompts, pictures, task, prompt_style)
         generators = make_generators(generator, len(prompts) * num_images_per_prompt, self._execution_device)
         negative: Any = {}
         if negative_prompts is not None:
-            # An empty one is none, also where a thought comes first.
-            tasks = ["image" if thinking and not text else task for text in negative_prompts]
-            negative = self._encode(negative_prompts, [[]] * len(tasks), tasks, prompt_style)
+            negative = self._encode(negative_prompts, [[]] * len(negative_prompts), task, prompt_style, negative=True)
         kept: Any = {}
         if source is not None:
             _onload(self.image_tokenizer)
@@ -534,15 +532,13 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
         processor = PROCESSORS[self.model.config.model_type]
         return processor(*parts, self.model.config.text_vocab_size, self.tokenizer.chat_template)
 
-    def _encode(self, prompts: list[str], pictures: list[list[Any]], tasks: list[str], style: str | None) -> Any:
+    def _encode(
+        self, prompts: list[str], pictures: list[list[Any]], task: str, style: str | None, negative: bool = False
+    ) -> Any:
         """Prompts, as the model was trained to be prompted, behind their pictures; padded on the left."""
         processor = self._processor
-        processor.check_plain(prompts)
-        styles = getattr(self.model.generation_config, "prompt_styles", None)
-        texts = [
-            processor.style_prompt(processor.image_token * len(of_prompt) + prompt, task, styles, style)
-            for prompt, of_prompt, task in zip(prompts, pictures, tasks, strict=True)
-        ]
+        config, numbers = self.model.generation_config, [len(of_prompt) for of_prompt in pictures]
+        texts = processor.style_prompts(prompts, task, config, style, numbers, negative)
         flat = [picture for of_prompt in pictures for picture in of_prompt] or None
         if flat:
             _onload(self.image_tokenizer)

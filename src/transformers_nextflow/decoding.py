@@ -263,14 +263,14 @@ class Decoding:
             self._repeat(torch.arange(len(self.rows), device=self.rows.device).repeat_interleave(copies))
             return
         start, pad, first_code = self.config.image_start_ids, self.pad_token_id, self.config.text_vocab_size
-        ids, mask = self.ids, self.real = end_with_boi(*prompts, start, pad)
+        prompts = self.ids, self.real = end_with_boi(*prompts, start, pad)
+        branches = [prompts]
         for with_images in (True, False)[: settings.num_branches - 1]:
-            branch = unconditional_prompts((self.ids, self.real), settings.negative, first_code, pad, with_images)
-            ids, mask = stack_rows((ids, mask), branch, pad)
+            branches.append(unconditional_prompts(prompts, settings.negative, first_code, pad, with_images))
         regions = settings.regions.prompts if settings.regions else []
         for region in regions:  # in place of the prompt's text
-            branch = unconditional_prompts((self.ids, self.real), region, first_code, pad)
-            ids, mask = stack_rows((ids, mask), branch, pad)
+            branches.append(unconditional_prompts(prompts, region, first_code, pad))
+        ids, mask = stack_rows(branches, pad)
         self.real = self.real.bool()
         self.grids = [[tuple(grid) for grid in of_row] for of_row in grids]
         # The keys of the last scale serve its own step only, if nothing follows the image.

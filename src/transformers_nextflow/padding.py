@@ -4,7 +4,7 @@ A batch is token-view ids `(B, L)` and a mask of the same shape, 0 where there i
 Letters: B rows, L slots per row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -115,12 +115,11 @@ def unconditional_prompts(
     return ids[:, -longest:], mask[:, -longest:]
 
 
-def stack_rows(upper: Prompts, lower: Prompts, pad_token_id: int) -> Prompts:
-    """Two left-padded batches as one, padded to the longer."""
-    length = max(upper[0].shape[1], lower[0].shape[1])
+def stack_rows(batches: Sequence[Prompts], pad_token_id: int) -> Prompts:
+    """Left-padded batches as one, padded to the longest."""
+    length = max(ids.shape[1] for ids, _ in batches)
 
-    def widen(rows: torch.Tensor, value: int) -> torch.Tensor:
-        return F.pad(rows, (length - rows.shape[1], 0), value=value)
+    def stack(parts: Iterable[torch.Tensor], value: int) -> torch.Tensor:
+        return torch.cat([F.pad(part, (length - part.shape[1], 0), value=value) for part in parts])
 
-    ids = torch.cat([widen(upper[0], pad_token_id), widen(lower[0], pad_token_id)])
-    return ids, torch.cat([widen(upper[1], 0), widen(lower[1], 0)])
+    return stack((ids for ids, _ in batches), pad_token_id), stack((mask for _, mask in batches), 0)

@@ -111,12 +111,10 @@ class NextFlowTextToImagePipeline(Pipeline):
         texts = {"": inputs} if negative_prompt is None else {"": inputs, "negative_prompt_": negative_prompt}
         if not all(isinstance(text, str) for text in texts.values()):
             raise ValueError("`text` must be a string or a list of strings, and `negative_prompt` one string for all.")
-        self.processor.check_plain(texts.values())
-        styles = getattr(self.model.generation_config, "prompt_styles", None)
+        config = self.model.generation_config
         model_inputs: dict[str, Any] = {}
         for prefix, text in texts.items():
-            of_task = "image" if prefix and not text else task  # an empty negative prompt is none
-            styled = self.processor.style_prompt(text, of_task, styles, style)
+            styled = self.processor.style_prompts([text], task, config, style, negative=bool(prefix))
             model_inputs |= {prefix + k: v for k, v in self.processor(text=styled, return_tensors="pt").items()}
         if negative_prompt is not None:
             model_inputs["negative_prompt_ids"] = model_inputs.pop("negative_prompt_input_ids")

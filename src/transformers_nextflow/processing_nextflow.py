@@ -326,6 +326,37 @@ class NextFlowProcessor(ProcessorMixin):
         options: Any = {"chat_template": self.chat_template, "tokenize": False, "add_generation_prompt": True}
         return text if style == "bare" else self.tokenizer.apply_chat_template(turns, **options)
 
+    def style_prompts(
+        self,
+        texts: Sequence[str],
+        task: str,
+        generation_config: Any,
+        style: str | None = None,
+        num_pictures: Sequence[int] | None = None,
+        negative: bool = False,
+    ) -> list[str]:
+        """Prompts of one task, as a pipeline words them: plain texts behind the `<image>` marks of their pictures.
+
+        Args:
+            texts (`list[str]`): The prompts.
+            task (`str`): See [`~NextFlowProcessor.style_prompt`].
+            generation_config ([`NextFlowGenerationConfig`]): The model's, with the styles of its training.
+            style (`str`, *optional*): Overrules them.
+            num_pictures (`list[int]`, *optional*): Of every prompt; none by default.
+            negative (`bool`, *optional*, defaults to `False`): An empty one is none, also where a thought comes first.
+
+        Raises:
+            `ValueError`: for special tokens in a text.
+        """
+        self.check_plain(texts)
+        styles = getattr(generation_config, "prompt_styles", None)
+        return [
+            self.style_prompt(
+                self.image_token * number + text, "image" if negative and not text else task, styles, style
+            )
+            for text, number in zip(texts, num_pictures or [0] * len(texts), strict=True)
+        ]
+
     # Ids to text and pictures
 
     def decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:  # type: ignore[override]
@@ -508,7 +539,7 @@ class NextFlowProcessor(ProcessorMixin):
                 write_shim(partial)
             if self.image_tokenizer is not None:
                 self.image_tokenizer.save_pretrained(os.path.join(partial, IMAGE_TOKENIZER_FOLDER))
-                write_pipeline_index(partial, self.model_name)
+                write_pipeline_index(partial, self.model_name, decoder_in=save_directory)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(save_directory)), **kwargs)
         return [os.path.join(save_directory, os.path.relpath(file, partial)) for file in files]
@@ -562,8 +593,13 @@ class NextFlowProcessor(ProcessorMixin):
         return image_tokenizer
 
 
-def pipeline_index(folder: str | os.PathLike, model_name: str | None = None) -> dict[str, Any]:
-    """What `model_index.json` says to diffusers of a folder with a model and a processor: all flat but the images'."""
+def pipeline_index(
+    folder: str | os.PathLike, model_name: str | None = None, decoder_in: str | os.PathLike | None = None
+) -> dict[str, Any]:
+    """What `model_index.json` says to diffusers of a folder with a model and a processor: all flat but the images'.
+
+    `decoder_in` is where a diffusion decoder would be: the same folder by default.
+    """
     tokenizer_config, config = (read_json(folder, f"{name}config.json") or {} for name in ("tokenizer_", ""))
     index: dict[str, Any] = {
         "_class_name": "NextFlowPipeline",
@@ -574,17 +610,16 @@ def pipeline_index(folder: str | os.PathLike, model_name: str | None = None) -> 
         "image_processor": ["transformers_nextflow", "NextFlowImageProcessor"],
     }
     for name in ("diffusion_decoder", "scheduler", "vae"):
-        for file in Path(folder, name).glob("*config.json"):
+        for file in Path(decoder_in or folder, name).glob("*config.json"):
             kind = json.loads(file.read_text(encoding="utf-8"))["_class_name"]
             index[name] = ["diffusers_nextflow" if kind.startswith("NextFlow") else "diffusers", kind]
     return index
 
 
-def write_pipeline_index(folder: str | os.PathLike, model_name: str | None = None) -> None:
+def write_pipeline_index(folder: str | os.PathLike, *args, **kwargs) -> None:
     """Makes a folder with a processor, and the model that joins it, one that `DiffusionPipeline` loads."""
-    Path(folder, "model_index.json").write_text(
-        json.dumps(pipeline_index(folder, model_name), indent=2) + "\n", encoding="utf-8"
-    )
+    index = json.dumps(pipeline_index(folder, *args, **kwargs), indent=2)
+    Path(folder, "model_index.json").write_text(index + "\n", encoding="utf-8")
 
 
 def _is_text(text: Any) -> bool:

@@ -151,6 +151,20 @@ def test_which_style(task, styles, style, chat, tiny_random_checkpoint):
     assert styled == ("<|im_start|>user\n<image>a ring<|im_end|>\n<|im_start|>assistant\n" if chat else "<image>a ring")
 
 
+def test_prompts_of_a_task(tiny_random_checkpoint):
+    processor = NextFlowProcessor.from_pretrained(tiny_random_checkpoint)
+    config = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint).generation_config
+    config.prompt_styles = {"edit": "chat"}
+    chat = processor.style_prompt("<image><image>red", style="chat")
+    assert processor.style_prompts(["red", "blue"], "edit", config, num_pictures=[2, 0])[0] == chat
+    assert processor.style_prompts(["red"], "edit", config, "bare") == ["red"]
+    negative = processor.style_prompts(["", "red"], "thinking", config, negative=True)
+    assert negative[0] == processor.boi_token != negative[1]
+    assert processor.style_prompts([""], "thinking", config) != [processor.boi_token]
+    with pytest.raises(ValueError, match="plain text"):
+        processor.style_prompts(["<image>"], "image", config)
+
+
 def test_the_template_of_the_checkpoint_is_used(tiny_random_checkpoint):
     pipe = NextFlowPipeline.from_pretrained(tiny_random_checkpoint)
     pipe.set_progress_bar_config(disable=True)

@@ -39,7 +39,7 @@ def test_move_right_keeps_the_order():
 def test_stack_rows_pads_the_shorter_batch():
     short = (torch.tensor([[8, 8]]), torch.tensor([[0, 1]]))
     for upper, lower in (((IDS, MASK), short), (short, (IDS, MASK))):
-        ids, mask = stack_rows(upper, lower, PAD)
+        ids, mask = stack_rows([upper, lower], PAD)
         assert ids.shape == mask.shape == (3, 4)
         row = 2 if lower is short else 0
         assert ids[row].tolist() == [PAD, PAD, 8, 8]

@@ -19,13 +19,12 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..decoding import GenerationEvent
 from ..decoding_settings import Call, DecodingSettings, read_options, read_settings
 from ..generation_config_nextflow import SIZE
 from ..modeling_nextflow import NextFlowForCausalLM
-from ..padding import Prompts
+from ..padding import Prompts, stack_rows
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule, nearest_sizes
 from ..session import NextFlowSession, Transcript
@@ -166,7 +165,7 @@ class Engine:
             else:
                 inputs = self._encode(job, job.prompt, list(job.pictures))
                 if job.negative_prompt is not None:
-                    negative = self._encode(job, job.negative_prompt, [])["input_ids"]
+                    negative = self._encode(job, job.negative_prompt, [], negative=True)["input_ids"]
             ids = inputs["input_ids"]
             grids = inputs.get("image_grid_shw", torch.empty(0, 3, dtype=torch.long)).tolist()
             options = {"generation_mode": job.mode, **job.options}
@@ -216,17 +215,15 @@ class Engine:
 
     def _read_turn(self, job: Job) -> Row:
         """A turn is checked by its session when it comes up; here only what can be known without it."""
-        self.processor.check_plain([])
         _, config, _ = read_options(self.model, {**job.options, "generation_mode": job.mode})
         self.model.config.schedule(*(getattr(config, name) for name in SIZE))
         return Row(job, torch.empty(0), [], dict(job.options), None, object())
 
-    def _encode(self, job: Job, text: str, pictures: list[Any]) -> Any:
+    def _encode(self, job: Job, text: str, pictures: list[Any], negative: bool = False) -> Any:
         """A prompt as pipelines word it."""
-        self.processor.check_plain([text])
         task = "thinking" if job.options.get("thinking") else "edit" if job.pictures else "image"
-        styles = getattr(self.model.generation_config, "prompt_styles", None)
-        styled = self.processor.style_prompt(self.processor.image_token * len(pictures) + text, task, styles)
+        config, numbers = self.model.generation_config, [len(pictures)]
+        styled = self.processor.style_prompts([text], task, config, num_pictures=numbers, negative=negative)
         return self.processor(text=styled, images=pictures or None, return_tensors="pt")
 
     def _plan(
@@ -307,16 +304,12 @@ class Engine:
         if session is not None:
             yield from session.events(job.prompt, job.pictures, job.mode, generator=generators, **rows[0].options)
             return
-        pad = self.model.config.eoi_token_id  # masked: any would do
-        length = max(len(row.ids) for row in rows)
-        ids, mask = (
-            torch.stack([F.pad(part, (length - len(part), 0), value=value) for part in parts]).to(device)
-            for parts, value in (([row.ids for row in rows], pad), ([torch.ones_like(row.ids) for row in rows], 0))
-        )
+        prompts = [(row.ids[None], torch.ones_like(row.ids[None])) for row in rows]
+        ids, mask = stack_rows(prompts, self.model.config.eoi_token_id)  # masked: any would do
         grids = [grid for row in rows for grid in row.grids]
         yield from self.model.stream(
-            ids,
-            attention_mask=mask,
+            ids.to(device),
+            attention_mask=mask.to(device),
             image_grid_shw=torch.tensor(grids, device=device) if grids else None,
             negative_prompt_ids=None if rows[0].negative is None else rows[0].negative.to(device),
             generator=generators,
