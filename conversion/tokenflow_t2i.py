@@ -21,7 +21,8 @@ from transformers_nextflow import (
     TokenFlowProcessor,
     hash_image_tokenizer,
 )
-from transformers_nextflow.processing_nextflow import IMAGE_TOKENIZER_FOLDER, write_pipeline_index
+from transformers_nextflow.pipeline_index import write_pipeline_index
+from transformers_nextflow.processing_nextflow import IMAGE_TOKENIZER_FOLDER
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conversion.streaming import (

@@ -19,7 +19,7 @@ ORDER = """
     modeling_nextflow modeling_tokenflow
     semantic_branch strip_decoding modeling_nextflow_image_tokenizer codebook
     picture_sources image_processing_pil_nextflow image_processing_nextflow
-    chat_template token_fields stream_decoding processing_nextflow processing_tokenflow
+    chat_template token_fields stream_decoding pipeline_index processing_nextflow processing_tokenflow
     session pipelines _registration
 """
 TRAINER_ORDER = """
@@ -78,6 +78,11 @@ def imports_of(module: str, code: str, is_package: bool) -> Iterator[str]:
 
 def test_the_list_names_every_module_once():
     assert sorted(MODULES) == sorted(source_files())
+
+
+def test_files_are_short():
+    long = {name: number for name, file in source_files().items() if (number := len(file.open().readlines())) > 600}
+    assert not long, f"more than 600 lines: {long}"
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -31,7 +31,7 @@ from transformers_nextflow import (
     check_same_codebook,
 )
 from transformers_nextflow.generation_config_nextflow import NextFlowGenerationConfig
-from transformers_nextflow.processing_nextflow import pipeline_index
+from transformers_nextflow.pipeline_index import pipeline_index
 from transformers_nextflow.processing_tokenflow import PROCESSORS
 from transformers_nextflow.sampling import make_generators
 from transformers_nextflow.strict_loading import HUB_ARGUMENTS

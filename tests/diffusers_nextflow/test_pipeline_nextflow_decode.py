@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProject
 from diffusers_nextflow import NextFlowDecodePipeline, NextFlowPipeline
 from diffusion_parts import build_decoder, build_vae, random_codes
 from transformers_nextflow import NextFlowProcessor, ScaleSchedule
-from transformers_nextflow.processing_nextflow import write_pipeline_index
+from transformers_nextflow.pipeline_index import write_pipeline_index
 
 PROMPT = "a red circle"
 GRID = torch.tensor([[5, 16, 16]])

@@ -15,7 +15,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..codebook import check_same_codebook
-from ..processing_nextflow import IMAGE_TOKENIZER_FOLDER, NextFlowProcessor, write_pipeline_index
+from ..pipeline_index import write_pipeline_index
+from ..processing_nextflow import IMAGE_TOKENIZER_FOLDER, NextFlowProcessor
 from ..processing_tokenflow import PROCESSORS
 from .packing import EpochSampler
 
