@@ -235,7 +235,7 @@ def build_page(studio: Studio) -> Any:
 
     def settings(with_size: bool = False) -> list[Any]:
         """Guidance, seed, and size where it can be chosen."""
-        parts = []
+        parts: list[Any] = []
         if with_size:
             sizes = studio.sizes()
             parts.append(gr.Dropdown(sizes, value=sizes[0][1], label="Size (width x height)", elem_id="size"))

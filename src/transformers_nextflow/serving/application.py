@@ -270,10 +270,10 @@ class _Api:
 
     async def _part(self, is_text: bool, text: str | None, url: str | None, param: str, count: int) -> Piece:
         """A part of a message, its picture opened."""
-        if (text is not None, url is not None) != (is_text, not is_text):
-            raise ApiError(f"`{param}` must have what its `type` says, a text or an `image_url`.", param=param)
-        if is_text:
+        if is_text and text is not None and url is None:
             return {"type": "text", "text": text}
+        if is_text or text is not None or url is None:
+            raise ApiError(f"`{param}` must have what its `type` says, a text or an `image_url`.", param=param)
         if count > self.settings.max_images:
             raise ApiError(f"A request can have at most {self.settings.max_images} pictures.", param=param)
         return {"type": "image", "image": await run_in_threadpool(fetch_picture, url, self.settings, param)}
