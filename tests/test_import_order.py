@@ -18,7 +18,7 @@ ORDER = """
     generation_config_nextflow decoding_state decoding_settings decoding generation_nextflow
     modeling_nextflow modeling_tokenflow
     semantic_branch strip_decoding modeling_nextflow_image_tokenizer codebook
-    picture_sources image_processing_pil_nextflow image_processing_nextflow
+    picture_sources image_processing_pil_nextflow image_processing_nextflow kept_pictures
     chat_template token_fields stream_decoding pipeline_index processing_nextflow processing_tokenflow
     session pipelines _registration
 """

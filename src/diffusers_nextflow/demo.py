@@ -13,6 +13,7 @@ import PIL.Image
 import torch
 
 from transformers_nextflow import NextFlowProcessor, NextFlowSession, ScaleSchedule, StreamChunk, aspect_buckets
+from transformers_nextflow.kept_pictures import read_source
 
 from .pipeline_nextflow import NextFlowPipeline
 
@@ -58,13 +59,20 @@ class Studio:
         seed: int = 0,
         thinking: bool = False,
         num_frames: int | None = None,
+        mask: PIL.Image.Image | None = None,
+        image_in_prompt: bool = True,
     ) -> Iterator[StreamChunk]:
-        """Text, previews and pictures, as they come."""
+        """Text, previews and pictures, as they come. With a mask, only what is white in it is drawn."""
         if not prompt.strip():
             raise ValueError("Say what to draw.")
-        pictures = list(pictures or ())
+        pictures, kept = list(pictures or ()), {}
+        if mask is not None:
+            parts = self.model, self.pipe.image_processor, [pictures], mask
+            if source := read_source(*parts, image_in_prompt=image_in_prompt):
+                kept = source.options(self.pipe.image_tokenizer)
+            pictures = pictures if image_in_prompt else []
         task = "thinking" if thinking else "frames" if num_frames else "edit" if pictures else "image"
-        options: dict[str, Any] = {"thinking": thinking, "num_frames": num_frames}
+        options: dict[str, Any] = {"thinking": thinking, "num_frames": num_frames, **kept}
         if size:
             height, width = (16 * int(side) for side in size.split("x"))
             options |= {"height": height, "width": width, "num_scales": self.model.config.num_scales}
@@ -106,6 +114,14 @@ class Studio:
 
     def forget(self, chat: str) -> None:
         self._chats.pop(chat, None)
+
+
+def read_strokes(painted: dict[str, Any]) -> PIL.Image.Image | None:
+    """The mask of what was painted over a picture: white where a brush has been; None if it has not."""
+    mask = PIL.Image.new("L", painted["background"].size, 0)
+    for layer in painted["layers"]:
+        mask.paste(255, mask=layer.convert("RGBA").getchannel("A").point([0, *[255] * 255]))
+    return mask if mask.getbbox() else None
 
 
 def _label(schedule: ScaleSchedule) -> str:
@@ -173,11 +189,12 @@ def build_page(studio: Studio) -> Any:
         seed = seed_of(seed, is_random)
         yield from show(studio.draw(prompt, None, size, guidance, seed, thinking), seed, gallery)
 
-    def edit(picture, prompt, guidance, seed, is_random, gallery):
-        if picture is None:
+    def edit(painted, prompt, whole, guidance, seed, is_random, gallery):
+        if not painted or painted["background"] is None:
             raise gr.Error("Show a picture first.", print_exception=False)
-        seed = seed_of(seed, is_random)
-        yield from show(studio.draw(prompt, [picture], None, guidance, seed), seed, gallery)
+        seed, picture, mask = seed_of(seed, is_random), painted["background"].convert("RGB"), read_strokes(painted)
+        kept = {} if mask is None else {"mask": mask, "image_in_prompt": not whole}
+        yield from show(studio.draw(prompt, [picture], None, guidance, seed, **kept), seed, gallery)
 
     def ask(picture, question):
         try:
@@ -274,9 +291,22 @@ def build_page(studio: Studio) -> Any:
                 edited, edit_status = shown("Edited", "edited")
                 again = gr.Button("Go on from this picture")
             with gr.Column(min_width=300):
-                source = gr.Image(label="Picture to edit", elem_id="source", **upload)
-                change = gr.Textbox(label="What to change", value="make the red circle yellow", elem_id="change")
+                source = gr.ImageMask(
+                    label="Picture",
+                    elem_id="source",
+                    layers=False,
+                    brush=gr.Brush(default_size="auto", colors=["#e0218a"], color_mode="fixed"),
+                    transforms=(),
+                    **{**upload, "height": 380},
+                )
+                change = gr.Textbox(
+                    label="What to change",
+                    info="Paint over a part of the picture, and the rest stays",
+                    value="make the red circle yellow",
+                    elem_id="change",
+                )
                 go_edit = gr.Button("Edit", variant="primary", elem_id="edit")
+                whole = gr.Checkbox(False, label="the text says what the whole picture shows (for a painted part)")
                 edit_settings = settings()
         with gr.Tab("Ask"), gr.Row():
             with gr.Column(min_width=300):
@@ -323,7 +353,7 @@ def build_page(studio: Studio) -> Any:
         drawn = [picture, status, seed, pictures, gallery]
         inputs = [prompt, size, guidance, seed, is_random, thinking, pictures]
         gr.on([go.click, prompt.submit], draw, inputs, drawn, show_progress="hidden")
-        edit_inputs = [source, change, *edit_settings, pictures]
+        edit_inputs = [source, change, whole, *edit_settings, pictures]
         edit_outputs = [edited, edit_status, edit_settings[1], pictures, gallery]
         gr.on([go_edit.click, change.submit], edit, edit_inputs, edit_outputs, show_progress="hidden")
         to_edit.click(lambda image: image, picture, source)

@@ -31,13 +31,14 @@ from transformers_nextflow import (
     check_same_codebook,
 )
 from transformers_nextflow.generation_config_nextflow import NextFlowGenerationConfig
+from transformers_nextflow.kept_pictures import read_source
 from transformers_nextflow.pipeline_index import pipeline_index
 from transformers_nextflow.processing_tokenflow import PROCESSORS
 from transformers_nextflow.sampling import make_generators
 from transformers_nextflow.strict_loading import HUB_ARGUMENTS
 from transformers_nextflow.whole_folder import whole_folder
 
-from .control import read_regions, read_source
+from .control import read_regions
 from .lora_loader import NextFlowLoraLoaderMixin
 from .modeling_diffusion_decoder import NextFlowDiffusionDecoder, check_parts, check_steps
 
@@ -342,7 +343,7 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
             raise ValueError('`preserve="pixels"` pastes pixels, at their size: not with "latent" or `decoder_scale`.')
         size = NextFlowGenerationConfig(height=height, width=width, num_scales=num_scales)
         controls = mask_image, strength, position, preserve, image_in_prompt
-        source = read_source(self, pictures, *controls, size, num_frames)
+        source = read_source(self.model, self.image_processor, pictures, *controls, size, num_frames)
         if source is not None and not image_in_prompt:
             pictures = [[] for _ in prompts]
 
@@ -353,12 +354,10 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
         negative: Any = {}
         if negative_prompts is not None:
             negative = self._encode(negative_prompts, [[]] * len(negative_prompts), task, prompt_style, negative=True)
-        kept: Any = {}
+        sized: Any = {"height": height, "width": width, "num_scales": num_scales}
         if source is not None:
             _onload(self.image_tokenizer)
-            codes = source.encode(self.image_tokenizer).to(self._execution_device)
-            kept = {"keep_codes": codes, "keep_mask": source.places, "keep_repair": preserve != "codes"}
-            height, width, num_scales = source.schedule.height, source.schedule.width, None
+            sized = source.options(self.image_tokenizer, preserve)
         areas = read_regions(self, task, prompt_style, regions, negative_regions)
         drawn: list[tuple[torch.Tensor, ScaleSchedule]] = []  # an entry a frame; without `num_frames` there is one
         output = None
@@ -416,9 +415,6 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
                     **inputs,
                     generation_mode="image",
                     return_dict_in_generate=True,
-                    height=height,
-                    width=width,
-                    num_scales=num_scales,
                     guidance_scale=guidance_scale,
                     image_guidance_scale=image_guidance_scale,
                     thinking=thinking,
@@ -433,7 +429,7 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
                     num_passes=num_passes,
                     on_scale_end=on_scale_end,
                     regions=areas,
-                    **kept,
+                    **sized,
                 )
         finally:
             del self._calls[thread]

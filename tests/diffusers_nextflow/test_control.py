@@ -9,8 +9,8 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 from PIL import Image
 
 from diffusers_nextflow import NextFlowPipeline
-from diffusers_nextflow.control import read_source
-from transformers_nextflow import NextFlowGenerationConfig, Region, ScaleSchedule
+from transformers_nextflow import Region, ScaleSchedule
+from transformers_nextflow.kept_pictures import read_source
 from transformers_nextflow.kept_regions import kept_places
 
 SCHEDULE = ScaleSchedule(num_scales=5)
@@ -91,7 +91,7 @@ def test_a_strength_inside_of_a_mask(pipe):
 )
 def test_a_position_draws_around_the_image(pipe, position, left, top):
     small = SOURCE.crop((0, 0, 48, 48))
-    source = read_source(pipe, [[small]], None, None, position, None, None, NextFlowGenerationConfig())
+    source = read_source(pipe.model, pipe.image_processor, [[small]], None, position=position)
     inside = torch.zeros(1, SIDE, SIDE)
     inside[:, top : top + 48, left : left + 48] = 1
     assert torch.equal(source.keep, inside)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from diffusers_nextflow import NextFlowPipeline
-from diffusers_nextflow.demo import MAX_CHATS, Studio, build_page, load_studio, look, main
+from diffusers_nextflow.demo import MAX_CHATS, Studio, build_page, load_studio, look, main, read_strokes
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -48,6 +48,19 @@ def test_it_draws_what_the_pipeline_draws_with_a_preview_for_every_scale(studio)
         chunk.value for chunk in studio.draw("c", guidance_scale=2.0, seed=3, num_frames=2) if chunk.kind == "image"
     ]
     assert story == wanted("c", num_frames=2)
+
+
+def test_what_is_painted_over_is_drawn_and_the_rest_stays(studio):
+    layer = Image.new("RGBA", (80, 80), (0, 0, 0, 0))
+    assert read_strokes({"background": PICTURE, "layers": [layer]}) is None
+    layer.paste((224, 33, 138, 9), (20, 30, 70, 80))  # a brush has soft edges
+    mask = read_strokes({"background": PICTURE, "layers": [layer]})
+    assert mask.getbbox() == (20, 30, 70, 80) and mask.getcolors() == [(3900, 0), (2500, 255)]
+    for image_in_prompt in (True, False):
+        given = {"image_in_prompt": image_in_prompt, "guidance_scale": 2.0}
+        generator = torch.Generator().manual_seed(3)
+        wanted = studio.pipe("b", image=PICTURE, mask_image=mask, generator=generator, **given).images[0]
+        assert last(studio.draw("b", [PICTURE], seed=3, mask=mask, **given)) == wanted
 
 
 def test_all_aspects_are_to_be_had(studio):
@@ -96,7 +109,10 @@ def test_the_page_in_a_browser():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    page = build_page(load_studio(device="cpu"))
+    studio, masks = load_studio(device="cpu"), []
+    draw = studio.draw
+    studio.draw = lambda *args, **kwargs: masks.append(kwargs.get("mask")) or draw(*args, **kwargs)
+    page = build_page(studio)
     page.queue(default_concurrency_limit=1)
     page.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, **look())
     options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
@@ -119,9 +135,10 @@ def test_the_page_in_a_browser():
                 shoot(view, f"{name}.png")
                 view.click("#to-edit")
                 view.click("role=tab[name=Edit]")
-                view.wait_for_selector("#source img")
+                paint(view)
                 view.click("#edit")
                 fetch(view, watch(view, "edited")[-1])
+                assert masks[0] is None and [masks[-1].getpixel(at) for at in ((40, 60), (120, 120))] == [255, 0]
                 shoot(view, f"{name}_edit.png")
                 assert not view.evaluate("document.documentElement.scrollWidth > innerWidth")
                 assert hosts <= {f"127.0.0.1:{port}", ""}  # "" of data URIs
@@ -141,6 +158,20 @@ def watch(view, name):
     view.wait_for_timeout(500)
     shown.append(view.evaluate(find))
     return list(dict.fromkeys(filter(None, shown)))
+
+
+def paint(view):
+    """A stroke over the left half of the picture that is to be edited."""
+    canvas = view.wait_for_selector("#source canvas")
+    view.wait_for_timeout(1000)
+    box = canvas.bounding_box()
+    x, y, side = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, min(box["width"], box["height"])
+    view.mouse.move(x - 0.2 * side, y - 0.08 * side)
+    view.mouse.down()
+    for step in range(8):
+        view.mouse.move(x - (0.2 - 0.01 * step) * side, y - (0.08 - 0.02 * step) * side)
+    view.mouse.up()
+    view.wait_for_timeout(500)
 
 
 def fetch(view, address):

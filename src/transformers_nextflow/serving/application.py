@@ -19,7 +19,7 @@ from .answers import ChatAnswer, ImageAnswer, Piece, ResponseAnswer, new_id, sse
 from .errors import ApiError
 from .guard import Guard
 from .jobs import Event, Job
-from .pictures import fetch_picture, read_picture
+from .pictures import fetch_picture, read_mask, read_picture
 from .protocol import (
     ChatRequest,
     EditRequest,
@@ -122,31 +122,38 @@ class _Api:
         if "multipart/form-data" not in request.headers.get("content-type", ""):
             raise ApiError("This request must be a form: `Content-Type: multipart/form-data`.")
         limit = self.settings.max_images
-        async with request.form(max_files=limit + 1, max_fields=64, max_part_size=2**20) as form:
+        async with request.form(max_files=limit + 2, max_fields=64, max_part_size=2**20) as form:
             fields: dict[str, str] = {}
-            files = []
+            files: dict[str, list[bytes]] = {"image": [], "mask": []}
             for name, value in form.multi_items():
-                if name == "mask":
-                    raise ApiError(
-                        "`mask` is not supported yet: leave it out, and say in the prompt what to change.",
-                        param="mask",
-                        code="unsupported_parameter",
-                    )
-                if name in ("image", "image[]"):
+                if (kind := name.removesuffix("[]")) in files and name != "mask[]":
                     if not isinstance(value, UploadFile):
-                        raise ApiError("`image` must be a file.", param="image")
-                    files.append(await value.read())
+                        raise ApiError(f"`{kind}` must be a file.", param=kind)
+                    files[kind].append(await value.read())
                 elif not isinstance(value, str) or name in fields:
                     raise ApiError(f"`{name:.80}` must be one field of text.", param=name[:80])
                 else:
                     fields[name] = value
         body = parse(EditRequest, fields, from_form=True)
-        if not 1 <= len(files) <= limit:
-            raise ApiError(f"An edit takes 1 to {limit} files `image`, but got {len(files)}.", param="image")
-        pictures = [await run_in_threadpool(read_picture, data, self.settings, "image") for data in files]
-        return await self._images(body, pictures, "image_edit")
+        images, masks = files.values()
+        if not 1 <= len(images) <= limit:
+            raise ApiError(f"An edit takes 1 to {limit} files `image`, but got {len(images)}.", param="image")
+        if masks and max(len(masks), len(images)) > 1:
+            raise ApiError(
+                f"`mask` is one file for one `image`, but got {len(masks)} for {len(images)}: leave it out, or send "
+                "one of each.",
+                param="mask",
+            )
+        if body.image_in_prompt is not None and not masks:
+            raise ApiError("`image_in_prompt` is for edits with a `mask`.", param="image_in_prompt")
+        pictures = [await run_in_threadpool(read_picture, data, self.settings, "image") for data in images]
+        kept = {}
+        if masks:
+            mask = await run_in_threadpool(read_mask, masks[0], self.settings)
+            kept = {"mask": mask, "image_in_prompt": bool(body.image_in_prompt)}
+        return await self._images(body, pictures, "image_edit", **kept)
 
-    async def _images(self, body: ImageRequest, pictures: Sequence[Any], kind: str) -> Any:
+    async def _images(self, body: ImageRequest, pictures: Sequence[Any], kind: str, **kept: Any) -> Any:
         number = body.n or 1
         if number > self.settings.max_images:
             raise ApiError(f"`n` can be at most {self.settings.max_images}, but got {number}.", param="n")
@@ -165,6 +172,7 @@ class _Api:
                 seed=(first + number) % 2**63,
                 previews=body.partial_images or 0,
                 adapter=self._adapter(body.model),
+                **kept,
             )
             for number in range(number)
         ]

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Generator, Hashable, Iterator
+from collections.abc import AsyncIterator, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -22,7 +22,8 @@ import torch
 
 from ..decoding import GenerationEvent
 from ..decoding_settings import Call, DecodingSettings, read_options, read_settings
-from ..generation_config_nextflow import SIZE
+from ..generation_config_nextflow import SIZE, NextFlowGenerationConfig
+from ..kept_pictures import read_source
 from ..modeling_nextflow import NextFlowForCausalLM
 from ..padding import Prompts, stack_rows
 from ..processing_nextflow import NextFlowProcessor
@@ -47,6 +48,7 @@ class Row:
         grids (`list[list[int]]`): Of the pictures in it.
         options (`dict`): Of `generate`, with nothing left open that other rows could change.
         negative (`torch.LongTensor` of shape `(1, M)`, *optional*): The negative prompt.
+        kept (`dict`): Of `generate`, with a row each: what stays of a picture with a mask.
         key (hashable): Rows with the same one can share a batch.
     """
 
@@ -56,6 +58,7 @@ class Row:
     options: dict[str, Any]
     negative: torch.Tensor | None
     key: Hashable
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     gone: bool = False  # the client is no longer there
     outcome: Outcome = field(default_factory=Outcome)
@@ -155,7 +158,7 @@ class Engine:
         if {"height", "width"} <= job.options.keys():
             self._check_size(job.options["height"], job.options["width"])
         try:
-            negative = None
+            negative, kept = None, self._read_kept(job)
             if job.in_conversation:
                 return self._read_turn(job)
             if job.messages is not None:
@@ -163,12 +166,13 @@ class Engine:
                     list(job.messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
                 )
             else:
-                inputs = self._encode(job, job.prompt, list(job.pictures))
+                inputs = self._encode(job, job.prompt, job.read_pictures)
                 if job.negative_prompt is not None:
-                    negative = self._encode(job, job.negative_prompt, [], negative=True)["input_ids"]
+                    negative = self._encode(job, job.negative_prompt, (), negative=True)["input_ids"]
             ids = inputs["input_ids"]
             grids = inputs.get("image_grid_shw", torch.empty(0, 3, dtype=torch.long)).tolist()
             options = {"generation_mode": job.mode, **job.options}
+            options |= {name: kept.pop(name) for name in SIZE if name in kept}
             plan = self._plan(options, (ids, torch.ones_like(ids)), [grids], negative)
         except (ValueError, TypeError) as error:
             raise ApiError(str(error)) from error
@@ -192,9 +196,25 @@ class Engine:
             grids=grids,
             options=options,
             negative=negative,
-            key=(key, bool(grids)),
+            key=(key, bool(grids), bool(kept)),
+            kept=kept,
             outcome=Outcome(len(ids[0]) - images_in, images_in),
         )
+
+    def _read_kept(self, job: Job) -> dict[str, Any]:
+        """Of an edit with a mask: its size, and what stays. An [`ApiError`], in the API's words, if it is wrong."""
+        if job.mask is None:
+            return {}
+        size = NextFlowGenerationConfig(**{name: job.options[name] for name in SIZE if name in job.options})
+        how: dict[str, Any] = {"image_in_prompt": job.image_in_prompt, "size": size}
+        try:
+            source = read_source(self.model, self.processor.image_processor, [job.pictures], job.mask, **how)
+        except ValueError as error:
+            message = str(error)
+            for ours, theirs in {"mask_image": "mask", "white": "fully transparent", "black": "opaque"}.items():
+                message = message.replace(ours, theirs)
+            raise ApiError(message, param="mask", code="invalid_mask") from error
+        return source.options(self.processor.image_tokenizer) if source else {}
 
     def _check_size(self, height: int, width: int) -> None:
         """An [`ApiError`], in the words of the API, unless the model draws pictures of that size."""
@@ -219,12 +239,12 @@ class Engine:
         self.model.config.schedule(*(getattr(config, name) for name in SIZE))
         return Row(job, torch.empty(0), [], dict(job.options), None, object())
 
-    def _encode(self, job: Job, text: str, pictures: list[Any], negative: bool = False) -> Any:
+    def _encode(self, job: Job, text: str, pictures: Sequence[Any], negative: bool = False) -> Any:
         """A prompt as pipelines word it."""
-        task = "thinking" if job.options.get("thinking") else "edit" if job.pictures else "image"
+        task = "thinking" if job.options.get("thinking") else "edit" if job.read_pictures else "image"
         config, numbers = self.model.generation_config, [len(pictures)]
         styled = self.processor.style_prompts([text], task, config, num_pictures=numbers, negative=negative)
-        return self.processor(text=styled, images=pictures or None, return_tensors="pt")
+        return self.processor(text=styled, images=list(pictures) or None, return_tensors="pt")
 
     def _plan(
         self, options: dict[str, Any], prompts: Prompts, grids: Any, negative: torch.Tensor | None
@@ -307,6 +327,7 @@ class Engine:
         prompts = [(row.ids[None], torch.ones_like(row.ids[None])) for row in rows]
         ids, mask = stack_rows(prompts, self.model.config.eoi_token_id)  # masked: any would do
         grids = [grid for row in rows for grid in row.grids]
+        kept: dict[str, Any] = {name: torch.cat([row.kept[name] for row in rows]) for name in rows[0].kept}
         yield from self.model.stream(
             ids.to(device),
             attention_mask=mask.to(device),
@@ -314,6 +335,7 @@ class Engine:
             negative_prompt_ids=None if rows[0].negative is None else rows[0].negative.to(device),
             generator=generators,
             tokenizer=self.processor.tokenizer,
+            **kept,
             **rows[0].options,
         )
 

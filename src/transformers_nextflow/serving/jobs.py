@@ -16,6 +16,8 @@ class Job:
         mode (`str`): `"image"` (a picture) or `"interleaved"` (text and pictures as the model likes).
         prompt (`str`): What to draw, worded as pipelines do.
         pictures (tuple of `PIL.Image.Image`): What the prompt is about.
+        mask (`PIL.Image.Image`, *optional*): White where the one picture is drawn anew, black where it is kept.
+        image_in_prompt (`bool`): Whether the model reads a picture with a mask before the prompt.
         messages (tuple of `dict`, *optional*): A chat in place of a prompt.
         in_conversation (`bool`): The one message is a turn of a conversation, which is held for the next.
         previous (`str`, *optional*), transcript ([`Transcript`], *optional*): The answer that the turn follows.
@@ -30,6 +32,8 @@ class Job:
     mode: str = "image"
     prompt: str = ""
     pictures: tuple[Image.Image, ...] = ()
+    mask: Image.Image | None = None
+    image_in_prompt: bool = True
     messages: tuple[dict[str, Any], ...] | None = None
     in_conversation: bool = False
     previous: str | None = None
@@ -40,6 +44,11 @@ class Job:
     seed: int = 0
     previews: int = 0
     adapter: str | None = None
+
+    @property
+    def read_pictures(self) -> tuple[Image.Image, ...]:
+        """The pictures that stand before the prompt."""
+        return self.pictures if self.mask is None or self.image_in_prompt else ()
 
 
 class Event(NamedTuple):

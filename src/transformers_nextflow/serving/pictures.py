@@ -19,23 +19,38 @@ from .errors import ApiError
 from .settings import ServingSettings
 
 UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+USED_INFO = ("exif", "xmp", "Raw profile type exif", "transparency")  # says how a picture stands, and what shows
 FETCH_SECONDS = 10.0
 
 
-def read_picture(data: bytes, settings: ServingSettings, param: str) -> Image.Image:
+def read_picture(
+    data: bytes, settings: ServingSettings, param: str, formats: tuple[str, ...] = UPLOAD_FORMATS
+) -> Image.Image:
     """The picture in an upload. Its size is read off its header, and checked, before anything is decoded."""
     limits = replace(SourceLimits(allow_urls=False, allow_paths=False), max_pixels=settings.max_pixels)
     try:
-        with Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             picture = open_picture(image, limits).copy()
     except Exception as error:  # decoders raise whatever they like
         raise ApiError(
-            f"`{param}` can't be opened as a picture ({', '.join(UPLOAD_FORMATS)}): {shorten(str(error), 300)}",
+            f"`{param}` can't be opened as a picture ({', '.join(formats)}): {shorten(str(error), 300)}",
             param=param,
             code="invalid_image",
         ) from error
-    picture.info = {}
+    picture.info = {name: picture.info[name] for name in USED_INFO if name in picture.info}
     return picture
+
+
+def read_mask(data: bytes, settings: ServingSettings) -> Image.Image:
+    """A mask of OpenAI's, a PNG, as one of the pipeline's: white where it is fully transparent, black elsewhere."""
+    picture = read_picture(data, settings, "mask", ("PNG",))
+    if not picture.has_transparency_data:
+        raise ApiError(
+            "`mask` must be a PNG with an alpha channel: fully transparent where the picture is drawn anew.",
+            param="mask",
+            code="invalid_image",
+        )
+    return picture.convert("RGBA").getchannel("A").point([255, *[0] * 255])
 
 
 def fetch_picture(url: str, settings: ServingSettings, param: str) -> Image.Image:
@@ -117,4 +132,4 @@ def write_picture(picture: Image.Image, output_format: str = "png", compression:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-__all__ = ["download", "fetch_picture", "is_public", "read_picture", "write_picture"]
+__all__ = ["download", "fetch_picture", "is_public", "read_mask", "read_picture", "write_picture"]

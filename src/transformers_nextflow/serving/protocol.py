@@ -112,6 +112,7 @@ class EditRequest(ImageRequest):
 
     input_fidelity: None = None
     image_guidance_scale: Guidance | None = None
+    image_in_prompt: StrictBool | None = None
 
 
 class ImageUrl(BaseModel):

@@ -18,5 +18,12 @@ def png_of(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def mask_of(picture: Image.Image) -> Image.Image:
+    """A mask of OpenAI's of one of the pipeline's: transparent where that is white."""
+    mask = Image.new("RGBA", picture.size, "red")
+    mask.putalpha(picture.point(lambda shade: 255 - shade))
+    return mask
+
+
 def uri_of(picture: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(png_of(picture)).decode()}"

@@ -1,7 +1,9 @@
 """OpenAI's API as its own client sees it: pictures, edits, chats, answers that follow answers, and errors."""
 
 import asyncio
+import io
 import json
+import re
 
 import httpx2 as httpx
 import numpy as np
@@ -9,13 +11,15 @@ import openai
 import pytest
 import torch
 from PIL import Image
-from server_pictures import picture_of, png_of, uri_of
+from server_pictures import mask_of, picture_of, png_of, uri_of
 
 from diffusers_nextflow import NextFlowPipeline
 from transformers_nextflow.serving import ApiError, Event
 from transformers_nextflow.serving.application import build_app
 
 RED, BLUE = (Image.new("RGB", (80, 80), colour) for colour in ("red", "blue"))
+MASK = Image.new("L", (80, 80), 0)
+MASK.paste(255, (20, 30, 70, 80))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,71 @@ def test_edits_take_one_picture_and_several(talk, pipe):
     assert both.usage.input_tokens_details.image_tokens == 2 * first.usage.input_tokens_details.image_tokens > 0
     assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
     assert picture_of(events[-1].b64_json).tobytes() == alone
+
+
+def test_an_edit_with_a_mask_is_the_pipelines(talk, pipe):
+    red, mask = ("a.png", png_of(RED)), ("m.png", png_of(mask_of(MASK)))
+
+    async def ask(client, http):
+        call = {"image": red, "mask": mask, "prompt": "b"}
+        seed = {"seed": 1, "guidance_scale": 2.0, "negative_prompt": "c"}
+        plain = await client.images.edit(**call, n=2, extra_body=seed)
+        stream = await client.images.edit(**call, stream=True, partial_images=2, extra_body=seed)
+        read = await client.images.edit(**call, extra_body={**seed, "image_in_prompt": True})
+        sized = await client.images.edit(**call, size="64x112", extra_body=seed)
+        return plain, [event async for event in stream], read, sized
+
+    plain, events, read, sized = talk(ask)
+    given = {"image": RED, "mask_image": MASK, "guidance_scale": 2.0, "negative_prompt": "c"}
+    pictures = [picture_of(image.b64_json).tobytes() for answer in (plain, read, sized) for image in answer.data]
+    assert pictures == [
+        drawn(pipe, "b", seed=1, **given),
+        drawn(pipe, "b", seed=2, **given),
+        drawn(pipe, "b", seed=1, image_in_prompt=True, **given),
+        drawn(pipe, "b", seed=1, width=64, height=112, **given),
+    ]
+    assert [event.type for event in events] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
+    assert picture_of(events[-1].b64_json).tobytes() == pictures[0]
+    assert plain.usage.input_tokens_details.image_tokens == 0 < read.usage.input_tokens_details.image_tokens
+
+
+WHOLE, NONE = (Image.new("L", (80, 80), shade) for shade in (0, 255))
+DOT = WHOLE.copy()
+DOT.paste(255, (0, 0, 5, 5))
+
+
+@pytest.mark.parametrize(
+    "masks, images, extra, param, message",
+    [
+        ([MASK.convert("RGB")], 1, {}, "mask", "alpha channel"),
+        ([b"no picture"], 1, {}, "mask", "can't be opened"),
+        ([b"GIF"], 1, {}, "mask", r"can't be opened as a picture \(PNG\)"),
+        ([mask_of(MASK).resize((40, 80))], 1, {}, "mask", "`mask` has 40 x 80 pixels .* its `image` has 80 x 80"),
+        ([mask_of(WHOLE)], 1, {}, "mask", "`mask` leaves nothing to draw: it must be fully transparent where"),
+        ([mask_of(DOT)], 1, {}, "mask", "`mask` leaves nothing to draw"),
+        ([mask_of(NONE)], 1, {}, "mask", "`mask` keeps nothing: it must be opaque where"),
+        ([mask_of(MASK)], 2, {}, "mask", "one file for one `image`, but got 1 for 2"),
+        ([mask_of(MASK)] * 2, 1, {}, "mask", "one file for one `image`, but got 2 for 1"),
+        ([mask_of(MASK)], 0, {}, "image", "1 to 10 files `image`, but got 0"),
+        ([], 1, {"image_in_prompt": "true"}, "image_in_prompt", "with a `mask`"),
+        ([mask_of(MASK)], 1, {"image_guidance_scale": "2"}, None, "`image_guidance_scale` guides by the images"),
+    ],
+)
+def test_masks_that_are_wrong(talk, masks, images, extra, param, message):
+    def data(mask):
+        if not isinstance(mask, bytes):
+            return png_of(mask)
+        buffer = io.BytesIO()
+        MASK.save(buffer, "GIF", transparency=0)
+        return buffer.getvalue() if mask == b"GIF" else mask
+
+    async def ask(client, http):
+        files = [("image[]", ("a.png", png_of(RED)))] * images + [("mask", ("m.png", data(mask))) for mask in masks]
+        return await http.post("/v1/images/edits", data={"prompt": "b", **extra}, files=files)
+
+    answer = talk(ask)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == param and re.search(message, error["message"])
 
 
 def content_of(chunks):

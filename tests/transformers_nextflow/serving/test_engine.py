@@ -13,6 +13,8 @@ from transformers_nextflow.serving import ApiError, Job
 from transformers_nextflow.serving.engine import preview_scales
 
 RED, BLUE = (Image.new("RGB", (80, 80), colour) for colour in ("red", "blue"))
+MASK = Image.new("L", (80, 80), 0)
+MASK.paste(255, (20, 30, 70, 80))
 
 
 async def events_of(engine, job):
@@ -64,18 +66,21 @@ def test_a_seed_gives_the_picture_of_the_pipeline_in_any_batch(parts, engine):
     prompts = ["a", "a much longer prompt", "two words"] * 2
     jobs = [Job(prompt=prompt, seed=seed, options={"guidance_scale": 2.0}) for seed, prompt in enumerate(prompts)]
     edits = [Job(prompt="b", pictures=(RED, BLUE)[: 1 + seed], seed=seed) for seed in range(2)]
+    masks = [MASK, MASK.transpose(Image.Transpose.ROTATE_90)]
+    kept = {"pictures": (RED,), "options": {"guidance_scale": 2.0}, "image_in_prompt": False}
+    masked = [Job(prompt="c", mask=mask, seed=seed, **kept) for seed, mask in enumerate(masks)]
     # Of another setting, so not in that batch.
     other = Job(prompt="a", seed=0, options={"guidance_scale": 2.0, "image_top_k": 1})
-    wait_for(engine, 9)
-    drawn = run(engine, *jobs, *edits, other)
-    assert engine.counts["batches"] == 3 and engine.counts["rows"] == 9
+    wait_for(engine, 11)
+    drawn = run(engine, *jobs, *edits, *masked, other)
+    assert engine.counts["batches"] == 4 and engine.counts["rows"] == 11
 
     def alone(job, **options):
         generator = torch.Generator().manual_seed(job.seed)
-        image = list(job.pictures) or None
-        return pipe(job.prompt, image=image, generator=generator, **job.options).images[0].tobytes()
+        given = {"image": list(job.pictures) or None, "mask_image": job.mask, **job.options}
+        return pipe(job.prompt, generator=generator, **given).images[0].tobytes()
 
-    assert [pictures(events) for events in drawn] == [[alone(job)] for job in (*jobs, *edits, other)]
+    assert [pictures(events) for events in drawn] == [[alone(job)] for job in (*jobs, *edits, *masked, other)]
     assert [event.kind for event in drawn[0]] == ["accepted", "image", "done"]
 
 

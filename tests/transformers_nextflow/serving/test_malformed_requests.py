@@ -94,6 +94,8 @@ def forms():
     yield EDITS, form((file, right)), head
     yield EDITS, form(prompt, ('name="image"', b"text")), head
     yield EDITS, form(prompt, (file, right), ('name="mask"; filename="m.png"', right)), head
+    yield EDITS, form(prompt, (file, right), ('name="mask"', b"text")), head
+    yield EDITS, form(prompt, (file, right), ('name="mask"; filename="m.png"', png_bomb())), head
     yield EDITS, form(prompt, prompt, (file, right)), head
     yield EDITS, form(*[(file, right)] * 12, prompt), head
     yield EDITS, form(prompt, (file, right), *[(f'name="f{number}"', b"") for number in range(100)]), head

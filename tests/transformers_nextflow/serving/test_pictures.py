@@ -1,19 +1,49 @@
 """Pictures from clients and from the web: within limits, from public addresses alone."""
 
 import http.server
+import io
+import pickle
 import socket
 import ssl
 import subprocess
 import threading
 
 import pytest
-from PIL import Image
-from server_pictures import png_of, uri_of
+import torch
+from PIL import ExifTags, Image
+from server_pictures import mask_of, png_of, uri_of
 
+from transformers_nextflow.image_processing_pil_nextflow import NextFlowImageProcessorPil
 from transformers_nextflow.serving import ApiError
-from transformers_nextflow.serving.pictures import download, fetch_picture, is_public, read_picture
+from transformers_nextflow.serving.pictures import download, fetch_picture, is_public, read_mask, read_picture
 
 PICTURE = Image.new("RGB", (80, 80), "red")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_uploads_are_what_they_show(settings, kind):
+    """Turned as their camera was held, and on white where they are transparent: what the image processor sees."""
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = 6
+    picture = Image.effect_noise((96, 64), 90).quantize(8)
+    options = {"PNG": {"transparency": 3, "exif": exif}, "GIF": {"transparency": 3}}.get(kind, {"exif": exif})
+    (picture if kind in ("PNG", "GIF") else picture.convert("RGB")).save(buffer, kind, **options)
+    process = NextFlowImageProcessorPil(num_scales=5)
+    sent = pickle.loads(pickle.dumps(read_picture(buffer.getvalue(), settings(), "x")))  # to a replica
+    wanted = process(Image.open(buffer), return_tensors="pt").pixel_values
+    assert torch.equal(process(sent, return_tensors="pt").pixel_values, wanted)
+
+
+def test_a_mask_is_where_all_is_transparent(settings):
+    holes = Image.new("L", (80, 60), 0)
+    holes.paste(255, (10, 20, 40, 50))
+    half = mask_of(holes)
+    half.putpixel((0, 0), (1, 2, 3, 1))  # nearly transparent is not
+    palette = Image.new("P", (80, 60), 1)
+    palette.paste(0, (10, 20, 40, 50))
+    palette.info["transparency"] = 0
+    for mask in (mask_of(holes), half, mask_of(holes).convert("LA"), palette):
+        assert read_mask(png_of(mask), settings()).tobytes() == holes.tobytes()
 
 
 @pytest.mark.parametrize(
