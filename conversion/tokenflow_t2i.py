@@ -115,14 +115,19 @@ def t2i_config(source: dict[str, Any], where: str, **visual) -> TokenFlowConfig:
     return TokenFlowConfig(**fields, rope_parameters=source.get("rope_parameters") or rope, **visual)
 
 
-def t2i_tokenizer(folder: Path, num_text: int) -> LlamaTokenizer:
+def t2i_tokenizer(folder: Path) -> LlamaTokenizer:
     """Llama's tokenizer in the folder of a checkpoint, with `[PAD]` behind its own tokens and none of the codes'.
 
     Its `<unk>` becomes the mark `<image>`: bytes stand for what Llama has no token for, so no text holds it.
 
     Raises:
-        `ValueError`: if there is none, or it has another number of tokens.
+        `ValueError`: if there is none that loads.
     """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise ValueError(
+            f'"{folder}" has no tokenizer: neither tokenizer.json nor tokenizer.model is there. TokenFlow-t2i comes '
+            "with Llama 2's; put one of these files beside the weights."
+        )
     try:
         model = json.loads(LlamaTokenizer.from_pretrained(folder).backend_tokenizer.to_str())["model"]
     except Exception as error:  # the tokenizers library raises just that
@@ -131,11 +136,6 @@ def t2i_tokenizer(folder: Path, num_text: int) -> LlamaTokenizer:
             "its tokenizer.model, which takes `pip install sentencepiece`."
         ) from error
     vocab, merges = model["vocab"], [tuple(merge) for merge in model["merges"]]
-    if len(vocab) != num_text - 1:
-        raise ValueError(
-            f'The tokenizer in "{folder}" has {len(vocab)} tokens, but the weights are for {num_text - 1} and [PAD]. '
-            "Take the one that belongs to them."
-        )
     mark = next(token for token, number in vocab.items() if number == 0)
     return LlamaTokenizer(
         vocab={"<image>" if token == mark else token: number for token, number in vocab.items()},
@@ -196,6 +196,11 @@ def read_codebook(tensors: dict[str, StoredTensor], settings: dict[str, Any]) ->
     for name, module in (("vqkd", images.quantizer.semantic_codebook), ("vqgan", images.quantizer.pixel_codebook)):
         if (stored := tensors.get(f"quantize.embedding_{name}.weight")) is None:
             raise ValueError(f'The image tokenizer lacks "quantize.embedding_{name}.weight".')
+        if stored.shape[0] != (number := images.config.codebook_size):
+            raise ValueError(
+                f'The codebook in "{stored.file}" has {stored.shape[0]} codes, but `codebook_size` says {number}. Give '
+                "the number that is there, or leave it out."
+            )
         check_shape(stored, tuple(module.weight.shape))
         table = torch.cat(list(stored.blocks())).view(stored.shape).float()
         module.weight = nn.Parameter(table, requires_grad=False)
@@ -233,20 +238,26 @@ def convert_t2i(
         read_checkpoint(source),
         read_tokenflow(image_tokenizer),
     )
-    if LEVELS not in weights:
+    if (levels := weights.get(LEVELS)) is None:
         raise ValueError(
             f'"{source}" is not TokenFlow-t2i: it has no "{LEVELS}". (TokenFlow\'s i2t models read pictures, they '
             "can't draw.)"
         )
     images = read_codebook(tensors, settings)
-    num_codes = images.config.codebook_size
-    head = weights.get("lm_head.weight")
-    if head is None or (num_text := head.shape[0] - num_codes) <= 0:
-        raise ValueError(
-            f'"{source}" has a head of {head.shape[0] if head else 0} rows, too few for the {num_codes} codes of '
-            f'"{image_tokenizer}". Do they belong together?'
-        )
-    tokenizer = t2i_tokenizer(source, num_text)
+    if (head := weights.get("lm_head.weight")) is None:
+        raise ValueError(f'"{source}" lacks "lm_head.weight".')
+    tokenizer = t2i_tokenizer(source)
+    num_text, num_codes, num_scales = tokenizer.pad_token_id + 1, images.config.codebook_size, images.config.num_scales
+    for kind, own, given in (
+        ("codes", head.shape[0] - num_text, num_codes),
+        ("scales", levels.shape[0] - 1, num_scales),
+    ):
+        if own != given:
+            raise ValueError(
+                f'The weights in "{source}" are for {own} {kind} beside the {num_text} tokens of the tokenizer there, '
+                f'but the image tokenizer "{image_tokenizer}" has {given} {kind} (`codebook_size`, `num_scales`). Take '
+                "tokenflow_clipb_32k_enhanced.pt as it is; if the text tokenizer was exchanged, put back its own."
+            )
     start_ids, end_ids = tokenizer(["<img>", "</img>"], add_special_tokens=False).input_ids
     config = t2i_config(
         stated,
@@ -255,7 +266,7 @@ def convert_t2i(
         text_vocab_size=num_text,
         visual_codebook_size=num_codes,
         visual_code_dim=images.config.code_dim,
-        scale_sides=list(images.config.sides[: images.config.num_scales]),
+        scale_sides=list(images.config.sides[:num_scales]),
         image_start_ids=start_ids,
         image_end_ids=end_ids,
         image_token_id=tokenizer.unk_token_id,

@@ -28,9 +28,10 @@ from transformers_nextflow import (
     NextFlowImageTokenizer,
     NextFlowProcessor,
     ScaleSchedule,
-    check_same_codebook,
 )
+from transformers_nextflow.codebook import check_same_checkpoint
 from transformers_nextflow.generation_config_nextflow import NextFlowGenerationConfig
+from transformers_nextflow.image_processing_pil_nextflow import to_pil
 from transformers_nextflow.kept_pictures import read_source
 from transformers_nextflow.pipeline_index import pipeline_index
 from transformers_nextflow.processing_tokenflow import PROCESSORS
@@ -54,7 +55,7 @@ class NextFlowPipelineOutput(BaseOutput):
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
             B images, the images of one prompt side by side: PIL images, an array `(B, H, W, 3)` in [0, 1], a tensor
-            `(B, 3, H, W)` in [0, 1], or latents `(B, D, h, w)`, as `output_type` says.
+            `(B, 3, H, W)` in [0, 1] (both float32), or latents `(B, D, h, w)`, as `output_type` says.
         frames (`list[list[PIL.Image.Image]]`, *optional*):
             With `num_frames` and `output_type="pil"`: the frames of each story (fewer if it was interrupted);
             `images` holds them all in a row.
@@ -145,7 +146,6 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
         vae: Any = None,
     ):
         super().__init__()
-        check_same_codebook(model.config, image_tokenizer)
         if (diffusion_decoder is None) != (scheduler is None) or (diffusion_decoder is None and vae is not None):
             raise ValueError("`diffusion_decoder` and `scheduler` belong together (and `vae`): give both, or none.")
         if diffusion_decoder is not None:
@@ -159,7 +159,7 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
             scheduler=scheduler,
             vae=vae,
         )
-        self._postprocessor = VaeImageProcessor()
+        check_same_checkpoint(model.config, self._processor)
         self._calls: dict[int, dict[str, Any]] = {}  # what is of each call, by its thread
 
     # Loading and saving
@@ -443,10 +443,9 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
             images: Any = self.decode_latents(latents, kind)
         else:
             of_frames = [generator for generator in generators for _ in drawn]
-            pixels = self._decode_by_diffusion(latents, of_frames, decoder_steps, decoder_scale)
-            images = self._postprocessor.postprocess(pixels, kind)
+            images = to_output(self._decode_by_diffusion(latents, of_frames, decoder_steps, decoder_scale), kind)
         if pasted is not None:
-            images = self._postprocessor.postprocess(2 * pasted.paste(images) - 1, output_type)
+            images = to_output(2 * pasted.paste(images) - 1, output_type)
         frames = thoughts = None
         if num_frames is not None and output_type == "pil":
             frames = [images[start : start + len(drawn)] for start in range(0, len(images), len(drawn))]
@@ -463,7 +462,7 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
         if output_type == "latent":
             return latents
         _onload(self.image_tokenizer)
-        return self._postprocessor.postprocess(self.image_tokenizer.decode_latents(latents), output_type)
+        return to_output(self.image_tokenizer.decode_latents(latents), output_type)
 
     def _check_decoder(self, decoder: str, steps: int | None, scale: int) -> None:
         if decoder not in DECODERS:
@@ -535,12 +534,17 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
         processor = self._processor
         config, numbers = self.model.generation_config, [len(of_prompt) for of_prompt in pictures]
         texts = processor.style_prompts(prompts, task, config, style, numbers, negative)
-        flat = [picture for of_prompt in pictures for picture in of_prompt] or None
-        if flat:
+        if flat := [picture for of_prompt in pictures for picture in of_prompt] or None:
             _onload(self.image_tokenizer)
+        kind = "negative prompt" if negative else "prompt"
         # The processor pads by itself: a tokenizer that pads changes its own state, which other threads see.
-        inputs = processor(text=texts, images=flat, padding=True, padding_side="left", return_tensors="pt")
+        inputs = processor(texts, flat, padding=True, padding_side="left", return_tensors="pt", text_kind=kind)
         return inputs.to(self._execution_device)
+
+
+def to_output(pixels: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+    """What pipelines return of pixels `(B, 3, H, W)` in [-1, 1]; float32, since bfloat16 can't tell 256 levels."""
+    return to_pil(pixels) if output_type == "pil" else VaeImageProcessor().postprocess(pixels.float(), output_type)
 
 
 class _Interrupted(Exception):
@@ -577,7 +581,7 @@ def _check_transformers_checkpoint(folder: Path) -> None:
             f'"{folder}" is an adapter, and a pipeline takes a whole model: write one by `trainer.save_merged`, or '
             "load its base and call `pipe.load_lora_weights(folder)`."
         )
-    for name in ("config.json", "tokenizer_config.json", "image_tokenizer"):
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "image_tokenizer"):
         if not (folder / name).exists():
             raise ValueError(
                 f'"{folder}" has no `{name}`. A NextFlow pipeline loads from a folder that '

@@ -11,7 +11,6 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import logging
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +19,7 @@ from transformers_nextflow import NextFlowImageTokenizer
 from transformers_nextflow.sampling import make_generators
 
 from .modeling_diffusion_decoder import NextFlowDiffusionDecoder, check_parts, check_steps
-from .pipeline_nextflow import _onload
+from .pipeline_nextflow import _onload, to_output
 
 logger = logging.get_logger(__name__)
 
@@ -87,7 +86,6 @@ class NextFlowDecodePipeline(DiffusionPipeline):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )
-        self._postprocessor = VaeImageProcessor()
 
     @torch.no_grad()
     def __call__(
@@ -195,7 +193,7 @@ class NextFlowDecodePipeline(DiffusionPipeline):
                     generator=[generators[index] for index in indices],
                     on_step_end=on_step_end,
                 ).sample
-                drawn: Any = self._postprocessor.postprocess(pixels, output_type)
+                drawn: Any = to_output(pixels, output_type)
                 for index, image in zip(indices, drawn, strict=True):
                     images[index] = image
         self.maybe_free_model_hooks()

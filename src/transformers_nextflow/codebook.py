@@ -81,6 +81,21 @@ def check_same_codebook(config: Any, image_tokenizer: NextFlowImageTokenizer | N
         )
 
 
+def check_same_checkpoint(config: Any, processor: Any) -> None:
+    """Refuses a processor of another model than this: see [`check_same_codebook`], and its marks have the model's ids.
+
+    Raises:
+        `ValueError`: if they differ.
+    """
+    check_same_codebook(config, processor.image_tokenizer)
+    for name in ("image_token_id", "boi_token_id"):
+        if (own := getattr(processor, name)) != (expected := getattr(config, name)):
+            raise ValueError(
+                f"The text tokenizer is not the model's: its `{name}` is {own}, and the model's {expected}. Load it "
+                "from the model's own folder; if it was, a file such as tokenizer.json is missing there."
+            )
+
+
 @torch.no_grad()
 def reseat_codebook(model: Any, image_tokenizer: NextFlowImageTokenizer) -> None:
     """Puts another image tokenizer's code vectors into a model, in place, and its hash into the model's configuration.

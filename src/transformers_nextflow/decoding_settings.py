@@ -342,8 +342,8 @@ def _pass_candidates(call: Call) -> list[tuple[Any, Any]]:
             f"`num_passes={number}` feeds a scale its own codes, which this model has no input for "
             '(`config.visual_feature_mode` is not "accumulated"). Leave it out.'
         )
-    stored, greedy = config.pass_candidates or [], (1, 1.0)
-    passes = stored[number - 1] if number <= len(stored) else [(0, 1.0), *[greedy] * (number - 1)]
+    greedy = (1, 1.0)
+    passes = config.pass_candidates[number - 1] if config.pass_candidates else [(0, 1.0), *[greedy] * (number - 1)]
     # More candidates than there are codes are all of them.
     first, *later = ((min(int(k), call.model.config.visual_codebook_size), p) for k, p in passes)
     given = (config.image_top_k, config.image_top_p)

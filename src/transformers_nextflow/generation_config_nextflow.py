@@ -81,8 +81,9 @@ class NextFlowGenerationConfig(GenerationConfig):
             How many times each scale but the first is drawn, each time in sight of what was drawn before; the last
             drawing counts. Only for models with accumulated features.
         pass_candidates (`list[list[list]]`, *optional*):
-            `[top_k, top_p]` of each pass, for 1, 2, ... passes. `image_top_k` and `image_top_p` overrule those of the
-            first pass. By default passes after the first take the likeliest codes.
+            `[top_k, top_p]` of each pass, for 1, 2, ... passes, and more passes than it has are refused. `image_top_k`
+            and `image_top_p` overrule those of the first pass. By default passes after the first, however many, take
+            the likeliest codes.
         thinking (`bool`, *optional*):
             Image mode: the model first writes a thought (at most `max_new_tokens`, 128 by default), then draws.
         num_frames (`int`, *optional*):
@@ -188,6 +189,11 @@ class NextFlowGenerationConfig(GenerationConfig):
                     f"{passes!r} for {number}."
                 )
             check_candidates(None, None, 1.0, [k for k, _ in passes], [p for _, p in passes])
+        if self.pass_candidates and (self.num_passes or 1) > (most := len(self.pass_candidates)):
+            raise ValueError(
+                f"`num_passes` may be from 1 to {most}, for which `pass_candidates` says what is drawn from, but got "
+                f"{self.num_passes}. For more, give `pass_candidates` that have them."
+            )
         styles = {} if self.prompt_styles is None else self.prompt_styles
         if not isinstance(styles, dict) or set(styles) - set(PROMPT_TASKS) or set(styles.values()) - set(PROMPT_STYLES):
             raise ValueError(

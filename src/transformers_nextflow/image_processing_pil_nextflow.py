@@ -170,7 +170,7 @@ def to_pil(pixel_values) -> list[Image.Image]:
     """PIL images of pixels `(B, 3, H, W)` in [-1, 1], a tensor or an array, or of a list of `(3, H, W)`."""
     images = []
     for pixels in pixel_values:
-        array = np.rint((_to_numpy(pixels).clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+        array = (127.5 * _to_numpy(pixels) + 128).clip(0, 255).astype(np.uint8)  # TokenFlow's rounding, to the bit
         images.append(Image.fromarray(np.moveaxis(array, 0, -1)))
     return images
 

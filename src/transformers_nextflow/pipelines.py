@@ -1,18 +1,20 @@
 """The transformers pipeline that draws: `pipeline("text-to-image")`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import torch
 from transformers.pipelines.base import Pipeline
 
-from .codebook import check_same_codebook
+from .codebook import check_same_checkpoint
 from .decoding_settings import INPUTS
-from .generation_config_nextflow import refuse_unknown
+from .generation_config_nextflow import NextFlowGenerationConfig, refuse_unknown
 from .generation_nextflow import NextFlowGenerateOutput
 from .modeling_nextflow import NextFlowForCausalLM
 from .processing_nextflow import NextFlowProcessor
+from .sampling import make_generators, spread_generator
 
 
 class NextFlowTextToImagePipeline(Pipeline):
@@ -46,7 +48,7 @@ class NextFlowTextToImagePipeline(Pipeline):
                 'The "text-to-image" pipeline needs a processor with an image tokenizer. Load it from a checkpoint '
                 "with a folder `image_tokenizer/`, or pass `processor=NextFlowProcessor(..., image_tokenizer=...)`."
             )
-        check_same_codebook(self.model.config, self.processor.image_tokenizer)
+        check_same_checkpoint(self.model.config, self.processor)
         self.processor.image_tokenizer.to(self.device)
 
     def __call__(self, inputs: str | Sequence[str], **kwargs) -> list[Any]:  # type: ignore[override]
@@ -58,11 +60,14 @@ class NextFlowTextToImagePipeline(Pipeline):
             num_images_per_prompt (`int`, *optional*, defaults to 1): How many pictures of each prompt.
             seed (`int`, *optional*):
                 Makes the pictures repeatable: picture j of any prompt is drawn with the seed `seed + j`.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of all draws: one, or one per picture, those of one prompt side by side. One serves the first
+                picture and seeds the others', whatever the `batch_size`.
             prompt_style (`str`, *optional*):
                 `"bare"` or `"chat"`; by default as the model was trained (`model.generation_config.prompt_styles`).
             batch_size (`int`, *optional*, defaults to 1): How many prompts are drawn together.
             kwargs:
-                `height`, `width`, `guidance_scale`, `generator` and everything else that image generation takes; see
+                `height`, `width`, `guidance_scale` and everything else that image generation takes; see
                 [`~NextFlowGenerationMixin.generate`].
 
         Returns:
@@ -91,14 +96,17 @@ class NextFlowTextToImagePipeline(Pipeline):
         if num_images_per_prompt is not None:
             if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
                 raise ValueError(f"`num_images_per_prompt` must be at least 1, but got {num_images_per_prompt}.")
-            kwargs["num_return_sequences"] = num_images_per_prompt
-        seed = kwargs.get("seed")
+            if kwargs.setdefault("num_return_sequences", num_images_per_prompt) != num_images_per_prompt:
+                raise ValueError("`num_images_per_prompt` and `num_return_sequences` are one option: pass one of them.")
+        seed, generator = kwargs.get("seed"), kwargs.get("generator")
         if not isinstance(seed, int | None):
             raise TypeError(f"`seed` must be a whole number, but got {seed!r}.")
         if seed is not None and not 0 <= seed < 2**63:
             raise ValueError(f"`seed` must be from 0 to 2**63 - 1, but got {seed}.")
-        if seed is not None and kwargs.get("generator") is not None:
+        if seed is not None and generator is not None:
             raise ValueError("Pass `seed` or `generator`, not both.")
+        if seed is not None or generator is not None:
+            kwargs |= {"seed": seed, "generator": generator}  # one overrules the other that the pipeline was made with
         prompting: dict[str, Any] = {"negative_prompt": negative_prompt, "style": prompt_style}
         if {"thinking", "num_frames"} & kwargs.keys():
             has_frames = kwargs.get("num_frames") is not None
@@ -115,20 +123,47 @@ class NextFlowTextToImagePipeline(Pipeline):
         model_inputs: dict[str, Any] = {}
         for prefix, text in texts.items():
             styled = self.processor.style_prompts([text], task, config, style, negative=bool(prefix))
-            model_inputs |= {prefix + k: v for k, v in self.processor(text=styled, return_tensors="pt").items()}
+            kind = "negative prompt" if prefix else "prompt"
+            encoded = self.processor(text=styled, return_tensors="pt", text_kind=kind)
+            model_inputs |= {prefix + name: value for name, value in encoded.items()}
         if negative_prompt is not None:
             model_inputs["negative_prompt_ids"] = model_inputs.pop("negative_prompt_input_ids")
         return model_inputs
 
+    def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
+        forward_params = self._deal_generators([inputs], **forward_params)
+        return super().run_single(inputs, preprocess_params, forward_params, postprocess_params)
+
+    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+        forward_params = self._deal_generators(inputs, **forward_params)
+        return super().get_iterator(
+            inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
+        )
+
+    def _deal_generators(
+        self, prompts: Any, seed: int | None = None, generator: Any = None, **options
+    ) -> dict[str, Any]:
+        """Options with `generators`, from which each batch takes its own in turn, `num_images` for each prompt."""
+        given, _ = NextFlowGenerationConfig.merge(options, options.get("generation_config"))
+        num_images = given.over(self.model.generation_config).num_return_sequences or 1
+        generators: Iterator[torch.Generator] | None = None
+        if seed is not None:
+            generators = (torch.Generator().manual_seed(seed + j) for j in cycle(range(num_images)))
+        elif isinstance(generator, torch.Generator):
+            generators = spread_generator(generator)
+        elif generator is not None:
+            number = len(prompts) * num_images if hasattr(prompts, "__len__") else len(generator)
+            generators = iter(make_generators(generator, number, self.device))
+        return {"generators": generators, "num_images": num_images, **options}
+
     def _forward(  # type: ignore[override]
-        self, model_inputs: dict[str, Any], seed: int | None = None, **generate_kwargs
+        self, model_inputs: dict[str, Any], generators: Iterator[torch.Generator] | None, num_images: int, **options
     ) -> dict[str, torch.Tensor]:
         num_prompts = len(model_inputs["input_ids"])
-        if seed is not None:
-            seeds = range(seed, seed + generate_kwargs.get("num_return_sequences", 1))
-            generate_kwargs["generator"] = [torch.Generator().manual_seed(s) for _ in range(num_prompts) for s in seeds]
+        if generators is not None:
+            options["generator"] = list(islice(generators, num_prompts * num_images))
         output = self.model.generate(
-            **model_inputs, **generate_kwargs, generation_mode="image", return_dict_in_generate=True, return_cache=False
+            **model_inputs, **options, generation_mode="image", return_dict_in_generate=True, return_cache=False
         )
         names = ("image_codes", "image_grid_shw", "thought_ids")
         parts = {name: part for name in names if (part := getattr(output, name)) is not None}

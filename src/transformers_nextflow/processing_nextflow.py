@@ -37,7 +37,7 @@ from .whole_folder import whole_folder
 logger = logging.get_logger(__name__)
 
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
-PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json")
+PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json", "tokenizer.json")
 PADDING_ARGUMENTS = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
 ENCODED_TOGETHER = 2**22  # pixels that the image tokenizer encodes at once
 
@@ -97,7 +97,7 @@ class NextFlowProcessor(ProcessorMixin):
         self.boi_token_id = id_of(tokenizer, self.boi_token)
         self.image_start_ids, self.image_end_ids = [self.boi_token_id], list[int]()
 
-    def cut_prompts(self, encoded: dict[str, list[Any]]) -> None:
+    def cut_prompts(self, encoded: dict[str, list[Any]], kind: str = "text") -> None:
         """Cuts texts before an image to what the model reads, in place: here they may have any length."""
 
     @classmethod
@@ -120,6 +120,7 @@ class NextFlowProcessor(ProcessorMixin):
         self_correction: bool = False,
         generator: torch.Generator | None = None,
         num_frames: int = 4,
+        text_kind: str = "text",
         **kwargs: Any,
     ) -> BatchFeature:
         """Makes model inputs.
@@ -136,6 +137,7 @@ class NextFlowProcessor(ProcessorMixin):
                 As many as there are `<video>` marks in the texts, in reading order. A video is a list of frames, an
                 array `(T, H, W, 3)`, a path or a URL; `num_frames` of it are read, evenly spaced, as pictures.
             num_frames (`int`, *optional*, defaults to 4): Frames read of a video (all of a shorter one).
+            text_kind (`str`, *optional*, defaults to `"text"`): What messages call a text, such as "negative prompt".
             self_correction (`bool`, *optional*, defaults to `False`): Encode with self-correction and add `labels`.
             generator (`torch.Generator`, *optional*):
                 Source of self-correction's draws, on the image tokenizer's device.
@@ -181,8 +183,8 @@ class NextFlowProcessor(ProcessorMixin):
             max_length = padding.get("max_length")
             max_length = self.tokenizer.model_max_length if max_length is None else max_length
 
-        encoded = tokenize(self.tokenizer, texts, **text_kwargs)
-        self.cut_prompts(encoded)
+        encoded = tokenize(self.tokenizer, texts, text_kind, **text_kwargs)
+        self.cut_prompts(encoded, text_kind)
         num_marks = [ids.count(self.image_token_id) for ids in encoded["input_ids"]]
         pictures = match_pictures(images, num_marks, self.image_token)
         if not pictures and {"height", "width"} & images_kwargs.keys():
@@ -545,10 +547,9 @@ class NextFlowProcessor(ProcessorMixin):
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         path = pretrained_model_name_or_path
-        if None in [read_json(path, name, **kwargs) for name in PROCESSOR_FILES]:
+        if missing := [name for name in PROCESSOR_FILES if read_json(path, name, **kwargs) is None]:
             raise ValueError(
-                f'"{path}" has no processor ({", ".join(PROCESSOR_FILES)}), or saving it was interrupted. Save or '
-                "download it again."
+                f'"{path}" has no processor: {" and ".join(missing)} is missing. Save or download it again.'
             )
         processor_dict, unused_kwargs = super().get_processor_dict(path, **kwargs)
         if "image_tokenizer" not in kwargs:

@@ -7,6 +7,7 @@ from transformers.utils import logging
 
 from .configuration_tokenflow import TokenFlowConfig
 from .processing_nextflow import NextFlowProcessor
+from .token_fields import name_text
 
 logger = logging.get_logger(__name__)
 
@@ -39,18 +40,19 @@ class TokenFlowProcessor(NextFlowProcessor):
         ).input_ids
         self.boi_token_id = self.image_start_ids[-1]
 
-    def cut_prompts(self, encoded: dict[str, list[Any]]) -> None:
-        for row, ids in enumerate(encoded["input_ids"]):
+    def cut_prompts(self, encoded: dict[str, list[Any]], kind: str = "text") -> None:
+        for row, ids in enumerate(rows := encoded["input_ids"]):
             length = ids.index(self.image_token_id) if self.image_token_id in ids else len(ids)
             if ids[:length][-len(self.image_start_ids) :] == self.image_start_ids:
                 length -= len(self.image_start_ids)
             if length > (limit := self.tokenizer.model_max_length):
+                lost = self.tokenizer.decode(ids[limit:length])
                 logger.warning(
-                    f"Text {row} has {length} tokens, but TokenFlow reads {limit} of a prompt: the last "
-                    f"{length - limit} are cut off. Shorten it to choose what is left out."
+                    f"{name_text(kind, row, rows)} has {length} tokens, but TokenFlow reads {limit} of one: the last "
+                    f"{length - limit} are cut off, from {lost[:40]!r} on. Shorten it to choose what is left out."
                 )
-                for rows in encoded.values():
-                    del rows[row][limit:length]
+                for values in encoded.values():
+                    del values[row][limit:length]
 
     def _read_images(self, pictures: list[Any], images_kwargs: dict) -> tuple[Any, torch.Tensor]:
         config = self._image_parts()[0].config

@@ -4,7 +4,8 @@ Letters: B samples, n positions (codes of a scale), K codes of the codebook, H h
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -340,8 +341,15 @@ def make_generators(
     if generator is None:
         generator = torch.Generator(device)
         generator.seed()
+    return list(islice(spread_generator(generator), num_samples))
+
+
+def spread_generator(generator: torch.Generator) -> Iterator[torch.Generator]:
+    """Endlessly generators of samples: the given one for the first, and others that it seeds."""
     # A copy hands out the seeds: the given generator must serve the first sample as if it were alone.
     seeder = torch.Generator(generator.device)
     seeder.set_state(generator.get_state())
-    seeds = [int(torch.randint(2**63 - 1, (), generator=seeder, device=seeder.device)) for _ in range(num_samples - 1)]
-    return [generator, *(torch.Generator(generator.device).manual_seed(seed) for seed in seeds)]
+    yield generator
+    while True:
+        seed = int(torch.randint(2**63 - 1, (), generator=seeder, device=seeder.device))
+        yield torch.Generator(generator.device).manual_seed(seed)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from .codebook import check_same_codebook
+from .codebook import check_same_checkpoint
 from .decoding import Decoding, GenerationEvent, events_of
 from .decoding_settings import INPUTS, Call, check_abilities, read_options, read_settings
 from .decoding_state import DecodingState
@@ -87,7 +87,7 @@ class NextFlowSession:
             )
         check_abilities(model.config)
         processor._image_parts()  # says what is missing
-        check_same_codebook(model.config, processor.image_tokenizer)
+        check_same_checkpoint(model.config, processor)
         _check_settings(settings)
         self.model, self.processor, self.settings = model, processor, settings
         pad_token_id = model.config.eoi_token_id if model.config.pad_token_id is None else model.config.pad_token_id

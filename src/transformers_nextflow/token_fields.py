@@ -10,18 +10,24 @@ from typing import Any
 from .chat_template import BREAK
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], **options) -> dict[str, list[Any]]:
+def name_text(kind: str, number: int, texts: Sequence[Any]) -> str:
+    """What a message calls a text: "Prompt 3" of a few, "The prompt" where it is alone."""
+    return f"{kind.capitalize()} {number}" if len(texts) > 1 else f"The {kind}"
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], kind: str = "text", **options) -> dict[str, list[Any]]:
     """The tokenizer's fields of texts; what is broken up by [`BREAK`] is text."""
     for number, text in enumerate(texts):
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"Text {number} holds a lone surrogate ({text[error.start]!r} at {error.start}), which is no "
-                "character. Decode it rightly, or replace what is broken."
+                f"{name_text(kind, number, texts)} holds a lone surrogate ({text[error.start]!r} at {error.start}), "
+                "which is no character. Decode it rightly, or replace what is broken."
             ) from None
     pieces = [text.split(BREAK) for text in texts]
-    encoded = tokenizer(list(chain(*pieces)), **options)
+    # Not verbose: it would warn of errors that long texts don't bring here.
+    encoded = tokenizer(list(chain(*pieces)), **{"verbose": False, **options})
     if len(pieces) == sum(map(len, pieces)):
         return dict(encoded)
     fields: dict[str, list[Any]] = {name: [] for name in encoded}

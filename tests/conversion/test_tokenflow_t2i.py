@@ -232,16 +232,15 @@ class TestBadInput:
 
     def test_another_codebook(self, convert, tmp_path):
         images = load_file(IMAGES)
-        convert("has the shape .* makes it", **{"codebook_size": 128})
+        convert("codebook in .* has 64 codes, but `codebook_size` says 128", codebook_size=128)
         for name in ("vqkd", "vqgan"):
             images[f"quantize.embedding_{name}.weight"] = images[f"quantize.embedding_{name}.weight"][:32].clone()
         save_file(images, tmp_path / "images.safetensors")
-        # 32 codes leave 65 text ids, more than the tokenizer has.
-        convert(
-            "tokenizer in .* has 32 tokens, but the weights are for 64",
-            image_tokenizer=tmp_path / "images.safetensors",
-            codebook_size=32,
-        )
+        other = {"image_tokenizer": tmp_path / "images.safetensors", "codebook_size": 32}
+        convert('weights in .* are for 64 codes .* but the image tokenizer .*images.safetensors" has 32', **other)
+
+    def test_other_scales(self, convert):
+        convert("are for 4 scales .* but the image tokenizer .* has 3 scales", num_scales=3)
 
     def test_counters_in_place_of_weights(self, convert, arguments):
         def change(weights):
@@ -255,7 +254,7 @@ class TestBadInput:
         (arguments["source"] / "tokenizer.json").write_text("{")
         convert("has no tokenizer that loads")
         (arguments["source"] / "tokenizer.json").unlink()
-        convert("tokenizer in .* has 3 tokens, but the weights are for 32 and")
+        convert("source\" has no tokenizer: neither tokenizer.json nor tokenizer.model is there. .* Llama 2's")
 
     def test_an_output_that_is_there(self, arguments, tmp_path):
         (tmp_path / "out").mkdir()

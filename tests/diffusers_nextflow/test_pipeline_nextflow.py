@@ -80,7 +80,7 @@ def test_a_transformers_checkpoint_with_an_index_loads_in_diffusers(pipe, tiny_r
     assert torch.equal(draw(loaded), draw(pipe))
 
 
-@pytest.mark.parametrize("missing", ["config.json", "tokenizer_config.json", "image_tokenizer"])
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer_config.json", "tokenizer.json", "image_tokenizer"])
 def test_an_incomplete_checkpoint_is_named(missing, tiny_random_checkpoint, tmp_path):
     folder = shutil.copytree(tiny_random_checkpoint, tmp_path / "checkpoint")
     shutil.rmtree(folder / missing) if (folder / missing).is_dir() else (folder / missing).unlink()

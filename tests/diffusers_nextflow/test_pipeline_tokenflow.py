@@ -1,5 +1,7 @@
 """TokenFlow in the pipelines, on the command line and quantised: the doors that NextFlow has."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 
 from diffusers_nextflow import NextFlowPipeline
 from diffusers_nextflow.__main__ import main
-from transformers_nextflow import TokenFlowForCausalLM, TokenFlowProcessor
+from transformers_nextflow import NextFlowTextToImagePipeline, TokenFlowForCausalLM, TokenFlowProcessor
 
 PROMPTS = ["a bad cat", "a bed"]
 
@@ -26,6 +28,46 @@ def seeds(*numbers: int) -> list[torch.Generator]:
 
 def pixels(images) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["tiny_random_checkpoint", "tiny_tokenflow_checkpoint"])
+def test_both_pipelines_draw_a_seed_alike(request, kind, dtype):
+    """To the bit, in half precision too: pixels become levels in float32, by TokenFlow's rule."""
+    path = str(request.getfixturevalue(kind))
+    pipe, draw = (
+        NextFlowPipeline.from_pretrained(path, dtype=dtype),
+        transformers.pipeline("text-to-image", model=path, dtype=dtype),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pictures = pipe(PROMPTS[0], generator=seeds(3)).images
+    assert np.array_equal(pixels(pictures), pixels(draw(PROMPTS[0], seed=3)))
+    arrays = (pipe(PROMPTS[0], generator=seeds(3), output_type=kind).images for kind in ("np", "pt"))
+    for array in arrays:
+        assert str(array.dtype).endswith("float32")
+        shares = np.moveaxis(array.numpy(), 1, -1) if isinstance(array, torch.Tensor) else array
+        assert np.abs(255 * shares - pixels(pictures)).max() < 0.501
+
+
+LONG = "a bad cat " * 40
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[0], PROMPTS])
+def test_what_is_cut_of_a_prompt_is_named(pipe, caplog, prompts):
+    draw = NextFlowTextToImagePipeline(pipe.model, processor=pipe._processor)
+    logging.getLogger("transformers").addHandler(caplog.handler)  # whose warning of errors to come must not be there
+    try:
+        told = []
+        for door in (pipe, draw):
+            for given, options in ((LONG, {}), (prompts, {"negative_prompt": LONG})):
+                given = [PROMPTS[0], given] if isinstance(prompts, list) and not options else given
+                caplog.clear()
+                door(given, **options)
+                told.append({record.getMessage().split(" has ")[0] for record in caplog.records})
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    first = "Prompt 1" if isinstance(prompts, list) else "The prompt"
+    assert told == [{first}, {"The negative prompt"}, {"The prompt"}, {"The negative prompt"}]
 
 
 def test_all_doors_draw_the_same_pictures(pipe, tiny_tokenflow_checkpoint, tmp_path):
@@ -73,6 +115,7 @@ def test_a_saved_pipeline_loads(pipe, tmp_path):
         ({"thinking": True}, "reads plain texts"),
         ({"num_frames": 2}, "never draws several images in sequence"),
         ({"prompt_style": "chat"}, "reads plain texts"),
+        ({"num_passes": 4}, "`num_passes` may be from 1 to 3, for which `pass_candidates` says what is drawn from"),
     ],
 )
 def test_what_tokenflow_does_not_do_is_refused(pipe, settings, message):

@@ -1,10 +1,12 @@
 """A model and an image tokenizer that are not of one checkpoint are refused wherever they meet."""
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
+from transformers import AddedToken, pipeline
 
 from diffusers_nextflow import NextFlowPipeline
 from transformers_nextflow import (
@@ -70,6 +72,29 @@ def test_every_door_refuses_a_swapped_image_tokenizer(parts, door, tmp_path):
         door(model, processor, *arguments)
     with pytest.raises(ValueError, match=r"but this one's codebook is .* the same code means another picture"):
         door(model, swapped, *arguments)
+
+
+@pytest.mark.parametrize("door", [NextFlowSession, diffusers_pipeline, transformers_pipeline])
+def test_every_door_refuses_another_text_tokenizer(parts, door):
+    model, processor, _ = parts
+    other = copy.deepcopy(processor.tokenizer)
+    other.add_tokens([AddedToken("<other>", special=True)])
+    other.boi_token = "<other>"
+    rest = processor.image_tokenizer, processor.visual_token_offset
+    with pytest.raises(
+        ValueError, match=r"text tokenizer is not the model's: its `boi_token_id` is .* and the model's"
+    ):
+        door(model, NextFlowProcessor(processor.image_processor, other, *rest))
+
+
+@pytest.mark.parametrize("load", [NextFlowProcessor.from_pretrained, pipeline, NextFlowPipeline.from_pretrained])
+@pytest.mark.parametrize("kind", ["tiny_random_checkpoint", "tiny_tokenflow_checkpoint"])
+def test_every_door_refuses_a_folder_without_a_vocabulary(load, kind, request, tmp_path):
+    """transformers makes a tokenizer of a handful of tokens for it."""
+    shutil.copytree(request.getfixturevalue(kind), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"has no .*tokenizer\.json"):
+        load("text-to-image", str(tmp_path)) if load is pipeline else load(tmp_path)
 
 
 def test_the_shipped_checkpoint_states_its_hash(tmp_path):

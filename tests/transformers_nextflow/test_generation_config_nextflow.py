@@ -144,6 +144,7 @@ def test_layers():
         ({"pad_token_id": "0"}, "has a value of a wrong type"),
         ({"image_top_p": 7}, "`image_top_p` must be above 0 and at most 1"),
         ({"num_return_sequences": 0}, "`num_return_sequences` must be a whole number"),
+        ({"pass_candidates": [[[9, 1.0]]], "num_passes": 2}, "`num_passes` may be from 1 to 1, for which .* but got 2"),
     ],
 )
 def test_values_that_no_mode_can_use_are_refused(options, message):

@@ -3,12 +3,14 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from random_weights import sharpen
 from tokenflow_source import golden
 from transformers_nextflow import NextFlowForCausalLM, TokenFlowConfig, TokenFlowForCausalLM, TokenFlowProcessor
+from transformers_nextflow.image_processing_pil_nextflow import to_pil
 from transformers_nextflow.kept_regions import kept_places
 from transformers_nextflow.modeling_nextflow import scale_feature_maps
 from transformers_nextflow.token_layout import TokenLayout
@@ -107,12 +109,14 @@ class TestOriginal:
         images = TokenFlowProcessor.from_pretrained(tiny_tokenflow_checkpoint, dtype=torch.float32).image_tokenizer
         pixels = images.decode(tensors[f"gen{num_passes}.codes"], torch.tensor([GRID]))
         torch.testing.assert_close(pixels, tensors[f"gen{num_passes}.image"].clamp(-1, 1), atol=1e-4, rtol=0)
-        # TokenFlow's own rounding: cut after 127.5 x + 128.
-        levels = (127.5 * pixels + 128).clamp(0, 255).permute(0, 2, 3, 1)
+        # The same levels of the same pixels, and of ours where the tolerance can't move them over a whole number.
         expected = tensors[f"gen{num_passes}.image_uint8"]
-        sure = (levels - levels.round()).abs() > 127.5e-4  # where the tolerance can't move it over a whole number
-        assert torch.equal(levels[sure].byte(), expected[sure])
-        difference = (levels.byte().int() - expected.int()).abs()
+        assert np.array_equal(np.stack(to_pil(tensors[f"gen{num_passes}.image"])), expected)
+        levels = (127.5 * pixels + 128).clamp(0, 255).permute(0, 2, 3, 1)
+        found = torch.from_numpy(np.stack(to_pil(pixels)))
+        sure = (levels - levels.round()).abs() > 127.5e-4
+        assert torch.equal(found[sure], expected[sure])
+        difference = (found.int() - expected.int()).abs()
         assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
 
 
@@ -139,7 +143,7 @@ def random_model() -> TokenFlowForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("num_passes", [1, 3])
+@pytest.mark.parametrize("num_passes", [1, 3, 5])
 def test_cached_decoding_is_the_plain_one(random_model, num_passes):
     texts = [[11, 12, 13, 14, 15, 5, 6], [11, 5, 6]]
     ids = torch.tensor([texts[0], [39] * 4 + texts[1]])
@@ -161,6 +165,18 @@ def test_sampling_does_not_depend_on_the_batch(random_model):
         assert torch.equal(both.image_codes[1:], alone.image_codes)
         other = random_model.generate(texts[1:], generator=torch.Generator().manual_seed(5), **settings)
         assert not torch.equal(other.image_codes, alone.image_codes)
+
+
+def test_passes_without_stored_candidates(random_model):
+    """However many, those after the first take the likeliest codes."""
+    candidates = [[[30, 0.9], *[[1, 1.0]] * later] for later in range(4)]
+    drawn = [
+        random_model.generate(
+            torch.tensor([[11, 5, 6]]), num_passes=4, generator=torch.Generator().manual_seed(3), **options, **GUIDED
+        )
+        for options in ({"pass_candidates": candidates}, {"image_top_k": 30, "image_top_p": 0.9})
+    ]
+    assert torch.equal(*(output.image_codes for output in drawn))
 
 
 def test_an_opened_image_need_not_end_with_its_own_start(random_model):

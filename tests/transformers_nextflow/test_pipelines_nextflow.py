@@ -1,5 +1,7 @@
 """transformers' pipelines on NextFlow: our text-to-image, and any-to-any, image-text-to-text and text-generation."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,13 @@ from PIL import Image
 from transformers import pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor, NextFlowTextToImagePipeline
+from transformers_nextflow import (
+    NextFlowForCausalLM,
+    NextFlowGenerationConfig,
+    NextFlowProcessor,
+    NextFlowTextToImagePipeline,
+)
+from transformers_nextflow.sampling import make_generators
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +73,26 @@ def test_seeds(draw):
     assert pixels(draw("a cat")[0]) != pixels(draw("a cat")[0])
 
 
+def generators(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_generators(draw, batch_size):
+    """One per picture, those of a prompt side by side; a single one deals out the same ones in any batches."""
+    prompts, settings = ["a cat", "two dogs", "a red car"], {"num_return_sequences": 2, "batch_size": batch_size}
+    together = draw(prompts, generator=generators(*range(6)), **settings)
+    for row, prompt in enumerate(prompts):
+        assert alike(draw(prompt, generator=generators(2 * row))[0], together[row][0])
+        assert alike(draw(prompt, seed=2 * row + 1)[0], together[row][1])
+    stored = NextFlowGenerationConfig(num_return_sequences=2)
+    again = draw((prompt for prompt in prompts), generator=generators(*range(6)), generation_config=stored)
+    assert all(map(alike, chain(*together), chain(*again)))
+    dealt = make_generators(generators(7)[0], 6, torch.device("cpu"))
+    one, six = draw(prompts, generator=generators(7)[0], **settings), draw(prompts, generator=dealt, **settings)
+    assert all(map(alike, chain(*one), chain(*six)))
+
+
 def test_global_random_state_is_untouched(draw):
     before = torch.random.get_rng_state()
     draw("a cat")
@@ -90,6 +118,8 @@ def test_settings_at_construction(tiny_random_checkpoint):
     draw = pipeline("text-to-image", model=tiny_random_checkpoint, seed=5, num_images_per_prompt=2)
     first, second = draw("a cat"), draw("a cat")
     assert len(first) == 2 and [pixels(image) for image in first] == [pixels(image) for image in second]
+    other = draw("a cat", generator=generators(7, 8))  # in place of the seed that it was made with
+    assert all(map(alike, other, draw("a cat", seed=7))) and not alike(first[0], other[0])
 
 
 def test_save_and_load(draw, tmp_path):
@@ -240,6 +270,8 @@ def test_negative_prompts_of_batches(draw):
         ({"prompt_style": "haiku"}, 'A prompt style is "bare" or "chat"'),
         ({"num_images_per_prompt": 1.5}, "`num_images_per_prompt` must be at least 1, but got 1.5"),
         ({"generator": [torch.Generator()] * 2}, "Got 2 generators for 1 images"),
+        ({"inputs": ["a"] * 3, "generator": [torch.Generator()] * 2}, "Got 2 generators for 3 images"),
+        ({"num_images_per_prompt": 2, "num_return_sequences": 3}, "are one option: pass one of them"),
         ({"thinking": True, "num_frames": 2}, "`thinking` comes before one image"),
         ({"guidance": 2}, "does not take `guidance`. Similar names are `guidance_scale`"),
         ({"image": "a.png"}, 'This pipeline draws of text alone. For an edit use `pipeline\\("any-to-any"'),

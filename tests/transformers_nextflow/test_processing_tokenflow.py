@@ -34,7 +34,11 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning(processor, caplog, monk
     picture = Image.new("RGB", (64, 64))
     (with_image,) = processor("a bad cat<image>", images=[picture]).input_ids
     assert with_image[:4] == long and with_image[4:7] == START and len(with_image) == 4 + 3 + 30 + 2
-    assert "TokenFlow reads 4 of a prompt: the last" in caplog.text and "are cut off" in caplog.text
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "Text 1 has 10 tokens",
+        "The text has 10 tokens",
+    ]
+    assert "but TokenFlow reads 4 of one: the last 6 are cut off, from 'ad cat' on" in caplog.text
 
 
 @pytest.mark.parametrize(

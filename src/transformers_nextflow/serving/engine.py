@@ -244,7 +244,8 @@ class Engine:
         task = "thinking" if job.options.get("thinking") else "edit" if job.read_pictures else "image"
         config, numbers = self.model.generation_config, [len(pictures)]
         styled = self.processor.style_prompts([text], task, config, num_pictures=numbers, negative=negative)
-        return self.processor(text=styled, images=list(pictures) or None, return_tensors="pt")
+        kind = "negative prompt" if negative else "prompt"
+        return self.processor(text=styled, images=list(pictures) or None, return_tensors="pt", text_kind=kind)
 
     def _plan(
         self, options: dict[str, Any], prompts: Prompts, grids: Any, negative: torch.Tensor | None
