@@ -254,9 +254,9 @@ def convert_t2i(
     ):
         if own != given:
             raise ValueError(
-                f'The weights in "{source}" are for {own} {kind} beside the {num_text} tokens of the tokenizer there, '
-                f'but the image tokenizer "{image_tokenizer}" has {given} {kind} (`codebook_size`, `num_scales`). Take '
-                "tokenflow_clipb_32k_enhanced.pt as it is; if the text tokenizer was exchanged, put back its own."
+                f'The weights in "{source}" are for {own} {kind}, but the image tokenizer "{image_tokenizer}" has '
+                f"{given}. Take tokenflow_clipb_32k_enhanced.pt as it is. (Codes are what the {num_text} tokens of the "
+                f"text tokenizer with [PAD] leave of the head's {head.shape[0]} rows: was that tokenizer exchanged?)"
             )
     start_ids, end_ids = tokenizer(["<img>", "</img>"], add_special_tokens=False).input_ids
     config = t2i_config(

@@ -237,10 +237,10 @@ class TestBadInput:
             images[f"quantize.embedding_{name}.weight"] = images[f"quantize.embedding_{name}.weight"][:32].clone()
         save_file(images, tmp_path / "images.safetensors")
         other = {"image_tokenizer": tmp_path / "images.safetensors", "codebook_size": 32}
-        convert('weights in .* are for 64 codes .* but the image tokenizer .*images.safetensors" has 32', **other)
+        convert('weights in .* are for 64 codes, but the image tokenizer .*images.safetensors" has 32', **other)
 
     def test_other_scales(self, convert):
-        convert("are for 4 scales .* but the image tokenizer .* has 3 scales", num_scales=3)
+        convert("are for 4 scales, but the image tokenizer .* has 3", num_scales=3)
 
     def test_counters_in_place_of_weights(self, convert, arguments):
         def change(weights):
