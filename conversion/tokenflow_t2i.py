@@ -198,8 +198,8 @@ def read_codebook(tensors: dict[str, StoredTensor], settings: dict[str, Any]) ->
             raise ValueError(f'The image tokenizer lacks "quantize.embedding_{name}.weight".')
         if stored.shape[0] != (number := images.config.codebook_size):
             raise ValueError(
-                f'The codebook in "{stored.file}" has {stored.shape[0]} codes, but `codebook_size` says {number}. Give '
-                "the number that is there, or leave it out."
+                f'The codebook in "{stored.file}" has {stored.shape[0]} codes, but {number} are expected '
+                "(`codebook_size`). Take tokenflow_clipb_32k_enhanced.pt, with its 32,768, or give the right number."
             )
         check_shape(stored, tuple(module.weight.shape))
         table = torch.cat(list(stored.blocks())).view(stored.shape).float()

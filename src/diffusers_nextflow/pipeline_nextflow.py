@@ -55,7 +55,7 @@ class NextFlowPipelineOutput(BaseOutput):
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
             B images, the images of one prompt side by side: PIL images, an array `(B, H, W, 3)` in [0, 1], a tensor
-            `(B, 3, H, W)` in [0, 1] (both float32), or latents `(B, D, h, w)`, as `output_type` says.
+            `(B, 3, H, W)` in [0, 1], or latents `(B, D, h, w)`, as `output_type` says.
         frames (`list[list[PIL.Image.Image]]`, *optional*):
             With `num_frames` and `output_type="pil"`: the frames of each story (fewer if it was interrupted);
             `images` holds them all in a row.
@@ -543,8 +543,10 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
 
 
 def to_output(pixels: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-    """What pipelines return of pixels `(B, 3, H, W)` in [-1, 1]; float32, since bfloat16 can't tell 256 levels."""
-    return to_pil(pixels) if output_type == "pil" else VaeImageProcessor().postprocess(pixels.float(), output_type)
+    """What pipelines return of pixels `(B, 3, H, W)` in [-1, 1]; a tensor keeps its dtype."""
+    if output_type == "pil":  # in float32, as processors do: diffusers' own rounds bfloat16 twice
+        return to_pil(pixels)
+    return VaeImageProcessor().postprocess(pixels if output_type == "pt" else pixels.float(), output_type)
 
 
 class _Interrupted(Exception):

@@ -232,7 +232,7 @@ class TestBadInput:
 
     def test_another_codebook(self, convert, tmp_path):
         images = load_file(IMAGES)
-        convert("codebook in .* has 64 codes, but `codebook_size` says 128", codebook_size=128)
+        convert("codebook in .* has 64 codes, but 128 are expected .`codebook_size`", codebook_size=128)
         for name in ("vqkd", "vqgan"):
             images[f"quantize.embedding_{name}.weight"] = images[f"quantize.embedding_{name}.weight"][:32].clone()
         save_file(images, tmp_path / "images.safetensors")
