@@ -24,18 +24,20 @@ from diffusers_nextflow import NextFlowPipeline
 from tiny_world.judge import detect, judge_scene
 from tiny_world.shapes import COLOURS, SHAPES, SIDE, Scene, Thing, article, render, sample_scene
 from tiny_world.tasks import EDITS, sample_edit
-from transformers_nextflow import tiny_checkpoint
+from transformers_nextflow import attention_maps, tiny_checkpoint
 
 HOLE = 64  # pixels, the side of a hole
 IN_PLACE = 8  # pixels
 LOW, HIGH, ALL = slice(0, SIDE // 2), slice(SIDE // 2, SIDE), slice(None)
 HALVES = {"left": (ALL, LOW), "right": (ALL, HIGH), "top": (LOW, ALL), "bottom": (HIGH, ALL)}
 STRENGTHS = [step / 8 for step in range(1, 9)]
-PARTS = ("cost", "inpainting", "edits", "variations", "outpainting")
-MOST_VARIED = 40  # pictures, at each strength
+PARTS = ("cost", "inpainting", "edits", "variations", "outpainting", "regions", "maps")
+MOST_VARIED = 100  # pictures, at each strength
+MOST_MAPPED = 100
+MAP_SCALE = 3  # of 4 x 4 cells, in which most is decided
 SHOWN = 6  # samples on a sheet
 
-Row = tuple[str, str, int, float]
+Row = tuple[str, str, int, float, float]
 
 
 def parse_options() -> argparse.Namespace:
@@ -86,8 +88,10 @@ class Run:
         return np.stack([np.asarray(image) for image in made])
 
     def add(self, group: str, name: str, values: Sequence[float]) -> None:
-        self.rows.append((group, name, len(values), float(np.mean(values))))
-        print(f"| {group} | {name} | {len(values)} | {self.rows[-1][-1]:.3f} |", flush=True)
+        """A row of the table: the mean, and its standard error."""
+        error = float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
+        self.rows.append((group, name, len(values), float(np.mean(values)), error))
+        print(f"| {group} | {name} | {len(values)} | {self.rows[-1][3]:.3f} | {error:.3f} |", flush=True)
 
     def show(self, name: str, *columns: np.ndarray) -> None:
         if self.folder is not None:
@@ -217,12 +221,14 @@ def variations(run: Run) -> None:
         scenes = [sample_scene(rng, split) for _ in range(min(run.number, MOST_VARIED))]
         pictures, prompts = np.stack([render(scene) for scene in scenes]), [scene.caption for scene in scenes]
         shown, made = run.reconstruct(pictures), []
+        before = np.zeros(len(pictures))
         for strength in STRENGTHS:
             made.append(run.draw(prompts, image=list(pictures), strength=strength))
-            squares = ((made[-1].astype(np.float32) - shown) ** 2).mean((1, 2, 3))
-            run.add(
-                f"strength {strength:g}, {name}", "distance to the reconstruction, of 255", np.sqrt(squares).tolist()
-            )
+            distances = np.sqrt(((made[-1].astype(np.float32) - shown) ** 2).mean((1, 2, 3)))
+            group = f"strength {strength:g}, {name}"
+            run.add(group, "distance to the reconstruction, of 255", distances.tolist())
+            run.add(group, "more than at the strength before", (distances - before).tolist())
+            before = distances
         run.show(f"variations_{split}", pictures, *made[1::2])
 
 
@@ -244,6 +250,84 @@ def edits(run: Run) -> None:
         run.add(f"edits {name}", "right", accurate)
         run.add(f"edits {name}", "untouched part, dB to the source's reconstruction", psnr(made[-1], shown, untouched))
     run.show("edits", shaded(pictures, ~untouched), *made)
+
+
+# Regions and maps
+
+
+def pairs(run: Run, number: int) -> list[tuple[Scene, Scene]]:
+    """Captions of two things side by side, two and two on one ground, and different."""
+    rng, made = run.rng(6), []
+    while len(made) < number:
+        one, other = (sample_scene(rng, "test", "attribution") for _ in range(2))
+        shapes = {thing.shape for scene in (one, other) for thing in scene.objects}
+        if one.background == other.background and len(shapes) == 4:
+            made.append((one, other))
+    return made
+
+
+def regions(run: Run) -> None:
+    """The right half has a caption of its own: the thing on the left is the one's, that on the right the other's."""
+    right = np.zeros((SIDE, SIDE), bool)
+    right[HALVES["right"]] = True
+    (mask,) = masks_of(right[None])
+    scenes = pairs(run, run.number)
+    plain = run.draw([one.caption for one, _ in scenes])
+    made = []
+    for i, (one, other) in enumerate(scenes):
+        generator = torch.Generator().manual_seed(run.seed + i)
+        drawn = run.pipe(one.caption, regions=[(other.caption, mask)], generator=generator).images[0]
+        made.append(np.asarray(drawn))
+    targets = [replace(one, objects=(one.objects[0], other.objects[1])) for one, other in scenes]
+    for name, pictures in {"regions": made, "the same without regions": plain}.items():
+        verdicts = [judge_scene(picture, target) for picture, target in zip(pictures, targets, strict=True)]
+        run.add(name, "both things", [verdict.correct for verdict in verdicts])
+        run.add(name, "both and nothing else", [verdict.strict for verdict in verdicts])
+    run.show("regions", plain, np.stack(made))
+
+
+def maps(run: Run) -> None:
+    """Where the words of the left thing are looked at, and those of the right one."""
+    number = min(run.number, MOST_MAPPED)
+    processor, model, shown, found = run.pipe._processor, run.pipe.model, [], {MAP_SCALE: [], -1: []}
+    attention = model.config._attn_implementation
+    for i, (scene, _) in enumerate(pairs(run, number)):
+        generator = torch.Generator().manual_seed(run.seed + i)
+        inputs = processor([scene.caption], return_tensors="pt", return_offsets_mapping=True)
+        spans = inputs.pop("offset_mapping")[0].tolist()
+        words = [tokens_of(scene.caption, thing, spans) for thing in scene.objects]
+        drawn = model.generate(**inputs, generation_mode="image", generator=generator, return_dict_in_generate=True)
+        picture = processor.decode_codes(drawn.image_codes, drawn.image_grid_shw)[0]
+        model.set_attn_implementation("eager")
+        for scale, correct in found.items():
+            whole = attention_maps(model, drawn.sequences, drawn.image_grid_shw, scale=scale)[0]
+            left, right = (whole[tokens].sum(0) for tokens in words)
+            correct.append(float(share_of_left(left) > share_of_left(right)))
+            if scale == MAP_SCALE:
+                shown.append([np.asarray(picture), heat(left), heat(right)])
+        model.set_attn_implementation(attention)
+    for scale, correct in found.items():
+        name = "4 x 4 cells" if scale == MAP_SCALE else "finest scale"
+        run.add(f"attention, {name}", "the left thing's words are looked at more to the left", correct)
+    run.show("maps", *(np.stack(column) for column in zip(*shown, strict=True)))
+
+
+def tokens_of(caption: str, thing: Thing, spans: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens of a thing's words, by the characters that each stands for."""
+    forms = (form.format(**vars(thing)) for form in ("{colour} {shape}", "{shape} in {colour}"))
+    phrase = next(form for form in forms if form in caption)
+    start = caption.index(phrase)
+    return [i for i, (low, high) in enumerate(spans) if low < start + len(phrase) and high > start]
+
+
+def share_of_left(cells: torch.Tensor) -> float:
+    return float(cells[:, : cells.shape[1] // 2].sum() / cells.sum())
+
+
+def heat(cells: torch.Tensor) -> np.ndarray:
+    """A map as a picture: white for the cell that is looked at most."""
+    shades = Image.fromarray((255 * cells / cells.max()).numpy().astype(np.uint8))
+    return np.asarray(shades.resize((SIDE, SIDE), Image.Resampling.NEAREST).convert("RGB"))
 
 
 # Cost
@@ -274,13 +358,13 @@ def cost(run: Run, rounds: int = 15) -> None:
         run.add(f"cost, {number} at once", "encoding a source, of a plain drawing", [encoding / plain])
 
 
-MEASURES = dict(zip(PARTS, (cost, inpainting, edits, variations, outpainting), strict=True))
+MEASURES = dict(zip(PARTS, (cost, inpainting, edits, variations, outpainting, regions, maps), strict=True))
 
 
 def main() -> None:
     options = parse_options()
     run = Run(options)
-    print("| | | n | |\n|---|---|---:|---:|")
+    print("| | | n | | standard error |\n|---|---|---:|---:|---:|")
     for part in options.parts:
         MEASURES[part](run)
     if options.json is not None:

@@ -43,10 +43,20 @@ def test_decibels_are_those_of_the_chosen_pixels():
     assert evaluate_control.psnr(one, one, where) == pytest.approx([60])
 
 
+def test_the_words_of_a_thing_are_found():
+    thing = evaluate_control.Thing("square", "blue", 0, 0, 40)
+    spans = [(0, 1), (1, 6), (6, 10), (10, 13), (13, 18), (0, 0)]
+    assert evaluate_control.tokens_of("a blue square left", thing, spans) == [1, 2, 3]
+    spans = [(0, 1), (1, 8), (8, 11), (11, 16), (16, 20), (0, 0)]
+    assert evaluate_control.tokens_of("a square in blue too", thing, spans) == [1, 2, 3]
+
+
 def test_a_run(tmp_path, monkeypatch, capsys):
     options = [
         "--parts",
         "inpainting",
+        "regions",
+        "maps",
         "--number",
         "2",
         "--pictures",
@@ -57,4 +67,5 @@ def test_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate_control.py", *options])
     evaluate_control.main()
     assert "| inpainting, latents | right | 2 |" in capsys.readouterr().out
+    assert all((tmp_path / f"{name}.png").is_file() for name in ("regions", "maps"))
     assert (tmp_path / "inpainting.png").is_file() and (tmp_path / "f.json").is_file()

@@ -274,6 +274,7 @@ class Engine:
         alike = (row for row in waiting if row.key == waiting[0].key)
         batch = list(itertools.islice(alike, self.settings.max_batch))
         self._waiting = deque(row for row in waiting if row not in batch)
+        batch.sort(key=lambda row: len(row.ids))  # neighbours of one length run together
         self.counts.update(batches=bool(batch), rows=len(batch))
         return batch
 

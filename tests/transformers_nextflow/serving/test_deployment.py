@@ -108,27 +108,28 @@ def test_a_server_with_two_replicas_of_which_one_is_killed(tiny_random_checkpoin
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server)
         url = f"http://127.0.0.1:{port}/v1"
-        asyncio.run(converse(openai.AsyncOpenAI(api_key="none", base_url=url, max_retries=0, timeout=600)))
-        metrics = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
-        assert "ray_nextflow_rows" in metrics
+        client = openai.AsyncOpenAI(api_key="none", base_url=url, max_retries=0, timeout=600)
+        asyncio.run(converse(client, server.pid))
+        wait_for(f"http://127.0.0.1:{port}/metrics", server, b"ray_nextflow_rows")  # Ray collects them now and then
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(120)
 
 
-def wait_for(url, server):
+def wait_for(url, server, word=b"ok"):
     for _ in range(600):
         assert server.poll() is None
         try:
             with urllib.request.urlopen(url, timeout=60) as answer:
-                if b"ok" in answer.read():
+                if word in answer.read():
                     return
         except OSError:
-            time.sleep(1)
+            pass
+        time.sleep(1)
     raise TimeoutError(url)
 
 
-async def converse(client):
+async def converse(client, server):
     async def draw(seed):
         answer = await client.images.generate(prompt="a", extra_body={"seed": seed})
         return picture_of(answer.data[0].b64_json)
@@ -136,16 +137,32 @@ async def converse(client):
     alone = [await draw(seed) for seed in range(4)]
     edited = await client.images.edit(image=("a.png", png_of(alone[0])), prompt="b")
     assert picture_of(edited.data[0].b64_json).size == (80, 80)
-    # Conversations go on at whichever replica.
-    tool = {"model": "tiny", "tools": [{"type": "image_generation"}], "tool_choice": {"type": "image_generation"}}
-    first = await client.responses.create(input="a", **tool)
-    seconds = [
-        await client.responses.create(input="b", previous_response_id=first.id, extra_body={"seed": 1}, **tool)
-        for _ in range(6)
-    ]
-    assert len({answer.output[0].result for answer in seconds}) == 1
+
+    # Conversations go on at whichever replica, also at one that has never heard of them.
+    async def say(text, previous, seed):
+        tool = {"tools": [{"type": "image_generation"}], "tool_choice": {"type": "image_generation"}}
+        follow = {"previous_response_id": previous, "extra_body": {"seed": seed}}
+        return await client.responses.create(model="tiny", input=text, **tool, **follow)
+
+    first = await say("a", openai.omit, 0)
+    seconds = [await say("b", first.id, 1) for _ in range(6)]
+    third = await say("c", seconds[0].id, 2)
+    known = {seconds[0].output[0].result}
+    assert {answer.output[0].result for answer in seconds} == known
+    replicas = list_replicas(server)
+    assert len(replicas) == 2
+    for replica in replicas:  # one is killed between turns, and then the other
+        os.kill(replica, signal.SIGKILL)
+        again = await asyncio.gather(*(say("b", first.id, 1) for _ in range(4)), say("c", seconds[1].id, 2))
+        assert {answer.output[0].result for answer in again[:4]} == known
+        assert again[4].output[0].result == third.output[0].result
     together = asyncio.gather(*(draw(seed % 4) for seed in range(16)))
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
-    replicas = [int(line.split()[0]) for line in listed if "ray::" in line and "NextFlowModel" in line]
-    os.kill(replicas[0], signal.SIGKILL)
+    os.kill(list_replicas(server)[0], signal.SIGKILL)
     assert [picture.tobytes() for picture in await together] == [alone[seed % 4].tobytes() for seed in range(16)]
+
+
+def list_replicas(server):
+    """The processes of replicas in a server's session of processes, so that no other server is touched."""
+    command = ["ps", "-o", "pid,args", "--sid", str(server)]
+    listed = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return [int(line.split()[0]) for line in listed if "ray::" in line and "NextFlowModel" in line]
