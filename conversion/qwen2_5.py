@@ -98,8 +98,19 @@ learned to draw or to read pictures: its visual parts are new. The licences of b
 """
 
 
-def nextflow_config(text: PreTrainedConfig, image_tokenizer: PreTrainedConfig, **token_ids) -> NextFlowConfig:
-    """The configuration of a converted model, from those of Qwen's text model and of the image tokenizer."""
+def nextflow_config(
+    text: PreTrainedConfig, image_tokenizer: PreTrainedConfig, num_scales: int | None = None, **token_ids
+) -> NextFlowConfig:
+    """The configuration of a converted model, from those of Qwen's text model and of the image tokenizer.
+
+    Raises:
+        `ValueError`: for sliding windows, and for more scales (`num_scales`) than the image tokenizer has.
+    """
+    if num_scales is not None and not 1 <= num_scales <= image_tokenizer.num_scales:
+        raise ValueError(
+            f"`num_scales` must be from 1 to {image_tokenizer.num_scales}, which the image tokenizer has, but got "
+            f"{num_scales}."
+        )
     if getattr(text, "use_sliding_window", False):
         raise ValueError("`use_sliding_window` is True in the source, but NextFlow attends to whole images.")
     rope = dict(text.rope_parameters)
@@ -114,7 +125,7 @@ def nextflow_config(text: PreTrainedConfig, image_tokenizer: PreTrainedConfig, *
         text_vocab_size=text.vocab_size,
         visual_codebook_size=image_tokenizer.codebook_size,
         visual_code_dim=image_tokenizer.code_dim,
-        num_scales=image_tokenizer.num_scales,
+        num_scales=image_tokenizer.num_scales if num_scales is None else num_scales,
         **token_ids,
     )
 
@@ -233,6 +244,7 @@ def convert_to_nextflow(
     text_tokenizer: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
+    num_scales: int | None = None,
 ) -> Path:
     """Qwen2.5-VL or Qwen2.5 (a folder with safetensors) to a folder that `NextFlowForCausalLM` and the processor load.
 
@@ -243,6 +255,7 @@ def convert_to_nextflow(
         text_tokenizer (path, *optional*): See `load_text_tokenizer`; the source's own by default.
         dtype (`torch.dtype`, *optional*): The source's own by default.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): Of one file.
+        num_scales (`int`, *optional*): The largest number of scales that it draws, the image tokenizer's by default.
 
     Returns:
         `Path`: `output`.
@@ -259,7 +272,7 @@ def convert_to_nextflow(
     files |= {source / "config.json", Path(image_tokenizer) / "config.json"}
     images = NextFlowImageTokenizer.from_pretrained(image_tokenizer)
     token_ids = special_token_ids(tokenizer, text_config.vocab_size)
-    config = nextflow_config(text_config, images.config, **token_ids)
+    config = nextflow_config(text_config, images.config, num_scales, **token_ids)
     new = new_weights(config, images.quantizer.codebook().detach().float())
     plan = plan_nextflow(weights, config, new, dtype, str(source))
     config.dtype = next(tensor.dtype for tensor in plan if tensor.name == EMBEDDING)
@@ -328,9 +341,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, "folder of the checkpoint")
     parser.add_argument("--image-tokenizer", type=Path, help="folder of a NextFlowImageTokenizer")
     parser.add_argument("--text-tokenizer", type=Path, help="folder, tokenizer.json or .tiktoken file (source's own)")
+    parser.add_argument(
+        "--num-scales", type=int, help="that the model draws at most: 12 are 256 pixels (tokenizer's own)"
+    )
     parser.add_argument("--back", action="store_true", help="NextFlow to a Qwen2 text model")
     options = parser.parse_args(arguments)
     common = {"dtype": options.dtype, "max_shard_size": options.max_shard_size}
+    if options.back and options.num_scales is not None:
+        parser.error("--num-scales is for a model that draws, and --back makes none")
     if not options.back and options.image_tokenizer is None:
         parser.error("--image-tokenizer is needed: its codebook becomes the table of visual codes")
     with one_line_errors(parser):
@@ -338,6 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             convert_to_qwen(options.source, options.output, **common)
         else:
             tokenizers = {"image_tokenizer": options.image_tokenizer, "text_tokenizer": options.text_tokenizer}
+            common |= {"num_scales": options.num_scales}
             convert_to_nextflow(options.source, options.output, **tokenizers, **common)
         report(options)
 

@@ -19,7 +19,8 @@ whole, so run the same command again after a kill; a worker that dies is replace
 from the seed and the row's place: how many processes there are changes nothing. A row that can't be encoded is left out
 and listed in `bad.jsonl`. `extraction.json` says what all shards were made of: with other pictures, tokenizers or
 settings the run is refused. With `--max-bytes` the run ends before its output is larger, and goes on from there when
-there is more room. `transformers_nextflow.trainer.load_coded_dataset(OUTPUT)` opens the result.
+there is more room; sources are read in turn, a file of each. `transformers_nextflow.trainer.load_coded_dataset(OUTPUT)`
+opens the result.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -480,8 +481,11 @@ def main(arguments: Sequence[str] | None = None) -> datasets.Dataset | dict[str,
     parser.add_argument("--max-bytes", type=float, help="how large the output may grow: 2e12 are two terabytes")
     parser.add_argument("--processes", type=int, help="by default one a device")
     parser.add_argument("--ray", action="store_true", help="run on Ray Data instead of own processes")
-    parser.add_argument("--device", nargs="+", default=["cuda" if torch.cuda.is_available() else "cpu"])
+    parser.add_argument("--device", nargs="+", help="by default all GPUs (at most one a process), or the CPU")
     options = parser.parse_args(arguments)
+    if options.device is None:
+        gpus = min(torch.cuda.device_count(), options.processes or 2**31)
+        options.device = [f"cuda:{index}" for index in range(1 if options.ray else gpus)] if gpus else ["cpu"]
     options.processes = len(options.device) if options.processes is None else options.processes
     if options.processes < 1 or options.shard_size < 1:
         parser.error("--processes and --shard-size must be at least 1")
@@ -498,13 +502,14 @@ def main(arguments: Sequence[str] | None = None) -> datasets.Dataset | dict[str,
             extractions[name] = plan_source(source, processor, options)
         except ValueError as error:
             raise ValueError(f"{options.data_list}: source {name}: {error}" if name else str(error)) from error
-    tokenizers, jobs = describe_processor(processor), list[Job]()
+    tokenizers = describe_processor(processor)
     for name, extraction in extractions.items():
         check_manifest({**describe(extraction), **tokenizers}, options.output / name)
     for rest in options.output.rglob("*.part"):
         rest.unlink(missing_ok=True)  # of a run that was killed
-    for name, extraction in extractions.items():
-        jobs += plan_jobs(extraction, options.output / name, options)
+    planned = [list(plan_jobs(extraction, options.output / name, options)) for name, extraction in extractions.items()]
+    # Sources take turns, so that none is left without room by `--max-bytes`.
+    jobs = [job for turn in zip_longest(*planned) for job in turn if job is not None]
     if options.ray:
         complete = extract_on_ray(jobs, options.device[0])
     elif alone:

@@ -3,11 +3,16 @@
     python examples/make_tiny_data.py --kind pictures --number 40000 --output runs/tiny/data/pictures
     python examples/make_tiny_data.py --kind captions --number 40000 --output runs/tiny/data/captions
     python examples/make_tiny_data.py --kind tasks --number 60000 --output runs/tiny/data/tasks
+    python examples/make_tiny_data.py --kind sources --data-list examples/recipes/0.5b-256px/pretraining_data.yaml \\
+        --number 300 --output runs/little
 
 `pictures` are for the image tokenizer (with `--zoom 2` for the diffusion decoder: the same at twice the size, without
-those of tasks), `captions` and `tasks` (conversations, 4 of 10 in words alone) for the language
-model. Every file is made of a seed and its number alone, and written when it is whole: run the same command again after
-a kill. Needs `pip install -e ".[tiny]"`, and once the network for emoji (npm) and photographs (Debian).
+those of tasks), `captions` and `tasks` (conversations, 4 of 10 in words alone) for the language model. `sources` stand
+in for those of data lists, name by name and kind by kind, in a world that minutes are enough for
+(tiny_world/little.py): OUTPUT/LIST.yaml is such a list with the same weights, OUTPUT/prompts.txt what can be drawn.
+
+Every file is made of a seed and its number alone, and written when it is whole: run the same command again after a
+kill. Needs `pip install -e ".[tiny]"`, and once the network for emoji (npm) and photographs (Debian).
 """
 
 import argparse
@@ -18,11 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PillowImage
 
 from tiny_world.dataset import mixed_sample
+from tiny_world.little import NAMES, draw_row
+from tiny_world.shapes import article
 from tiny_world.tasks import TASKS
+from transformers_nextflow.trainer import read_data_list
 
 ROWS_OF_A_FILE = 2000
 # Of the image tokenizer's diet. "tasks" are pictures of edits and stories, in which things stand anywhere.
@@ -102,6 +111,31 @@ TASK_FEATURES = Features(
 )
 
 
+WORDS, PICTURE = Value("string"), Image()
+SOURCE_FEATURES = {  # of the rows of each kind
+    "text": Features({"text": WORDS}),
+    "text_to_image": Features({"image": PICTURE, "text": WORDS}),
+    "image_to_text": Features({"messages": List({"role": WORDS, "content": WORDS}), "images": List(PICTURE)}),
+    "editing": Features({"source": PICTURE, "instruction": WORDS, "target": PICTURE}),
+    "interleaved": Features({"texts": List(WORDS), "images": List(PICTURE)}),
+}
+
+
+def write_sources(data_list: Path, number: int, seed: int, to: Path) -> None:
+    """Little stand-ins for the sources of a data list, and a list that names them."""
+    stand_ins = {}
+    for index, (name, source) in enumerate(read_data_list(data_list).items()):
+        folder = to / data_list.stem / name
+        draw = partial(draw_row, source.kind)
+        write(draw, SOURCE_FEATURES[source.kind], number, seed + index, folder)
+        stand_ins[name] = {"kind": source.kind, "format": "parquet", "data": f"{data_list.stem}/{name}/*.parquet"}
+        kept = {"weight": source.weight, "prompt_style": source.prompt_style}
+        stand_ins[name] |= {field: value for field, value in kept.items() if value is not None}
+    prompts = "".join(f"{article(name)}\n" for name in NAMES)
+    (to / "prompts.txt").write_text(prompts, encoding="utf-8")
+    (to / data_list.name).write_text(yaml.safe_dump({"sources": stand_ins}, sort_keys=False), encoding="utf-8")
+
+
 def write(draw: Callable[[np.random.Generator], dict[str, Any]], features: Features, number: int, seed: int, to: Path):
     """`number` rows in files of [`ROWS_OF_A_FILE`]; those that are there are kept."""
     to.mkdir(parents=True, exist_ok=True)
@@ -120,8 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--kind", required=True, help="pictures, captions or tasks")
-    parser.add_argument("--number", type=int, required=True, help="rows")
+    parser.add_argument("--kind", required=True, help="pictures, captions, tasks or sources")
+    parser.add_argument("--data-list", type=Path, nargs="+", help="whose sources `sources` stand in for")
+    parser.add_argument("--number", type=int, required=True, help="rows (of each source)")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="where fetched packages are kept (default: the user's cache)")
     parser.add_argument("--families", nargs="+", help="of pictures and captions; by default all")
@@ -134,10 +169,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "captions": (partial(draw_caption, **common), CAPTION_FEATURES),
         "tasks": (draw_task, TASK_FEATURES),
     }
-    if options.kind not in kinds:
-        parser.error(f"--kind must be one of {', '.join(kinds)}, not {options.kind}")
+    if options.kind not in (*kinds, "sources"):
+        parser.error(f"--kind must be one of {', '.join(kinds)} or sources, not {options.kind}")
+    if (options.kind == "sources") != bool(options.data_list):
+        parser.error("--kind sources needs a --data-list, and no other kind has one")
     if options.zoom > 1 and options.kind != "pictures":
         parser.error("--zoom is for --kind pictures")
+    if options.kind == "sources":
+        for data_list in options.data_list:
+            write_sources(data_list, options.number, options.seed, options.output)
+        return
     write(*kinds[options.kind], options.number, options.seed, options.output)
 
 

@@ -7,8 +7,12 @@
 A stage is a script of this repository with its options. In them `{here}` is the folder that the stage writes, `{NAME}`
 that of an earlier stage, `{recipe}` the recipe's own folder, and anything else is given with `--set NAME=VALUE`. What
 is finished is not done again, and a training goes on from its last whole checkpoint: run the same line again after a
-kill. `--miniature` runs every stage with the options that the recipe has for trying it out in minutes. `--list` only
-prints the commands, to run them elsewhere. `python -m transformers_nextflow.trainer.plan` says what stages cost.
+kill. `--list` only prints the commands, to run them elsewhere. `python -m transformers_nextflow.trainer.plan` says what
+stages cost.
+
+`--miniature` tries a recipe out in minutes. A stage's `miniature` says how: more options; or another script (`run`,
+`options`, `done`) in its place; or a `folder` that stands for what it would write. A stage that is nothing but that is
+one of the miniature alone. The miniature needs nothing that is given with `--set` to the stages that it replaces.
 """
 
 import argparse
@@ -28,6 +32,7 @@ from transformers_nextflow.trainer import find_last_checkpoint
 ROOT = Path(__file__).parents[1]
 RECIPE = "recipe.yaml"
 STAGE_FIELDS = {"run", "options", "miniature", "trains", "done", "budget"}
+MINIATURE_FIELDS = {"run", "options", "done", "folder"}  # of one that replaces its stage
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,12 @@ class Stage:
     here: Path
     trains: bool  # it writes checkpoints, resumes from them, and may be launched on many GPUs
     done: str  # the file of `here` that is there when it is finished
+    needs: tuple[str, ...] = ()  # the stages that it starts from
+
+    @property
+    def is_there(self) -> bool:
+        """Whether later stages can start from it."""
+        return self.is_done if self.done else self.here.exists()
 
     @property
     def is_done(self) -> bool:
@@ -60,11 +71,25 @@ def read_recipe(folder: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(stages, dict) or not stages:
         raise ValueError(f"{path} has no `stages`.")
     for name, stage in stages.items():
-        if unknown := set(stage or {}) - STAGE_FIELDS:
+        stage = stages[name] = stage or {}
+        small = stage.get("miniature", "")
+        unknown = set(stage) - STAGE_FIELDS | (set(small) - MINIATURE_FIELDS if isinstance(small, dict) else set())
+        if unknown:
             raise ValueError(f"Stage {name} of {path} has the unknown fields {', '.join(sorted(unknown))}.")
-        if not stage or not (ROOT / stage.get("run", "nothing")).is_file():
-            raise ValueError(f"Stage {name} of {path} must `run` a script of the repository.")
+        for run in filter(None, (in_size(stage, small) for small in (False, True))):
+            if "folder" not in run and not (ROOT / run.get("run", "nothing")).is_file():
+                raise ValueError(f"Stage {name} of {path} must `run` a script of the repository.")
     return stages
+
+
+def in_size(stage: Mapping[str, Any], miniature: bool) -> Mapping[str, Any] | None:
+    """A stage as it is run, in the miniature or not; None if it has no part in that."""
+    small = stage.get("miniature", "")
+    if isinstance(small, str):
+        return {**stage, "options": f"{stage.get('options', '')} {small if miniature else ''}"}
+    if miniature:
+        return small
+    return stage if stage.keys() != {"miniature"} else None
 
 
 def fill(name: str, text: str, values: Mapping[str, str], later: Sequence[str]) -> list[str]:
@@ -91,13 +116,36 @@ def plan_stages(folder: Path, work: Path, settings: Mapping[str, str], miniature
         raise ValueError(f"`--set` can't be {', '.join(sorted(taken))}: the recipe gives these names their meaning.")
     values = {**settings, "recipe": str(folder)}
     for index, (name, stage) in enumerate(stages.items()):
-        here = work / name
-        text = " ".join([stage.get("options", ""), stage.get("miniature", "") if miniature else ""])
-        words = fill(name, text, {**values, "here": str(here)}, names[index + 1 :])
+        here, run = work / name, in_size(stage, miniature)
+        if run is None:
+            continue
+        words = fill(name, run.get("options", ""), {**values, "here": str(here)}, names[index + 1 :])
+        if "folder" in run:
+            (values[name],) = fill(name, run["folder"], values, names[index:])
+            continue
         values[name] = str(here)
-        trains = bool(stage.get("trains"))
-        done = stage.get("done", "model.safetensors" if trains else "")
-        yield Stage(name, (str(ROOT / stage["run"]), *words), here, trains, done)
+        trains = bool(run.get("trains"))
+        done = run.get("done", "model.safetensors" if trains else "")
+        named = {key for _, key, _, _ in string.Formatter().parse(run.get("options", "")) if key in names}
+        yield Stage(name, (str(ROOT / run["run"]), *words), here, trains, done, tuple(sorted(named)))
+
+
+def refuse_missing(stages: Sequence[Stage], chosen: Sequence[Stage]) -> None:
+    """Refuses stages whose predecessors are neither done nor among those that are run.
+
+    Raises:
+        `ValueError`: names the first of them.
+    """
+    by_name = {stage.name: stage for stage in stages}
+    for stage in chosen:
+        for name in stage.needs:
+            before = by_name.get(name)  # one that a folder stands for is no stage here
+            if before is not None and before not in chosen and not before.is_there:
+                wanted = before.here / before.done if before.done else before.here
+                raise ValueError(
+                    f"Stage {stage.name} starts from {name}, which has not been finished: there is no {wanted}. Run "
+                    f"it first (`--from {name}`), or leave `--from` out."
+                )
 
 
 def execute(command: Sequence[str]) -> int:
@@ -149,7 +197,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"{name} is no stage of the recipe; they are {', '.join(names)}")
     first = names.index(options.first) if options.first else 0
     last = names.index(options.last) if options.last else len(names) - 1
-    for stage in stages[first : last + 1]:
+    chosen = stages[first : last + 1]
+    try:
+        if not options.list:
+            refuse_missing(stages, chosen)
+    except ValueError as error:
+        parser.error(str(error))
+    for stage in chosen:
         if options.list:
             print(f"# {stage.name}\n{shlex.join(['python', *stage.command])}\n")
         else:

@@ -4,8 +4,8 @@
         --model_name_or_path examples/recipes/tiny/image_tokenizer.json --pictures FOLDER --output_dir runs/pixel
 
 `--model_name_or_path` is the folder that the stage before wrote, or a configuration (`*.json`) for new weights.
-`--pictures` is a folder of pictures or of parquet files with a column `image`; squares are cut from their middle. A run
-that was killed goes on with `--resume_from_checkpoint true`. On a CPU add `--use_cpu true`.
+`--pictures` is a folder of pictures, of parquet files with a column `image`, or of WebDataset's tars; squares are cut
+from their middle. A run that was killed goes on with `--resume_from_checkpoint true`. On a CPU add `--use_cpu true`.
 """
 
 import zlib
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from datasets import Dataset, load_dataset
 from PIL import Image, ImageOps
+from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from trl import TrlParser
 
@@ -38,13 +39,13 @@ EFFICIENTNET = "efficientnet-lite0"
 class Parts:
     """What is trained, on what, and with which helpers."""
 
-    pictures: str = field(metadata={"help": "Folder of pictures, or of parquet files with a column `image`."})
+    pictures: str = field(metadata={"help": "Folder of pictures, of parquet files with a column `image`, or of tars."})
     model_name_or_path: str = field(metadata={"help": "Folder of the stage before, or a *.json for new weights."})
     image_sizes: list[int] = field(
         default_factory=lambda: [256], metadata={"help": "Sides in pixels; a batch has one, a repeated one more often."}
     )
     teacher: str | None = field(
-        default=None, metadata={"help": f'"{EFFICIENTNET}", or the folder of a SigLIP2 model. For the stage "joint".'}
+        default=None, metadata={"help": f'"{EFFICIENTNET}", or a SigLIP2 or CLIP model. For the stage "joint".'}
     )
     perceptual: str | None = field(default=None, metadata={"help": f'Perceptual loss over "{EFFICIENTNET}".'})
     discriminator_hidden_size: int | None = field(
@@ -57,8 +58,13 @@ class Parts:
 def load_pictures(folder: str) -> Dataset:
     """The column `image` of a folder."""
     files = sorted(map(str, Path(folder).glob("*.parquet")))
+    tars = sorted(map(str, Path(folder).glob("*.tar")))
     if files:
         pictures = load_dataset("parquet", data_files=files, split="train")
+    elif tars:
+        pictures = load_dataset("webdataset", data_files=tars, split="train")
+        found = [name for name in ("jpg", "png", "webp") if name in pictures.column_names]
+        pictures = pictures.rename_columns({name: "image" for name in found[:1]})
     else:
         pictures = load_dataset("imagefolder", data_dir=folder, split="train")
     if "image" not in pictures.column_names:
@@ -96,14 +102,15 @@ def load_teacher(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """From pixels `(B, 3, H, W)` in [-1, 1] to features `(B, C, H / 16, W / 16)`."""
     if name == EFFICIENTNET:
         return load_efficientnet().features
-    model = AutoModel.from_pretrained(name)
-    encoder: PreTrainedModel = getattr(model, "vision_model", model).eval().requires_grad_(False)
+    model = AutoModel.from_pretrained(name).eval().requires_grad_(False)
+    encoder: PreTrainedModel = getattr(model, "vision_model", model)
+    project = getattr(model, "visual_projection", nn.Identity())  # CLIP's, to the space that it shares with texts
 
     @torch.no_grad()
     def features(pixels: torch.Tensor) -> torch.Tensor:
-        encoder.to(pixels.device)
+        model.to(pixels.device)
         grid = pixels.shape[-2] // encoder.config.patch_size, pixels.shape[-1] // encoder.config.patch_size
-        return semantic_tokens(encoder, pixels, grid, None).transpose(1, 2).unflatten(2, grid)
+        return project(semantic_tokens(encoder, pixels, grid, None)).transpose(1, 2).unflatten(2, grid)
 
     return features
 

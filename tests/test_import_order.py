@@ -23,7 +23,7 @@ ORDER = """
     session pipelines _registration
 """
 TRAINER_ORDER = """
-    settings coded_dataset data_list data_collator packing checkpoints
+    settings coded_dataset data_list data_collator packing agreement checkpoints
     sft_config muon samples sft_trainer
     dpo_config dpo_trainer
     grpo_config grpo_losses reward_call rewards grpo_trainer

@@ -151,12 +151,50 @@ def test_stages_get_the_folders_of_those_before(recipe, capsys):
     assert "--model_name_or_path" in listed and "--codes" not in listed and "--max_steps" not in listed
 
 
+SMALL = """
+stages:
+  source: {run: examples/download.py, options: --output {here}, miniature: {folder: "{recipe}/here"}}
+  large: {run: examples/sft.py, options: "--codes {data}", miniature: {run: examples/download.py, options: "{source}"}}
+  extra: {miniature: {run: examples/download.py, options: "{large}", done: x}}
+  last: {run: examples/sft.py, options: "{large}", trains: true, miniature: "{extra}"}
+"""
+
+
+def test_a_miniature_replaces_stages_and_has_its_own(recipe, tmp_path):
+    folder = recipe(SMALL)
+    large, extra, last = run_recipe.plan_stages(folder, Path("/w"), {}, miniature=True)  # nobody needs `data`
+    assert large.command == (str(run_recipe.ROOT / "examples/download.py"), f"{folder}/here") and not large.trains
+    assert (extra.name, extra.command[1:], extra.done) == ("extra", ("/w/large",), "x")
+    assert last.command[1:] == ("/w/large", "/w/extra") and last.trains
+    names = [stage.name for stage in run_recipe.plan_stages(folder, Path("/w"), {"data": "d"})]
+    assert names == ["source", "large", "last"]
+
+
+def test_a_stage_without_its_predecessor_is_refused_before_anything_runs(recipe, tmp_path, capsys, monkeypatch):
+    folder, work = recipe(GOOD), tmp_path / "work"
+    monkeypatch.setattr(run_recipe, "execute", lambda command: pytest.fail("it ran"))
+    arguments = ["--recipe", str(folder), "--work", str(work), "--set", "codes=x", "--from", "two"]
+    with pytest.raises(SystemExit) as stop:
+        run_recipe.main(arguments)
+    message = f"Stage two starts from one, which has not been finished: there is no {work}/one/model.safetensors"
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    (work / "one").mkdir(parents=True)
+    (work / "one" / "model.safetensors").touch()
+    ran = []
+    monkeypatch.setattr(run_recipe, "execute", lambda command: ran.append(command) or 0)
+    run_recipe.main(arguments)
+    assert len(ran) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
         ("", [], "has no `stages`"),
         ("stages: {one: {run: examples/none.py}}", [], "must `run` a script"),
         ("stages: {one: {run: examples/sft.py, option: x}}", [], "unknown fields option"),
+        ("stages: {one: {miniature: {run: examples/sft.py, trains: 1}}}", [], "unknown fields trains"),
+        ("stages: {one: {miniature: {options: x}}}", [], "must `run` a script"),
+        ("stages: {one: {options: x, miniature: {folder: x}}}", [], "must `run` a script"),
         (GOOD, [], "Stage one needs `--set codes=...`"),
         (GOOD, ["--set", "codes"], "takes NAME=VALUE"),
         (GOOD, ["--set", "codes=x", "one=y"], "`--set` can't be one"),

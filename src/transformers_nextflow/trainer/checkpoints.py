@@ -18,6 +18,7 @@ from ..codebook import check_same_codebook
 from ..pipeline_index import write_pipeline_index
 from ..processing_nextflow import IMAGE_TOKENIZER_FOLDER, NextFlowProcessor
 from ..processing_tokenflow import PROCESSORS
+from .agreement import refuse_other_data
 from .packing import EpochSampler
 
 logger = logging.getLogger(__name__)
@@ -144,8 +145,10 @@ class NextFlowTrainerMixin(_Trainer):
                 A folder; or True (also `"true"`, as command lines give it), the last whole one of `args.output_dir`.
 
         Raises:
-            `ValueError`: if there is none, it is not whole, or it is of a run with other packs, processes or parts.
+            `ValueError`: if there is none, it is not whole, or it is of a run with other packs, processes or parts; if
+                the ranks have different data.
         """
+        refuse_other_data(self.train_dataset)
         folder: Any = resume_from_checkpoint
         if str(folder).lower() in ("true", "false", "none"):
             folder = str(folder).lower() == "true"

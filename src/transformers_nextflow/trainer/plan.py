@@ -11,11 +11,14 @@ of a stage what it trains on:
     budget:
       samples: {text: 700e6, text_to_image: 345e6, editing: 20e6}
       num_scales: 16
-      trains: all  # or alignment
+      trains: all  # or alignment, or grpo: its samples are pictures that are drawn
+    budget: {pictures: 3.2e6, size: 256, batch: 32}  # of an image tokenizer, whose fields are under `image_tokenizer`
 
 FLOPs are those of the model's own matrices and of attention, where `q` new tokens see `kv`. Training takes three times
-the forward pass, with activation checkpointing four times. Memory is what must be held: weights, gradients and Adam's
-two moments in float32, a layer's activations, and one chunk of logits.
+the forward pass, with activation checkpointing four times; GRPO draws with guidance, which is two more, and asks the
+reference, one more. Memory is what must be held: weights, gradients and Adam's two moments in float32, a layer's
+activations, and one chunk of logits (GRPO: and the reference). Of image tokenizers torch counts the FLOPs and what
+autograd keeps, on tensors without data; teacher and critic are not in it.
 """
 
 import argparse
@@ -26,10 +29,13 @@ from typing import Any
 
 import torch
 import yaml
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from ..configuration_nextflow import NextFlowConfig
+from ..configuration_nextflow import NextFlowConfig, NextFlowImageTokenizerConfig
 from ..linear_cross_entropy import chunk_rows
 from ..modeling_nextflow import NextFlowForCausalLM
+from ..modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
 from ..scale_schedule import ScaleSchedule
 
 # Images of a sample of each kind, and its tokens of text: prompts and answers of the kind that is usual.
@@ -41,6 +47,7 @@ KINDS = {
     "interleaved": (4, 600),
 }
 PEAKS = {"h100": 989e12, "a100": 312e12, "l40s": 362e12, "rtx4090": 165e12}  # dense bf16, data sheets
+PASSES = {"all": 4, "alignment": 4, "grpo": 7}  # in units of a forward pass
 STATE_BYTES = 16  # of a trained weight: itself, its gradient, two moments, all float32
 
 
@@ -89,7 +96,7 @@ def stage_cost(
 
     Args:
         config ([`NextFlowConfig`]): The language model's.
-        budget (`dict`): `samples` of each kind, `num_scales`, `trains` (`"all"`, `"alignment"`).
+        budget (`dict`): `samples` of each kind, `num_scales`, `trains` (`"all"`, `"alignment"`, `"grpo"`).
         gpus (`int`, *optional*, defaults to 1): Over which weights, gradients and moments are cut if `sharded`.
         row (`int`, *optional*, defaults to 32768): Tokens of a pack, which a GPU computes at once.
 
@@ -101,8 +108,10 @@ def stage_cost(
     samples = {kind: float(number) for kind, number in budget["samples"].items()}
     if unknown := set(samples) - set(KINDS):
         raise ValueError(f"Samples are {', '.join(KINDS)}, not {', '.join(sorted(unknown))}.")
-    if (trains := budget.get("trains", "all")) not in ("all", "alignment"):
-        raise ValueError(f"`trains` is all or alignment, not {trains}.")
+    if (trains := budget.get("trains", "all")) not in PASSES:
+        raise ValueError(f"`trains` is {', '.join(PASSES)}, not {trains}.")
+    if trains == "grpo" and samples.keys() != {"text_to_image"}:
+        raise ValueError(f"GRPO draws: its samples are text_to_image, not {', '.join(samples)}.")
     scales = ScaleSchedule(num_scales=int(budget.get("num_scales", config.num_scales))).scale_lengths
     parameters = count_parameters(config)
     tokens = flops = 0.0
@@ -116,20 +125,65 @@ def stage_cost(
         trained = parameters["head"] * config.visual_codebook_size // config.vocab_size
         trained += 2 * config.visual_code_dim * config.hidden_size
     weights = 4 * (parameters["all"] - trained) + STATE_BYTES * trained
+    weights += 4 * parameters["all"] if trains == "grpo" else 0
     layer = 2 * row * (config.hidden_size * 8 + config.intermediate_size * 3)  # bf16, inside of one layer
     kept = 2 * row * config.hidden_size * config.num_hidden_layers  # bf16, between layers
     logits = 4 * chunk_rows(config.vocab_size) * config.vocab_size
     memory = weights / (gpus if sharded else 1) + layer + kept + logits
-    return StageCost(sum(samples.values()), tokens, 4 * flops, memory)
+    return StageCost(sum(samples.values()), tokens, PASSES[trains] * flops, memory)
+
+
+def image_tokenizer_cost(config: NextFlowImageTokenizerConfig, budget: Mapping[str, Any]) -> StageCost:
+    """The cost of a stage of the image tokenizer, all of it trained, every GPU with all weights.
+
+    Args:
+        config ([`NextFlowImageTokenizerConfig`]): The image tokenizer's.
+        budget (`dict`): `pictures`, their `size` in pixels (squares), `batch` of a GPU.
+
+    Raises:
+        `ValueError`: for fields that there are not, and for semantic encoders that can't be counted without data.
+    """
+    if (family := config.semantic_config.model_type) == "siglip2_vision_model":
+        raise ValueError(f"A {family} looks at its input's numbers, so its work can't be counted without data.")
+    if unknown := set(budget) - {"pictures", "size", "batch"}:
+        raise ValueError(f"A budget of pictures has pictures, size and batch, not {', '.join(sorted(unknown))}.")
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    side = int(budget["size"])
+    with FakeTensorMode():
+        model = NextFlowImageTokenizer(config)
+        pixels = torch.zeros(1, 3, side, side)
+        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            output = model(pixels)
+        own = {id(parameter.untyped_storage()) for parameter in model.parameters()}
+        codes = output.codes.shape[-1]
+    pictures, weights = float(budget["pictures"]), model.num_parameters()
+    activations = sum(size for name, size in kept.items() if name not in own) / 2  # bf16
+    memory = STATE_BYTES * weights + activations * int(budget.get("batch", 1))
+    return StageCost(pictures, pictures * codes, 3 * pictures * counter.get_total_flops(), memory)
 
 
 def read_recipe(folder: Path) -> tuple[NextFlowConfig, dict[str, Mapping[str, Any]]]:
     """The language model of a recipe, and the budgets of the stages that have one."""
+    recipe = _read(folder)
+    budgets = {name: stage["budget"] for name, stage in recipe["stages"].items() if "budget" in stage}
+    return NextFlowConfig(**recipe["model"]), budgets
+
+
+def read_image_tokenizer(folder: Path) -> NextFlowImageTokenizerConfig:
+    """The image tokenizer of a recipe."""
+    return NextFlowImageTokenizerConfig(**_read(folder).get("image_tokenizer", {}))
+
+
+def _read(folder: Path) -> dict[str, Any]:
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     if "model" not in recipe:
         raise ValueError(f"{folder} does not say what its `model` is, so its stages can't be planned.")
-    budgets = {name: stage["budget"] for name, stage in recipe["stages"].items() if "budget" in stage}
-    return NextFlowConfig(**recipe["model"]), budgets
+    return recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -148,9 +202,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{options.utilisation:.0%} of {PEAKS[options.gpu] / 1e12:.0f} TFLOP/s, packs of {options.row} tokens\n")
     print("| stage | samples | tokens | FLOPs | steps | GB a GPU | hours |\n|---|---:|---:|---:|---:|---:|---:|")
     for name, budget in budgets.items():
-        cost = stage_cost(config, budget, options.gpus, options.row, not options.no_sharding)
+        if "pictures" in budget:
+            cost = image_tokenizer_cost(read_image_tokenizer(options.recipe), budget)
+            steps = cost.samples / (budget.get("batch", 1) * options.gpus)
+        else:
+            cost = stage_cost(config, budget, options.gpus, options.row, not options.no_sharding)
+            steps = cost.tokens / (options.row * options.gpus)
         hours = cost.hours(options.gpus, PEAKS[options.gpu], options.utilisation)
-        steps = cost.tokens / (options.row * options.gpus)
         print(
             f"| {name} | {cost.samples / 1e6:,.1f} M | {cost.tokens / 1e9:,.1f} B | {cost.flops:.2e} | {steps:,.0f} "
             f"| {cost.memory / 2**30:.1f} | {hours:,.1f} |"

@@ -14,8 +14,7 @@ from transformers_nextflow import NextFlowForCausalLM, NextFlowProcessor
 from transformers_nextflow.trainer import NextFlowDataCollator, NextFlowSFTConfig, NextFlowSFTTrainer
 
 
-def train_on_two_ranks(folder: Path, samples: list[dict], packing: bool) -> list[float]:
-    """DDP: each rank takes one sample (or pack) a step."""
+def make_trainer(folder: Path, samples: list[dict], packing: bool) -> NextFlowSFTTrainer:
     settings = NextFlowSFTConfig(
         str(folder / f"ddp-{packing}"),
         per_device_train_batch_size=1,
@@ -34,10 +33,26 @@ def train_on_two_ranks(folder: Path, samples: list[dict], packing: bool) -> list
     )
     dataset = datasets.Dataset.from_list(samples)
     tokenizer = NextFlowProcessor.from_pretrained(folder / "model").tokenizer
-    trainer = NextFlowSFTTrainer(str(folder / "model"), settings, train_dataset=dataset, processing_class=tokenizer)
+    return NextFlowSFTTrainer(str(folder / "model"), settings, train_dataset=dataset, processing_class=tokenizer)
+
+
+def train_on_two_ranks(folder: Path, samples: list[dict], packing: bool) -> list[float]:
+    """DDP: each rank takes one sample (or pack) a step."""
+    trainer = make_trainer(folder, samples, packing)
     assert trainer.accelerator.num_processes == 2
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def train_on_other_data(folder: Path, samples: list[dict], change: str) -> str:
+    """What is said on this rank where the second one has other samples, or fewer."""
+    if dist.get_rank():
+        samples = samples[:-1] if change == "fewer" else [{**samples[0], "prompt_style": "bare"}, *samples[1:]]
+    try:
+        make_trainer(folder, samples, False).train()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def shard_fully(folder: Path, batch: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -91,6 +106,10 @@ def main(folder: Path):
     results: dict[str, object] = {
         f"ddp-{packing}": train_on_two_ranks(folder, samples, packing) for packing in (False, True)
     }
+    for change in ("fewer", "others"):
+        said = [""] * dist.get_world_size()
+        dist.all_gather_object(said, train_on_other_data(folder, samples, change))
+        results[change] = said
     config = NextFlowForCausalLM.from_pretrained(folder / "model").config
     batch = NextFlowDataCollator(config, condition_dropout=0)(samples)
     results["fsdp"] = shard_fully(folder, batch)

@@ -71,3 +71,11 @@ def test_split_tensors_are_whole(results):
     assert tp["losses"][1] == pytest.approx(tp["losses"][0], rel=1e-5)
     assert tp["norms"][1] == pytest.approx(tp["norms"][0], rel=1e-4)
     assert tp["same_codes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("change", "ranks"), [("fewer", ("4 samples", "3 samples")), ("others", ("4 samples",) * 2)])
+def test_ranks_with_other_data_are_told_apart_on_every_rank(results, change, ranks):
+    one, other = results[change]
+    assert one == other and one.startswith("The ranks have different data")
+    assert all(f"rank {rank}: {data}" in one for rank, data in enumerate(ranks))

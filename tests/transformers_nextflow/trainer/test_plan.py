@@ -1,19 +1,46 @@
 """The plan of a recipe: parameters and FLOPs counted another way, the paper's own run, what is refused."""
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, Qwen2Config
 
-from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, ScaleSchedule
-from transformers_nextflow.trainer import NextFlowImageTokenizerTrainingConfig, NextFlowSFTConfig
-from transformers_nextflow.trainer.plan import count_parameters, main, read_recipe, sample_flops, stage_cost
+from transformers_nextflow import (
+    NextFlowConfig,
+    NextFlowForCausalLM,
+    NextFlowImageTokenizer,
+    NextFlowImageTokenizerConfig,
+    ScaleSchedule,
+)
+from transformers_nextflow.trainer import (
+    NextFlowGRPOConfig,
+    NextFlowImageTokenizerTrainingConfig,
+    NextFlowSFTConfig,
+)
+from transformers_nextflow.trainer.plan import (
+    count_parameters,
+    image_tokenizer_cost,
+    main,
+    read_image_tokenizer,
+    read_recipe,
+    sample_flops,
+    stage_cost,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+from conversion.qwen2_5 import expected_shapes, nextflow_config
+from conversion.tokenflow import PAPER_SCHEDULES, tokenflow_config
+
+ROOT = Path(__file__).parents[3]
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "rope_parameters": {"rope_theta": 1e6, "mrope_section": [2, 3, 3]}}
-RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
+RECIPES = ROOT / "examples" / "recipes"
 
 
 def test_flops_are_those_that_torch_counts(tiny_random_checkpoint):
@@ -61,22 +88,90 @@ def test_a_stage_is_the_sum_of_its_kinds():
     assert both.hours(2, 1e12, 0.5) == pytest.approx(both.flops / 1e12 / 3600)
 
 
-@pytest.mark.parametrize("folder", ["7b-paper", "tiny"])
+@pytest.mark.parametrize("folder", ["7b-paper", "0.5b-256px", "tiny"])
 def test_settings_of_recipes_are_settings(folder, tmp_path):
+    kinds = {"language": NextFlowSFTConfig, "image": NextFlowImageTokenizerTrainingConfig, "grpo": NextFlowGRPOConfig}
+    kinds |= dict.fromkeys(("alignment", "pretraining", "continued", "sft"), NextFlowSFTConfig)
+    own = ("image_sizes", "teacher", "discriminator_hidden_size", "widen", "deepen", "perceptual", "reward")
     for path in (RECIPES / folder).glob("*.yaml"):
-        settings = yaml.safe_load(path.read_text())
-        if not path.stem.startswith(("language", "image_tokenizer")):
-            continue
-        own = ("image_sizes", "teacher", "discriminator_hidden_size", "widen", "deepen", "perceptual")
-        kind = NextFlowSFTConfig if path.stem.startswith("language") else NextFlowImageTokenizerTrainingConfig
-        settings |= {"output_dir": str(tmp_path), "use_cpu": True}
-        kind(**{name: value for name, value in settings.items() if name not in own})
+        kind = kinds.get(path.stem.partition("_")[0])
+        if kind is not None and not path.stem.endswith("_data"):
+            settings = yaml.safe_load(path.read_text()) | {"output_dir": str(tmp_path), "use_cpu": True}
+            kind(**{name: value for name, value in settings.items() if name not in own})
 
 
-def test_the_table(capsys):
-    main(["--recipe", str(RECIPES / "7b-paper"), "--gpus", "256"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("7.7") and sum(line.startswith("| pretraining_") for line in lines) == 3
+PAGES = (*RECIPES.glob("*/README.md"), ROOT / "docs" / "training.md")
+COMMAND = re.compile(r"^python -m transformers_nextflow\.trainer\.plan (.+)$", re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_tables_of_pages_are_what_their_commands_print(page, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = page.read_text(encoding="utf-8")
+    assert COMMAND.findall(text)
+    for command in COMMAND.finditer(text):
+        main(command[1].split())
+        table = capsys.readouterr().out.partition("\n\n")[2].strip()
+        assert text[command.end() :].partition("| stage |")[2].startswith(table.removeprefix("| stage |"))
+
+
+def test_grpo_draws_twice_learns_and_asks_its_reference():
+    """And holds that reference. Its pictures are what it costs."""
+    config = NextFlowConfig(**SMALL)
+    budget = {"samples": {"text_to_image": 10}, "num_scales": 8}
+    plain, drawn = (stage_cost(config, {**budget, "trains": trains}) for trains in ("all", "grpo"))
+    assert drawn.flops == pytest.approx(plain.flops / 4 * 7) and drawn.tokens == plain.tokens
+    assert drawn.memory - plain.memory == 4 * count_parameters(config)["all"]
+
+
+def test_an_image_tokenizer_is_counted_by_torch():
+    """On tensors without data as on real ones, with what autograd keeps."""
+    encoder = CLIPVisionConfig(48, 96, num_hidden_layers=2, num_attention_heads=4, patch_size=16)
+    config = NextFlowImageTokenizerConfig(codebook_size=64, semantic_config=encoder, vision_feature_layer=None)
+    config.update({"encoder_hidden_sizes": [32] * 5, "decoder_hidden_sizes": [32] * 5, "latent_channels": 32})
+    model = NextFlowImageTokenizer(config)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        output = model(torch.zeros(1, 3, 64, 64))
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    activations = sum(size for place, size in kept.items() if place not in own) / 2
+    cost = image_tokenizer_cost(model.config, {"pictures": 7, "size": 64, "batch": 3})
+    assert cost.flops == 3 * 7 * counter.get_total_flops() and cost.tokens == 7 * output.codes.shape[-1]
+    assert cost.memory == pytest.approx(16 * model.num_parameters() + 3 * activations, rel=0.05)
+
+
+def test_the_models_of_recipes_are_what_their_converters_make():
+    """At their real sizes, on the meta device: parents as published, image tokenizers by their layout."""
+    qwen = Qwen2Config(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
+    qwen.update({"num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768})
+    qwen.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}
+    images = tokenflow_config("clipb_224", enhanced=True, **PAPER_SCHEDULES)
+    made = nextflow_config(qwen, images, 12)
+    planned, _ = read_recipe(RECIPES / "0.5b-256px")
+    assert expected_shapes(made) == expected_shapes(planned)
+    assert made.rope_parameters == planned.rope_parameters
+    assert 0.65e9 < count_parameters(planned)["all"] < 0.67e9  # 494 M, the head untied, rows for codes, connector
+    ours = read_image_tokenizer(RECIPES / "0.5b-256px")
+    theirs = images.to_dict() | {"_name_or_path": ""}
+    assert {name: value for name, value in ours.to_dict().items() if theirs.get(name) != value} == {}
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"pictures": 1, "size": 64, "samples": 1}, "pictures, size and batch, not samples"),
+        ({"pictures": 1, "size": 64}, "A siglip2_vision_model looks at its input's numbers"),
+    ],
+)
+def test_bad_budgets_of_pictures(budget, message):
+    encoder = None if len(budget) == 2 else CLIPVisionConfig()
+    with pytest.raises(ValueError, match=message):
+        image_tokenizer_cost(NextFlowImageTokenizerConfig(semantic_config=encoder), budget)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +179,8 @@ def test_the_table(capsys):
     [
         ({"samples": {"video": 1}}, "Samples are text, .*, not video"),
         ({"samples": {"text": 1}, "scales": 3}, "not scales"),
-        ({"samples": {"text": 1}, "trains": "some"}, "`trains` is all or alignment, not some"),
+        ({"samples": {"text": 1}, "trains": "some"}, "`trains` is all, alignment, grpo, not some"),
+        ({"samples": {"text": 1}, "trains": "grpo"}, "GRPO draws: its samples are text_to_image, not text"),
     ],
 )
 def test_bad_budgets(budget, message):
