@@ -22,6 +22,7 @@ from diffusers_nextflow.__main__ import main as command_line
 from tiny_world.little import NAMES, QUESTION, change, draw_thing, name_thing
 from tiny_world.shapes import article
 
+SAMPLING = {"guidance_scale": 3.0, "image_top_k": 20}
 COMMANDS = 3  # things that the command line draws: it loads the model for each
 
 
@@ -33,9 +34,11 @@ def ask(*parts: Any) -> list[dict[str, Any]]:
 
 
 def draw_with_command(model: Path, prompt: str, seed: int) -> Image.Image:
+    sampling = ["--guidance-scale", str(SAMPLING["guidance_scale"]), "--top-k", str(SAMPLING["image_top_k"])]
     with TemporaryDirectory() as folder:
         output = Path(folder, "out.png")
-        command_line([prompt, "--model", str(model), "--seed", str(seed), "--output", str(output), "--quiet"])
+        options = ["--model", str(model), "--seed", str(seed), "--output", str(output), "--quiet"]
+        command_line([prompt, *options, *sampling])
         return Image.open(output).convert("RGB")
 
 
@@ -53,21 +56,22 @@ def judge(model: Path) -> tuple[dict[tuple[str, str], list[bool]], list[Image.Im
     def auto(prompt: str, seed: int) -> Image.Image:
         batch = processor(processor.style_prompt(prompt, "image", styles), return_tensors="pt")
         generator = torch.Generator().manual_seed(seed)
-        out = plain.generate(**batch, generation_mode="image", generator=generator, return_dict_in_generate=True)
+        options = {**SAMPLING, "generator": generator, "return_dict_in_generate": True}
+        out = plain.generate(**batch, generation_mode="image", **options)
         return processor.decode_images(out.sequences, out.image_grid_shw)[0][0]
 
-    def any_to_any(prompt: str, seed: int) -> Image.Image:
-        options = {"generator": torch.Generator().manual_seed(seed)}
-        return chat([*ask(prompt)], generation_mode="image", generate_kwargs=options)[0]["generated_image"]
+    def chat_picture(messages: list[dict[str, Any]], seed: int) -> Image.Image:
+        options = {**SAMPLING, "generator": torch.Generator().manual_seed(seed)}
+        return chat(messages, generation_mode="image", generate_kwargs=options)[0]["generated_image"]
 
     def nextflow_pipeline(prompt: str, seed: int, **more: Any) -> Image.Image:
-        return pipe(prompt, generator=torch.Generator().manual_seed(seed), **more).images[0]
+        return pipe(prompt, generator=torch.Generator().manual_seed(seed), **SAMPLING, **more).images[0]
 
     doors: dict[str, Callable[[str, int], Image.Image]] = {
         "`NextFlowPipeline`": nextflow_pipeline,
         "Auto classes": auto,
-        '`pipeline("text-to-image")`': lambda prompt, seed: text_to_image(prompt, seed=seed)[0],
-        '`pipeline("any-to-any")`': any_to_any,
+        '`pipeline("text-to-image")`': lambda prompt, seed: text_to_image(prompt, seed=seed, **SAMPLING)[0],
+        '`pipeline("any-to-any")`': lambda prompt, seed: chat_picture(ask(prompt), seed),
         "command line": lambda prompt, seed: draw_with_command(model, prompt, seed),
     }
     right: dict[tuple[str, str], list[bool]] = {}
@@ -92,13 +96,8 @@ def judge(model: Path) -> tuple[dict[tuple[str, str], list[bool]], list[Image.Im
         result = nextflow_pipeline(instruction, seed, image=picture)
         right.setdefault(("editing", "`NextFlowPipeline`"), []).append(name_thing(result) == changed)
         edited += [picture.resize(result.size), result]
-        batch = ask(picture, instruction)
-        result = chat(
-            batch, generation_mode="image", generate_kwargs={"generator": torch.Generator().manual_seed(seed)}
-        )
-        right.setdefault(("editing", '`pipeline("any-to-any")`'), []).append(
-            name_thing(result[0]["generated_image"]) == changed
-        )
+        result = chat_picture(ask(picture, instruction), seed)
+        right.setdefault(("editing", '`pipeline("any-to-any")`'), []).append(name_thing(result) == changed)
     return right, drawn, edited
 
 

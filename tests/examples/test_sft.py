@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import shlex
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,6 +178,40 @@ def test_accelerate_launches_what_a_file_says(launched, name):
     assert [args.multi_gpu, args.use_fsdp, args.use_deepspeed] == [name == "ddp", name == "fsdp2", "deep" in name]
 
 
+def test_one_gpu_is_one_process(launched):
+    args = launched("one_gpu")
+    assert (args.mixed_precision, args.num_processes, args.multi_gpu, args.use_fsdp) == ("bf16", 1, False, False)
+
+
+def test_slurm_gives_each_node_its_number_and_every_training_all_gpus(tmp_path):
+    """With doubles of the cluster's commands that say how they were called."""
+    doubles = {"scontrol": "echo one; echo two", "python": 'printf "%s\\n" "$@"'}
+    for name, code in doubles.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    script = Path(sft.__file__).parent / "accelerate" / "slurm.sh"
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "x", "SLURM_NNODES": "2"}
+    command = ["bash", str(script), "fsdp2", "--recipe", "r", "--work", "w w"]
+    called = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert called[:6] == ["examples/run_recipe.py", "--recipe", "r", "--work", "w w", "--launcher"]
+    *srun, shell, option, launch, _ = shlex.split(called[6])
+    assert (srun[0], shell, option) == ("srun", "bash", "-c")
+    launch = launch.replace("accelerate launch", 'printf "%s\\n"')
+    (tmp_path / "node").write_text(f"{launch}\n")
+    node = subprocess.run(
+        ["bash", str(tmp_path / "node"), "sft.py", "--codes", "a b"],
+        env={**environment, "SLURM_NODEID": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    options, given = node[:-3], node[-3:]
+    assert given == ["sft.py", "--codes", "a b"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args([*options, *given]))
+    assert (args.num_machines, args.num_processes, args.machine_rank) == (2, 16, 1)
+    assert (args.main_process_ip, args.use_fsdp) == ("one", True)
+
+
 def test_fsdp_wraps_the_layers(launched, tiny_random_checkpoint):
     launched("fsdp2")
     plugin = FullyShardedDataParallelPlugin()
@@ -222,3 +258,10 @@ def test_one_source_of_samples(run):
 def test_captions_must_be_there(run):
     with pytest.raises(ValueError, match='have the columns image, text, but captions were expected in "label"'):
         run("--caption_column", "label")
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_a_step(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_trackio_available", lambda: False)
+    with pytest.raises(RuntimeError, match="trackio to be installed"):
+        run("--report_to", "trackio")
+    assert not list((tmp_path / "out").glob("*.safetensors"))

@@ -72,12 +72,15 @@ class StageCost:
 
 
 def count_parameters(config: NextFlowConfig) -> dict[str, int]:
-    """Weights of the layers' matrices, of the head, and of everything, counted on the meta device."""
+    """Weights of the layers' matrices, of the head, of what alignment trains, of all, counted on the meta device."""
     with torch.device("meta"):
         model = NextFlowForCausalLM(config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.ndim > 1}
     layers = sum(size for name, size in sizes.items() if ".layers." in name)
-    return {"layers": layers, "head": sizes["lm_head.weight"], "all": model.num_parameters()}
+    # Of the two large matrices alignment trains single rows, but gradients and moments are whole.
+    parts = ("model.connector.", "model.scale_embedding.", "model.embed_tokens.", "lm_head.")
+    new = sum(parameter.numel() for name, parameter in model.named_parameters() if name.startswith(parts))
+    return {"layers": layers, "head": sizes["lm_head.weight"], "alignment": new, "all": model.num_parameters()}
 
 
 def sample_flops(config: NextFlowConfig, parameters: Mapping[str, int], blocks: Sequence[int]) -> float:
@@ -120,16 +123,15 @@ def stage_cost(
         blocks = [text + images, *(length for _ in range(images) for length in scales)]
         tokens += number * sum(blocks)
         flops += number * sample_flops(config, parameters, blocks)
-    trained = parameters["all"]
-    if trains == "alignment":
-        trained = parameters["head"] * config.visual_codebook_size // config.vocab_size
-        trained += 2 * config.visual_code_dim * config.hidden_size
-    weights = 4 * (parameters["all"] - trained) + STATE_BYTES * trained
-    weights += 4 * parameters["all"] if trains == "grpo" else 0
+    shards = gpus if sharded else 1
+    if trains == "alignment":  # FSDP would cut the rows apart: weights are whole, the rest is sharded as by ZeRO-2
+        weights = 4 * parameters["all"] + (STATE_BYTES - 4) * parameters["alignment"] / shards
+    else:
+        weights = (STATE_BYTES + 4 * (trains == "grpo")) * parameters["all"] / shards
     layer = 2 * row * (config.hidden_size * 8 + config.intermediate_size * 3)  # bf16, inside of one layer
     kept = 2 * row * config.hidden_size * config.num_hidden_layers  # bf16, between layers
     logits = 4 * chunk_rows(config.vocab_size) * config.vocab_size
-    memory = weights / (gpus if sharded else 1) + layer + kept + logits
+    memory = weights + layer + kept + logits
     return StageCost(sum(samples.values()), tokens, PASSES[trains] * flops, memory)
 
 

@@ -17,6 +17,7 @@ from transformers_nextflow import (
     NextFlowImageTokenizerConfig,
     ScaleSchedule,
 )
+from transformers_nextflow.linear_cross_entropy import chunk_rows
 from transformers_nextflow.trainer import (
     NextFlowGRPOConfig,
     NextFlowImageTokenizerTrainingConfig,
@@ -31,6 +32,7 @@ from transformers_nextflow.trainer.plan import (
     sample_flops,
     stage_cost,
 )
+from transformers_nextflow.trainer.sft_trainer import train_new_weights_only
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 from conversion.qwen2_5 import expected_shapes, nextflow_config
@@ -74,9 +76,50 @@ def test_the_papers_own_run():
     costs = {name: stage_cost(config, budget, gpus=8) for name, budget in budgets.items()}
     assert 5.5e12 < sum(cost.tokens for cost in costs.values()) < 6.5e12
     assert 7.6e9 < count_parameters(config)["all"] < 7.9e9
-    assert costs["alignment"].memory < costs["sft"].memory
+    assert stage_cost(config, budgets["alignment"]).memory < stage_cost(config, budgets["sft"]).memory
     per_token = [costs[f"pretraining_{size}"].flops / costs[f"pretraining_{size}"].tokens for size in (256, 512, 1024)]
     assert per_token == sorted(per_token)
+
+
+@pytest.mark.parametrize("folder", ["0.5b-256px", "7b-paper"])
+def test_what_stages_train_at_their_real_sizes(folder):
+    """On the meta device, with the optimizer's own states: weights, gradients, moments."""
+    config, budgets = read_recipe(RECIPES / folder)
+    for trains, budget in {
+        budget.get("trains", "all"): budget for budget in budgets.values() if "samples" in budget
+    }.items():
+        with torch.device("meta"):
+            model = NextFlowForCausalLM(config)
+        if trains == "alignment":
+            train_new_weights_only(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer = torch.optim.AdamW(trained, foreach=True)
+        optimizer.step()
+        moments = [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.ndim]
+        held = sum(tensor.nbytes for tensor in (*model.parameters(), *trained, *moments))
+        held += sum(parameter.nbytes for parameter in model.parameters()) if trains == "grpo" else 0
+        without_rows = stage_cost(config, budget, row=0).memory - 4 * chunk_rows(config.vocab_size) * config.vocab_size
+        assert without_rows == pytest.approx(held, rel=1e-6), trains
+
+
+@pytest.mark.parametrize("folder", ["0.5b-256px", "7b-paper"])
+def test_flops_at_real_sizes_are_those_that_torch_counts(folder):
+    config, _ = read_recipe(RECIPES / folder)
+    config._attn_implementation = "eager"
+    length = 64
+    with torch.device("meta"):
+        model = NextFlowForCausalLM(config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        states = torch.zeros(1, length, config.hidden_size, device="meta")
+        places = model.model.rotary_emb(states, torch.zeros(3, 1, length, dtype=torch.long, device="meta"))
+        for layer in model.model.layers:
+            states = layer(states, attention_mask=None, position_embeddings=places)
+            states = states[0] if isinstance(states, tuple) else states
+        model.lm_head(states)
+    ours = sample_flops(config, count_parameters(config), [length])
+    assert counter.get_total_flops() == pytest.approx(ours, rel=1e-3)
 
 
 def test_a_stage_is_the_sum_of_its_kinds():
@@ -126,7 +169,9 @@ def test_grpo_draws_twice_learns_and_asks_its_reference():
 
 def test_an_image_tokenizer_is_counted_by_torch():
     """On tensors without data as on real ones, with what autograd keeps."""
-    encoder = CLIPVisionConfig(48, 96, num_hidden_layers=2, num_attention_heads=4, patch_size=16)
+    encoder = CLIPVisionConfig(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, patch_size=16
+    )
     config = NextFlowImageTokenizerConfig(codebook_size=64, semantic_config=encoder, vision_feature_layer=None)
     config.update({"encoder_hidden_sizes": [32] * 5, "decoder_hidden_sizes": [32] * 5, "latent_channels": 32})
     model = NextFlowImageTokenizer(config)
