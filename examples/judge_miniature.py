@@ -22,7 +22,7 @@ from diffusers_nextflow.__main__ import main as command_line
 from tiny_world.little import NAMES, QUESTION, change, draw_thing, name_thing
 from tiny_world.shapes import article
 
-SAMPLING = {"guidance_scale": 3.0, "image_top_k": 20}
+SAMPLING = {"guidance_scale": 2.0, "image_top_k": 5}
 COMMANDS = 3  # things that the command line draws: it loads the model for each
 
 

@@ -153,7 +153,7 @@ def test_stages_get_the_folders_of_those_before(recipe, capsys):
 
 SMALL = """
 stages:
-  source: {run: examples/download.py, options: --output {here}, miniature: {folder: "{recipe}/here"}}
+  source: {run: examples/download.py, options: "--output {here}", miniature: {folder: "{recipe}/here"}}
   large: {run: examples/sft.py, options: "--codes {data}", miniature: {run: examples/download.py, options: "{source}"}}
   extra: {miniature: {run: examples/download.py, options: "{large}", done: x}}
   last: {run: examples/sft.py, options: "{large}", trains: true, miniature: "{extra}"}

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import yaml
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..configuration_nextflow import NextFlowConfig, NextFlowImageTokenizerConfig
@@ -145,8 +146,6 @@ def image_tokenizer_cost(config: NextFlowImageTokenizerConfig, budget: Mapping[s
     Raises:
         `ValueError`: for fields that there are not, and for semantic encoders that can't be counted without data.
     """
-    if (family := config.semantic_config.model_type) == "siglip2_vision_model":
-        raise ValueError(f"A {family} looks at its input's numbers, so its work can't be counted without data.")
     if unknown := set(budget) - {"pictures", "size", "batch"}:
         raise ValueError(f"A budget of pictures has pictures, size and batch, not {', '.join(sorted(unknown))}.")
     kept: dict[int, int] = {}
@@ -156,11 +155,19 @@ def image_tokenizer_cost(config: NextFlowImageTokenizerConfig, budget: Mapping[s
         return tensor
 
     side = int(budget["size"])
-    with FakeTensorMode():
+    with torch.device("meta"):
         model = NextFlowImageTokenizer(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
         pixels = torch.zeros(1, 3, side, side)
         with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            output = model(pixels)
+            try:
+                output = model(pixels)
+            except DataDependentOutputException as error:
+                raise ValueError(
+                    "SigLIP2, in the encoder or where `semantic_decoder_grid_size` is None, looks at numbers, so this "
+                    "image tokenizer can't be counted without data."
+                ) from error
         own = {id(parameter.untyped_storage()) for parameter in model.parameters()}
         codes = output.codes.shape[-1]
     pictures, weights = float(budget["pictures"]), model.num_parameters()

@@ -173,7 +173,14 @@ def test_an_image_tokenizer_is_counted_by_torch():
         hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, patch_size=16
     )
     config = NextFlowImageTokenizerConfig(codebook_size=64, semantic_config=encoder, vision_feature_layer=None)
-    config.update({"encoder_hidden_sizes": [32] * 5, "decoder_hidden_sizes": [32] * 5, "latent_channels": 32})
+    config.update(
+        {
+            "semantic_decoder_grid_size": 4,
+            "encoder_hidden_sizes": [32] * 5,
+            "decoder_hidden_sizes": [32] * 5,
+            "latent_channels": 32,
+        }
+    )
     model = NextFlowImageTokenizer(config)
     kept = {}
 
@@ -210,7 +217,7 @@ def test_the_models_of_recipes_are_what_their_converters_make():
     ("budget", "message"),
     [
         ({"pictures": 1, "size": 64, "samples": 1}, "pictures, size and batch, not samples"),
-        ({"pictures": 1, "size": 64}, "A siglip2_vision_model looks at its input's numbers"),
+        ({"pictures": 1, "size": 64}, "SigLIP2, in the encoder .* looks at numbers"),
     ],
 )
 def test_bad_budgets_of_pictures(budget, message):
