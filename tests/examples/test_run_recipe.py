@@ -37,9 +37,10 @@ def in_this_process(command) -> int:
     sys.path.insert(0, str(Path(path).parent))
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    module.main(arguments)
+    with pytest.MonkeyPatch.context() as patch:  # other tests have the module already
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        module.main(arguments)
     return 0
 
 
