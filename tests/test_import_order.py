@@ -24,7 +24,7 @@ ORDER = """
 """
 TRAINER_ORDER = """
     settings coded_dataset data_list data_collator packing agreement checkpoints
-    sft_config muon samples sft_trainer
+    sft_config muon new_weights samples sft_trainer
     dpo_config dpo_trainer
     grpo_config grpo_losses reward_call rewards grpo_trainer
     image_tokenizer_losses image_tokenizer_config image_tokenizer_trainer

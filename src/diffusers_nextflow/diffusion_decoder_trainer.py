@@ -1,17 +1,15 @@
 """Training of the diffusion decoder (arXiv 2601.02204, section 3.3) by the plain diffusion loss."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from peft import PeftConfig
 from torchvision.utils import save_image
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from transformers_nextflow import NextFlowImageTokenizer
 from transformers_nextflow.trainer.checkpoints import NextFlowTrainerMixin, check_start, copy_settings
@@ -128,15 +126,6 @@ class NextFlowDiffusionDecoderTrainer(NextFlowTrainerMixin, Trainer):
         self.image_tokenizer = image_tokenizer.requires_grad_(False).eval().to(args.device)
         self.vae: Any = None if vae is None else vae.requires_grad_(False).eval().to(args.device)
         self.diffusion_scheduler = scheduler  # `scheduler` is one of learning rates to transformers
-        self.ema: EMAModel | None = None
-        if args.ema_decay is not None:
-            self.ema = EMAModel(self._trained().values(), decay=args.ema_decay, use_ema_warmup=True)
-            self.ema.to(args.device)
-            self.add_callback(_Average(self))
-
-    def _trained(self) -> dict[str, torch.nn.Parameter]:
-        model: Any = self.accelerator.unwrap_model(self.model)
-        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     # The loss
 
@@ -194,19 +183,6 @@ class NextFlowDiffusionDecoderTrainer(NextFlowTrainerMixin, Trainer):
 
     # Pictures
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The decoder has the moving average of its weights inside, if one is kept."""
-        if self.ema is None:
-            yield
-            return
-        self.ema.store(self._trained().values())
-        self.ema.copy_to(self._trained().values())
-        try:
-            yield
-        finally:
-            self.ema.restore(self._trained().values())
-
     def pipeline(self) -> NextFlowDecodePipeline:
         """The parts as a pipeline, which shares them."""
         decoder: Any = self.accelerator.unwrap_model(self.model)
@@ -240,24 +216,18 @@ class NextFlowDiffusionDecoderTrainer(NextFlowTrainerMixin, Trainer):
     # Saving
 
     def _run_facts(self) -> dict[str, Any]:
-        facts = {"lora": self.has_lora, "ema": self.ema is not None, "scale_factors": list(self.args.scale_factors)}
-        return super()._run_facts() | facts
+        return super()._run_facts() | {"lora": self.has_lora, "scale_factors": list(self.args.scale_factors)}
 
     def _save_run_state(self, folder: Path) -> None:
-        state: dict[str, Any] = {"weights": dict(self._trained())}
-        if self.ema is not None:
-            state["ema"] = self.ema.state_dict()
-        if self.args.should_save:
-            torch.save(state, folder / STATE_FILE)
+        with self.averaged():
+            if self.args.should_save:
+                torch.save({"weights": dict(self._trained())}, folder / STATE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         state = torch.load(Path(resume_from_checkpoint, STATE_FILE), map_location=self.args.device, weights_only=True)
         with torch.no_grad():
             for name, parameter in self._trained().items():
                 parameter.copy_(state["weights"][name])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-            self.ema.to(self.args.device)
 
     def _save_checkpoint(self, model, trial):
         if self.args.should_save and self.args.num_logged_images:
@@ -284,16 +254,6 @@ class NextFlowDiffusionDecoderTrainer(NextFlowTrainerMixin, Trainer):
 
     def _how_to_load(self, model: Any) -> str:
         return "NextFlowDecodePipeline.from_pretrained(folder)"
-
-
-class _Average(TrainerCallback):
-    """Moves the average after each step of the optimizer."""
-
-    def __init__(self, trainer: NextFlowDiffusionDecoderTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.ema.step(self.trainer._trained().values())  # type: ignore[union-attr]
 
 
 def _check_hashes(dataset: Any, ours: str | None) -> None:

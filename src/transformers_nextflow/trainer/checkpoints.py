@@ -5,12 +5,16 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.training_utils import EMAModel
 from peft import PeftModel, PromptLearningConfig
-from transformers import AutoModelForMultimodalLM
+from transformers import AutoModelForMultimodalLM, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -24,6 +28,7 @@ from .packing import EpochSampler
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "nextflow_run.json"
+TRAINED_WEIGHTS_FILE = "trained_weights.pt"  # beside their average, which the checkpoint's model is
 _Trainer: Any = object  # in whose place transformers' `Trainer` stands
 
 
@@ -65,11 +70,15 @@ class NextFlowTrainerMixin(_Trainer):
     _card_facts: tuple[str, ...] = ()  # lines of the model card
     _epoch_sampler: Any = None
     _image_tokenizer_files: Path | None = None  # the last copy on disk
+    ema: EMAModel | None = None  # with `args.ema_decay`, from the start of the training on
+    _is_averaged = False
 
     def __init__(self, *args, **kwargs):
         # Of training and of evaluation, by name: a sum and the number of what was added up.
         self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
         super().__init__(*args, **kwargs)
+        if getattr(self.args, "ema_decay", None) is not None:
+            self.add_callback(_MoveAverage(self))
 
     # Order
 
@@ -94,6 +103,66 @@ class NextFlowTrainerMixin(_Trainer):
             self._epoch_sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
+    # The average of the weights
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if (decay := getattr(self.args, "ema_decay", None)) is not None:
+            self._start_average(decay, resume_from_checkpoint)
+        return prepared
+
+    @torch.no_grad()
+    def _start_average(self, decay: float, checkpoint: str | None) -> None:
+        """The weights are their average so far: those of a new run, or of a checkpoint's model."""
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError("`ema_decay` averages whole weights, which FSDP and ZeRO-3 cut into pieces: use DDP.")
+        trained = self._trained()
+        if coarse := [name for name, parameter in trained.items() if parameter.itemsize < 4]:
+            raise ValueError(
+                f"`ema_decay` needs float32, but {coarse[0]} is {trained[coarse[0]].dtype}, in which small steps of an "
+                "average round to nothing: load the model with `dtype=torch.float32`."
+            )
+        self.ema = EMAModel(trained.values(), decay=decay, use_ema_warmup=True, foreach=True)
+        if checkpoint is not None:
+            self.ema.optimization_step = self.state.global_step
+            weights = torch.load(Path(checkpoint, TRAINED_WEIGHTS_FILE), map_location="cpu", weights_only=True)
+            for name, parameter in trained.items():
+                parameter.copy_(weights[name])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model has the average of its weights inside, if one is kept."""
+        if self.ema is None or self._is_averaged:
+            yield
+            return
+        self.ema.store(self._trained().values())
+        self.ema.copy_to(self._trained().values())
+        self._is_averaged = True
+        try:
+            yield
+        finally:
+            self._is_averaged = False
+            self.ema.restore(self._trained().values())
+
+    def evaluate(self, *args, **kwargs):
+        """As in transformers, of the average of the weights if one is kept."""
+        with self.averaged():
+            return super().evaluate(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, the average of the weights if one is kept."""
+        with self.averaged():
+            super().save_model(output_dir, _internal_call)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.ema is not None:  # its weights are an average
+            self.ema.shadow_params = [parameter.detach().clone() for parameter in self._trained().values()]
+
     # Logging
 
     def _count(self, training: bool, name: str, entry: torch.Tensor) -> None:
@@ -116,7 +185,10 @@ class NextFlowTrainerMixin(_Trainer):
 
     def _run_facts(self) -> dict[str, Any]:
         """What must not change when a run is resumed."""
-        return {"num_processes": self.accelerator.num_processes}
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "ema": getattr(self.args, "ema_decay", None) is not None,
+        }
 
     def _save_run_state(self, folder: Path) -> None:
         """Writes what a trainer needs for resuming, beside transformers' files; called on every rank."""
@@ -131,6 +203,8 @@ class NextFlowTrainerMixin(_Trainer):
         super()._save_rng_state(output_dir)
         folder = Path(output_dir)
         self._save_run_state(folder)
+        if self.ema is not None and self.args.should_save:
+            torch.save(dict(self._trained()), folder / TRAINED_WEIGHTS_FILE)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             names = [path for path in folder.rglob("*") if path.is_file() and path.name != RUN_FILE]
@@ -170,12 +244,14 @@ class NextFlowTrainerMixin(_Trainer):
                     "whole one."
                 )
             then, now = json.loads(Path(folder, RUN_FILE).read_text(encoding="utf-8")), self._run_facts()
-            names = [name for name in then if name != "files" and then[name] != now.get(name)]
-            if names:
-                changed = "; ".join(f"`{name}` was {then[name]}, now {now.get(name)}" for name in names)
+            if names := [name for name, value in now.items() if name in then and then[name] != value]:
+                changed = "; ".join(f"`{name}` was {then[name]}, now {now[name]}" for name in names)
+                way_out = "Resume it as it was"
+                if {"samples_per_step", "packs_per_step"} & set(names):
+                    way_out += " (a step's number is that of processes, times `gradient_accumulation_steps`, and of "
+                    way_out += "samples times `per_device_train_batch_size`)"
                 raise ValueError(
-                    f"The run in {folder} can't go on: {changed}. Resume it as it was, or start a new run from its "
-                    "weights."
+                    f"The run in {folder} can't go on: {changed}. {way_out}, or start a new run from its weights."
                 )
         return super().train(folder, *args, **kwargs)
 
@@ -212,6 +288,9 @@ class NextFlowTrainerMixin(_Trainer):
 
     def save_merged(self, folder: str) -> None:
         """Merges the adapters of PEFT into the model, for good, and saves a whole model that loads everywhere."""
+        if self.ema is not None:
+            self.ema.copy_to(self._trained().values())
+            self.ema = None
         self.model: Any = self.accelerator.unwrap_model(self.model).merge_and_unload()
         self.save_model(folder)
 
@@ -255,6 +334,17 @@ evaluated it here; licence and limits are those of its base and its data.
 
 {settings}
 """
+
+
+class _MoveAverage(TrainerCallback):
+    """Moves the average after each step of the optimizer."""
+
+    def __init__(self, trainer: NextFlowTrainerMixin):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.ema is not None:
+            self.trainer.ema.step(self.trainer._trained().values())
 
 
 def copy_settings(args: Any, kind: Any, output_dir: str) -> Any:

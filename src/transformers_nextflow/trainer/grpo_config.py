@@ -31,14 +31,15 @@ FIXED = (
 # Arguments of `generate` that the trainer gives itself.
 _OWN_ARGUMENTS = {"generation_mode", "generator", "height", "width", "num_scales", "num_return_sequences"}
 _OWN_ARGUMENTS |= {"prefix_scales", "images_per_prefix"}
+_OWN_ARGUMENTS |= {"thinking", "max_new_tokens", "do_sample", "temperature", "stop_strings", "max_time"}
 
 
 @dataclass
 class NextFlowGRPOConfig(GRPOConfig):
     r"""
     [`~trl.GRPOConfig`] for [`NextFlowGRPOTrainer`]. Batches, groups (`num_generations`), `num_iterations`, `beta`,
-    `epsilon`, `reward_weights`, `scale_rewards` and logging are TRL's; what only text needs is refused or has no effect
-    (`max_completion_length`: the schedule says how long an image is).
+    `epsilon`, `reward_weights`, `scale_rewards` and logging are TRL's; what only text needs is refused or has no
+    effect. `max_completion_length` is the limit of a thought; the schedule says how long an image is.
 
     Args:
         num_trained_scales (`int`, *optional*, defaults to 8):
@@ -47,6 +48,9 @@ class NextFlowGRPOConfig(GRPOConfig):
         scale_reweight_alpha (`float`, *optional*, defaults to 0.7):
             A code of scale s weighs `1 / (h_s * w_s) ** alpha` in the loss, normalised over the trained scales
             (the papers: 0.6 to 0.8 is best for GRPO).
+        thinking (`bool`, *optional*, defaults to `False`):
+            A text is thought before each picture, and both are trained: the thought's tokens weigh 1 each, as a code
+            does on average.
         guidance_scale (`float`, *optional*):
             Classifier-free guidance of the rollouts, the model's own by default; log-probabilities never have it.
         top_k (`int`, *optional*), top_p (`float`, *optional*):
@@ -65,6 +69,7 @@ class NextFlowGRPOConfig(GRPOConfig):
 
     num_trained_scales: int | None = field(default=8, metadata={"help": "Scales in the loss, from the first on."})
     scale_reweight_alpha: float = field(default=0.7, metadata={"help": "Exponent of the scale weights."})
+    thinking: bool = field(default=False, metadata={"help": "Train a thought before each picture, too."})
     guidance_scale: float | None = field(default=None, metadata={"help": "Guidance of the rollouts."})
     # None is the model's own; TRL's defaults would cut nothing off.
     top_k: int | None = field(default=None, metadata={"help": "Likeliest codes that rollouts draw from."})  # type: ignore[assignment]
@@ -95,8 +100,13 @@ class NextFlowGRPOConfig(GRPOConfig):
         )
         name_activation_checkpointing(self)
         super().__post_init__()
+        if self.thinking and self.middle_return_scale is not None:
+            raise ValueError(
+                "With `middle_return_scale` pictures share a prefix, but with `thinking` each has a thought of its "
+                "own: leave one of them out."
+            )
         if taken := sorted(_OWN_ARGUMENTS & (self.generation_kwargs or {}).keys()):  # type: ignore[union-attr]
             raise ValueError(
-                f"`generation_kwargs` can't hold {', '.join(f'`{name}`' for name in taken)}: sizes are settings of "
-                "their own, and the rest is the trainer's."
+                f"`generation_kwargs` can't hold {', '.join(f'`{name}`' for name in taken)}: sizes, `temperature` "
+                "and `max_completion_length` are settings of their own, and the rest is the trainer's."
             )

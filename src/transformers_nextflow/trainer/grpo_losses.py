@@ -8,9 +8,13 @@ with the ratio r of new to old probability of a code, the advantage A of its ima
 scale. A mask gates the reward and the KL alike, and the sum is divided by what it keeps: an image whose reward a small
 box decides teaches as much as one without a mask.
 
-Letters: B samples, n codes of the trained scales, K codes of the codebook, H x W pixels.
+Thoughts before the images are part of the sum, each token with weight 1.
+
+Letters: B samples, n codes of the trained scales, T tokens of the longest thought, V text ids, K codes of the codebook,
+H x W pixels.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,6 +58,32 @@ def code_log_probs(
     with torch.no_grad():
         entropies = normalisers - (logits.softmax(-1) * logits).sum(-1)
     return log_probs, entropies
+
+
+def thought_log_probs(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    forbidden: Sequence[int],
+    ends: Sequence[int],
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of a text that ends where an image opens.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, T + 1, V)`): Over the text ids.
+        ids (`torch.LongTensor` of shape `(B, T + 1)`): The text; the last column, `<boi>`, stands for all `ends`.
+        forbidden (sequence of `int`): Ids that a text can't hold.
+        ends (sequence of `int`): Ids any of which ends it.
+        temperature (`float`, *optional*, defaults to 1.0): Divides the logits.
+
+    Returns:
+        Two `torch.FloatTensor` of shape `(B, T + 1)`, float32: log-probabilities, and entropies in nats (no gradient).
+    """
+    logits = logits.float().index_fill(-1, torch.tensor(forbidden, device=logits.device), -1e9)
+    log_probs, entropies = code_log_probs(logits, ids.clamp(max=logits.shape[-1] - 1), temperature)
+    last = logits[:, -1] / temperature
+    end = last[:, list(ends)].logsumexp(-1) - last.logsumexp(-1)
+    return torch.cat([log_probs[:, :-1], end[:, None]], dim=1), entropies
 
 
 def group_advantages(rewards: torch.Tensor, group_size: int, scaling: str = "group") -> torch.Tensor:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from datasets.fingerprint import Hasher
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
@@ -25,7 +27,14 @@ from ..processing_nextflow import NextFlowProcessor
 from ..token_layout import scale_weights, split_grids
 from .checkpoints import NextFlowTrainerMixin, copy_settings, load_model
 from .grpo_config import NextFlowGRPOConfig
-from .grpo_losses import code_log_probs, group_advantages, middle_returns, policy_loss, propagate_mask
+from .grpo_losses import (
+    code_log_probs,
+    group_advantages,
+    middle_returns,
+    policy_loss,
+    propagate_mask,
+    thought_log_probs,
+)
 from .reward_call import make_reward_call
 
 STATE_FILE = "grpo_state_{}.pt"  # one per process
@@ -53,12 +62,14 @@ class Rollout(NamedTuple):
         prompt_ids, prompt_mask (`torch.LongTensor` of shape `(R, L)`): Left-padded, ending with `<boi>`.
         grids (`list[torch.LongTensor]`): For each row the grids of the images in its prompt and of the drawn one.
         codes (`torch.LongTensor` of shape `(R * num_images, N)`): In `[0, K)`.
+        thoughts (`list[list[int]]`, *optional*): What each row thought, with `thinking`; part of `prompt_ids`, too.
     """
 
     prompt_ids: torch.Tensor
     prompt_mask: torch.Tensor
     grids: list[torch.Tensor]
     codes: torch.Tensor
+    thoughts: list[list[int]] | None = None
 
 
 class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
@@ -69,9 +80,9 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
 
     A row of the data set has a `prompt`, text or a conversation. Pictures in it (for editing) stand in the column
     `images` (one for each `<image>` mark) or in the messages. Reward functions get `images`, the drawn pictures;
-    `prompts`; the prompts' own pictures as `source_images`; and all other columns, as far as they name them. They
-    return one number per picture (None where they can't tell), or a [`RewardOutput`], which adds masks of the pixels
-    that decide.
+    `prompts`; the prompts' own pictures as `source_images`; with `thinking` the texts before the pictures as
+    `thoughts`; and all other columns, as far as they name them. They return one number per picture (None where they
+    can't tell), or a [`RewardOutput`], which adds masks of the pixels that decide.
 
     Args:
         model ([`NextFlowForCausalLM`], `PeftModel` or `str`): The model, or its folder.
@@ -109,6 +120,8 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
             if kwargs.get(name):
                 raise ValueError(f"`{name}` is for text; NextFlowGRPOTrainer draws pictures itself.")
         model, processor = load_model(model, args, processing_class, peft_config)
+        if args.thinking and not model.config.writes_text:
+            raise ValueError("`thinking` is for models that write, but this one only draws: leave it out.")
         if processing_class not in (None, processor) or processor is None or processor.image_tokenizer is None:
             raise ValueError(
                 "Rewards judge pictures: pass `processing_class=NextFlowProcessor.from_pretrained(...)` with an image "
@@ -201,11 +214,12 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
     # Drawing
 
     def _read_prompts(self, rows: list[Row]) -> dict[str, torch.Tensor]:
-        """Token-view ids, left-padded and ending with `<boi>`, of one row per prompt."""
+        """Token-view ids, left-padded and ending with `<boi>` (unless a thought follows), of one row per prompt."""
         texts, pictures = zip(*map(self._read_prompt, rows), strict=True)
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
         batch = self.processor(list(texts), list(pictures) if any(pictures) else None, **options)
-        start = torch.tensor(self.processor.image_start_ids).expand(len(texts), -1)
+        ids = [] if self.args.thinking else self.processor.image_start_ids
+        start = torch.tensor(ids, dtype=torch.long).expand(len(texts), -1)
         batch["input_ids"] = torch.cat([batch["input_ids"].long(), start], dim=1)
         batch["attention_mask"] = F.pad(batch["attention_mask"].long(), (0, start.shape[1]), value=1)
         return batch
@@ -213,14 +227,16 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
     def _read_prompt(self, row: Row) -> tuple[str, list[Any]]:
         """Text with `<image>` marks and pictures of a row: `prompt` (text or messages) and `images` (or `image`).
 
-        A text becomes a chat turn where the model was trained on such for drawing (or, with pictures, for editing).
+        A text becomes a chat turn where the model was trained on such for drawing (or, with pictures, for editing), and
+        for thinking unless it was trained on bare ones.
         """
         processor, prompt, images, image = self.processor, row["prompt"], row.get("images"), row.get("image")
         pictures = list(images) if images is not None and len(images) else [] if image is None else [image]
         if isinstance(prompt, str):
             processor.check_plain([prompt.replace(processor.image_token, "")])
         styles = getattr(self.accelerator.unwrap_model(self.model).generation_config, "prompt_styles", None) or {}
-        if isinstance(prompt, str) and styles.get("edit" if pictures else "image") == "chat":
+        task, default = ("thinking", "chat") if self.args.thinking else ("edit" if pictures else "image", "bare")
+        if isinstance(prompt, str) and styles.get(task, default) == "chat":
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, str):
             remaining = iter(pictures)
@@ -274,6 +290,11 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
             "cache_implementation": self.args.cache_implementation,
             **(self.args.generation_kwargs or {}),
         }
+        rows_with_thoughts: list[torch.Tensor] = [ids[0]] * (len(rows) * k)
+        if self.args.thinking:  # drawn from the whole distribution, unless `generation_kwargs` cut it
+            length = self.args.max_completion_length
+            text = {"do_sample": True, "temperature": self.temperature, "max_new_tokens": length}
+            settings = {"thinking": True, "top_k": 0, "top_p": 1.0, **text, **settings}
         if stage.images_per_prefix > 1:
             settings |= {"prefix_scales": stage.prefix_scales, "images_per_prefix": stage.images_per_prefix}
         whole: Any = nullcontext(self.accelerator.unwrap_model(self.model_wrapped))
@@ -298,16 +319,31 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
                     **settings,
                 )
                 codes[places] = output.image_codes
+                if self.args.thinking:
+                    sequences = output.sequences.as_subclass(torch.Tensor)
+                    for place, row, real in zip(places, sequences, output.attention_mask, strict=True):
+                        rows_with_thoughts[place] = row[real.bool()][: -codes.shape[1]]
             model.train(is_training)
         run_of_row = [index for index, run in enumerate(runs) for _ in run]
         drawn = ids.new_tensor([self.schedule.grid_shw])
         grids_of_rows = [torch.cat([grids_of_prompts[index], drawn]) for index in run_of_row]
-        return Rollout(ids[run_of_row], mask[run_of_row], grids_of_rows, codes)
+        if not self.args.thinking:
+            return Rollout(ids[run_of_row], mask[run_of_row], grids_of_rows, codes)
+        read = mask.sum(1)[run_of_row].tolist()
+        thoughts = [row[length:-1].tolist() for row, length in zip(rows_with_thoughts, read, strict=True)]
+        pad: Any = partial(pad_sequence, batch_first=True, padding_side="left")
+        whole_ids = pad(rows_with_thoughts, padding_value=self.processor.tokenizer.pad_token_id)
+        whole_mask = pad([torch.ones_like(row) for row in rows_with_thoughts])
+        return Rollout(whole_ids, whole_mask, grids_of_rows, codes, thoughts)
 
     # Scoring
 
     def _reward(
-        self, rows: list[Row], pictures: list[Image.Image], codes: torch.Tensor
+        self,
+        rows: list[Row],
+        pictures: list[Image.Image],
+        codes: torch.Tensor,
+        thoughts: list[list[int]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rewards `(pictures of all processes, functions)`, NaN for None, and the pixels `(pictures, H, W)` that
         decide them, the union over all functions that say (None: all pixels do).
@@ -321,16 +357,29 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         if any(sources):
             for row, source in zip(inputs, sources, strict=True):
                 row["source_images"] = source
-        prompts = [row["prompt"] for row in rows]
-        completions: list[Any] = [self.processor.image_token] * len(rows)
+        prompts, ids = [row["prompt"] for row in rows], (codes + self._first_visual_id).tolist()
+        texts = [""] * len(rows)
+        if thoughts is not None:
+            texts = self._read_thoughts(thoughts)
+            start = list(self.processor.image_start_ids)
+            ids = [[*thought, *start, *row] for thought, row in zip(thoughts, ids, strict=True)]
+            for row, text in zip(inputs, texts, strict=True):
+                row["thoughts"] = text
+        completions: list[Any] = [text + self.processor.image_token for text in texts]
         if not isinstance(prompts[0], str):
-            parts = [[{"type": "image", "image": picture}] for picture in pictures]
-            completions = [[{"role": "assistant", "content": part}] for part in parts]
-        ids = (codes + self._first_visual_id).tolist()
+            completions = []
+            for text, picture in zip(texts, pictures, strict=True):
+                parts = [{"type": "text", "text": text}] if text else []
+                content = [*parts, {"type": "image", "image": picture}]
+                completions.append([{"role": "assistant", "content": content}])
         rewards = self._calculate_rewards(inputs, prompts, completions, ids)
         size = self.schedule.height, self.schedule.width
         unions = [torch.stack([_mask_of_size(mask, size) for mask in masks]) for masks in masks_of]
         return rewards, torch.stack(unions).any(0) if unions else None
+
+    def _read_thoughts(self, thoughts: list[list[int]]) -> list[str]:
+        texts = self.processor.tokenizer.batch_decode(thoughts, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def _generate_and_score_completions(self, inputs: list[Row]) -> dict[str, Any]:
         mode, stage = "train" if self.model.training else "eval", self._stage()
@@ -340,7 +389,7 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         pictures = self.processor.decode_codes(rollout.codes, [self.schedule.grid_shw] * len(rollout.codes))
         drawn = time.perf_counter()
         rows = [row for row in inputs for _ in range(stage.num_images)]
-        rewards_per_function, masks = self._reward(rows, pictures, rollout.codes)
+        rewards_per_function, masks = self._reward(rows, pictures, rollout.codes, rollout.thoughts)
         self._metrics[mode]["time/rollout"].append(drawn - start)
         self._metrics[mode]["time/reward"].append(time.perf_counter() - drawn)
 
@@ -354,7 +403,8 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         else:  # an evaluation with one picture per prompt compares nothing
             advantages = torch.zeros_like(values)
         self._log_rewards(mode, rewards_per_function, rewards, values, group_size)
-        self._log_pictures(rows, pictures, rewards_per_function, advantages.repeat_interleave(stage.num_images))
+        advantages_of_pictures = advantages.repeat_interleave(stage.num_images)
+        self._log_pictures(rows, pictures, rewards_per_function, advantages_of_pictures, rollout.thoughts)
 
         first = self.accelerator.process_index * len(inputs)
         codes = rollout.codes[:: stage.num_images]
@@ -374,6 +424,8 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
             "weights": weights.contiguous(),
             "image_grids": rollout.grids,
         }
+        if rollout.thoughts is not None:
+            self._add_thoughts(output, rollout.thoughts)
         with torch.no_grad():
             # A batch that is used within one update is scored by its first pass; see `_compute_loss`.
             if self.args.gradient_accumulation_steps % self.args.steps_per_generation:
@@ -386,6 +438,25 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
                     output["reference_log_probs"] = self._log_probs_of_all(self.model, output)
         return output
 
+    def _add_thoughts(self, output: dict[str, Any], thoughts: list[list[int]]) -> None:
+        """Moves thoughts and `<boi>`, the last T + 1 columns of the prompts, into what is trained.
+
+        That a thought ends is a choice of the model like its words, unless it has come to its limit.
+        """
+        limit, lengths = self.args.max_completion_length, output["weights"].new_tensor([len(t) for t in thoughts])
+        longest = int(lengths.max())
+        weights = (torch.arange(longest + 1, device=lengths.device) >= longest - lengths[:, None]).to(output["weights"])
+        weights[:, -1] = (lengths < limit).to(weights)
+        output["weights"] = torch.cat([weights, output["weights"]], dim=1)
+        for kind in ("ids", "mask"):
+            prompts, completions = output[f"prompt_{kind}"], output[f"completion_{kind}"]
+            output[f"prompt_{kind}"] = prompts[:, : -longest - 1].contiguous()
+            output[f"completion_{kind}"] = torch.cat([prompts[:, -longest - 1 :], completions], dim=1)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        lengths = self.accelerator.gather(lengths)
+        metrics["thoughts/mean_length"].append(float(lengths.mean()))
+        metrics["thoughts/clipped_ratio"].append(float((lengths >= limit).float().mean()))
+
     def _log_probs_of_all(self, model, inputs: dict[str, Any]) -> torch.Tensor:
         """Log-probabilities of a whole batch, a part of the size of a training batch at a time."""
         size = self.args.per_device_train_batch_size
@@ -394,18 +465,34 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         return torch.cat([self._log_probs(model, part)[0] for part in parts])
 
     def _log_probs(self, model, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies of the trained codes, `(B, n)` both: teacher forcing, without guidance."""
-        completion_ids = inputs["completion_ids"]
+        """Log-probabilities and entropies of what is trained, `(B, n)` both: teacher forcing, without guidance.
+
+        That are codes, and with `thinking` a thought and its end before them, `(B, T + 1 + n)`; 0 where there is none.
+        """
+        completion_ids, thinking = inputs["completion_ids"], self.args.thinking
         with self.accelerator.autocast():
             logits = model(
                 input_ids=torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
                 attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
                 image_grid_shw=torch.cat(inputs["image_grids"]),
                 logits_to_keep=completion_ids.shape[1] + 1,
-                visual_logits=True,
+                visual_logits=not thinking,
                 use_cache=False,
             ).logits[:, :-1]
-        return code_log_probs(logits, completion_ids - self._first_visual_id, self.temperature)
+        first = self._first_visual_id
+        if not thinking:
+            return code_log_probs(logits, completion_ids - first, self.temperature)
+        policy: Any = self.accelerator.unwrap_model(self.model)
+        config, generation = policy.config, policy.generation_config
+        start = completion_ids.shape[1] - self.schedule.offsets[self.args.num_trained_scales]
+        ends = config.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
+        ends = {config.boi_token_id, *(ends if isinstance(ends, list) else [ends])}
+        forbidden = [token for token in (config.eoi_token_id, config.image_token_id) if token is not None]
+        text = (logits[:, :start, :first], completion_ids[:, :start], forbidden, sorted(ends), self.temperature)
+        codes = code_log_probs(logits[:, start:, first:], completion_ids[:, start:] - first, self.temperature)
+        pairs = zip(thought_log_probs(*text), codes, strict=True)
+        log_probs, entropies = (torch.cat(pair, dim=1) * (inputs["weights"] > 0) for pair in pairs)
+        return log_probs, entropies
 
     # Learning
 
@@ -426,8 +513,9 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         metrics = {"entropy": entropies, "clip_ratio/region_mean": is_clipped.float(), "ratio/max": ratios}
         if self.beta != 0:
             metrics["kl"] = kl
+        trained = inputs["weights"] > 0 if self.args.thinking else torch.ones_like(ratios, dtype=torch.bool)
         for name, values in metrics.items():
-            values = self.accelerator.gather(values.max() if name == "ratio/max" else values.mean())
+            values = self.accelerator.gather(values.max() if name == "ratio/max" else values[trained].mean())
             self._metrics[mode][name].append(float(values.max() if name == "ratio/max" else values.mean()))
         return loss / (self.current_gradient_accumulation_steps if mode == "train" else 1)
 
@@ -453,7 +541,7 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
             metrics[name].append(total / count)
         self._pending_metrics.clear()
 
-    def _log_pictures(self, rows: list[Row], pictures: list[Image.Image], per_function, advantages):
+    def _log_pictures(self, rows: list[Row], pictures: list[Image.Image], per_function, advantages, thoughts):
         """For TRL's table of completions: texts, rewards, and the pictures as files beside it."""
         if not self.log_completions:
             self._pending_extra_logs.clear()
@@ -470,7 +558,8 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
                 picture.save(file)
         texts = [self._read_prompt(row)[0] for row in rows]
         self._logs["prompt"].extend(gather_object(texts))
-        self._logs["completion"].extend(gather_object([self.processor.image_token] * len(rows)))
+        written = [""] * len(rows) if thoughts is None else self._read_thoughts(thoughts)
+        self._logs["completion"].extend(gather_object([text + self.processor.image_token for text in written]))
         self._logs["extra"]["image"].extend(gather_object(files))
         for name, column in zip(self.reward_func_names, per_function.unbind(1), strict=True):
             self._logs["rewards"][name].extend(column.tolist())

@@ -34,6 +34,9 @@ class NextFlowImageTokenizerTrainingConfig(TrainingArguments):
         teacher_batch_size (`int`, *optional*): How many images of a batch the teacher sees; all by default.
         revive_steps (`int`, *optional*, defaults to 25): Steps between moving dead codes next to busy ones.
         revive_until (`float`, *optional*, defaults to 0.7): Share of the training after which they are left alone.
+        ema_decay (`float`, *optional*):
+            Keep a moving average of the weights, which is what is evaluated and saved; none by default. A code that
+            was moved is there only after about `1 / (1 - ema_decay)` steps.
         num_logged_images (`int`, *optional*, defaults to 4):
             Reconstructions beside originals, written at every save to `reconstructions/` of `output_dir`.
     """
@@ -51,6 +54,7 @@ class NextFlowImageTokenizerTrainingConfig(TrainingArguments):
     teacher_batch_size: int | None = field(default=None, metadata={"help": "Images a batch that the teacher sees."})
     revive_steps: int = field(default=25, metadata={"help": "Steps between revivals of dead codes."})
     revive_until: float = field(default=0.7, metadata={"help": "Share of the training with revivals."})
+    ema_decay: float | None = field(default=None, metadata={"help": "Decay of the weights' moving average."})
     num_logged_images: int = field(default=4, metadata={"help": "Reconstructions that are written at every save."})
 
     def __post_init__(self):
@@ -62,6 +66,7 @@ class NextFlowImageTokenizerTrainingConfig(TrainingArguments):
             scale_dropout=SHARE,
             revive_until=SHARE,
             revive_steps=AT_LEAST_1,
+            ema_decay=SHARE,
             **weights,
         )
         if self.loss_preset:

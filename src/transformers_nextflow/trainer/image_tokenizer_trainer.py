@@ -148,7 +148,7 @@ class NextFlowImageTokenizerTrainer(NextFlowTrainerMixin, Trainer):
             self._discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), **options)
         self._counts = torch.zeros(model.config.codebook_size, device=args.device)
         self._shown: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.add_callback(_Codebook(self))
+        self.callback_handler.callbacks.insert(0, _Codebook(self))  # before the average of the weights moves
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Reconstruction and, by stage, quantization, distillation and the optional terms."""

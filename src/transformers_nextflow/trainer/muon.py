@@ -43,9 +43,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.parts: list[torch.optim.Optimizer] = [torch.optim.Muon(groups["muon"], muon_lr, weight_decay)]
         self.parts.append(torch.optim.AdamW([g for g in adam if g["params"]], lr, betas, eps))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self._share()
+        self.share_groups()
 
-    def _share(self) -> None:
+    def share_groups(self) -> None:
         """Schedulers write into the groups that the parts read."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
@@ -68,4 +68,4 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """What [`state_dict`] gave."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
-        self._share()
+        self.share_groups()

@@ -21,6 +21,7 @@ from .coded_dataset import CodedSample
 
 _NEXTFLOW = NextFlowConfig()
 PACKING_STRATEGIES = ("compute", "length")
+FILLER = -1  # the number of a sample from which nothing is learned
 
 
 def block_lengths(sample: CodedSample, image_token_id: int, config: Any = _NEXTFLOW) -> list[int]:
@@ -112,27 +113,37 @@ def _fill(costs: np.ndarray, order: np.ndarray, budget: float, num_packs: int) -
 class EpochSampler(Sampler):
     """Indices in an order that is a function of seed and epoch alone; `run_length` of them in a row stay together.
 
-    With `numbered`, `epoch * num_samples + index` stands in place of the index.
+    With `numbered`, `epoch * num_samples + index` stands in place of the index. Their number becomes a multiple of
+    `multiple` by `FILLER` at the end, or by leaving some out with `drop_last`.
     """
 
     def __init__(
-        self, num_samples: int, seed: int = 0, shuffle: bool = True, numbered: bool = False, run_length: int = 1
+        self,
+        num_samples: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        numbered: bool = False,
+        run_length: int = 1,
+        multiple: int = 1,
+        drop_last: bool = False,
     ):
         self.num_samples, self.seed, self.shuffle, self.epoch = num_samples, seed, shuffle, 0
         self.numbered, self.run_length = numbered, run_length
+        self.num_filled = -(num_samples % multiple) if drop_last else -num_samples % multiple
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.num_samples
+        return self.num_samples + self.num_filled
 
     def __iter__(self) -> Iterator[Any]:
         runs = np.arange(self.num_samples).reshape(-1, self.run_length)
         if self.shuffle:
             runs = runs[np.random.default_rng((self.seed, self.epoch)).permutation(len(runs))]
-        yield from (runs.flatten() + self.numbered * self.epoch * self.num_samples).tolist()
+        numbers = (runs.flatten() + self.numbered * self.epoch * self.num_samples).tolist()
+        yield from [*numbers, *[FILLER] * self.num_filled][: len(self)]
 
 
 class PackSampler(EpochSampler):

@@ -35,7 +35,8 @@ class DrawSamples(TrainerCallback):
         model.eval()
         try:
             pipe = NextFlowTextToImagePipeline(model=model, processor=trainer.processor)
-            drawn = pipe(list(args.sample_prompts), seed=0, batch_size=len(args.sample_prompts))
+            with trainer.averaged():
+                drawn = pipe(list(args.sample_prompts), seed=0, batch_size=len(args.sample_prompts))
         finally:
             model.train(training)
         pictures = [row[0] for row in drawn]

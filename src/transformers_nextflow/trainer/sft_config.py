@@ -59,6 +59,12 @@ class NextFlowSFTConfig(SFTConfig):
         muon_learning_rate (`float`, *optional*):
             Train the matrices of the layers with torch's Muon at this learning rate, and the rest with AdamW at
             `learning_rate`. Not with FSDP or ZeRO, which cut matrices into pieces.
+        new_weights_learning_rate (`float`, *optional*):
+            Of what Qwen did not have (see `stage`): connector, scale embeddings, the rows of `<boi>`, `<eoi>` and the
+            codes. It follows the same schedule as `learning_rate`, which the backbone or its adapters have.
+        ema_decay (`float`, *optional*):
+            Keep a moving average of the weights, which is what is evaluated, drawn with and saved; none by default.
+            The decay rises to this with the number of steps t, as `1 - t ** (-2 / 3)`. Not with FSDP or ZeRO-3.
         sample_prompts (`list[str]`, *optional*), sample_steps (`int`, *optional*):
             Prompts that are drawn every so many steps, always with the same noise, to `samples/` of `output_dir` and to
             TensorBoard. Not with FSDP or ZeRO-3, whose ranks would all have to draw.
@@ -72,6 +78,8 @@ class NextFlowSFTConfig(SFTConfig):
     condition_dropout: float = field(default=0.1, metadata={"help": "Share of samples that lose their prompt's text."})
     task_inversion: float = field(default=0.0, metadata={"help": "Share of drawn pictures that are described instead."})
     muon_learning_rate: float | None = field(default=None, metadata={"help": "Muon for the matrices of the layers."})
+    new_weights_learning_rate: float | None = field(default=None, metadata={"help": "Of what Qwen did not have."})
+    ema_decay: float | None = field(default=None, metadata={"help": "Decay of the weights' moving average."})
     sample_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts to draw while training."})
     sample_steps: int | None = field(default=None, metadata={"help": "Steps between drawing them."})
     completion_only_loss: bool | None = field(default=True, metadata={"help": "Learn answers only."})
@@ -88,10 +96,14 @@ class NextFlowSFTConfig(SFTConfig):
             condition_dropout=SHARE,
             task_inversion=SHARE,
             muon_learning_rate=POSITIVE,
+            new_weights_learning_rate=POSITIVE,
+            ema_decay=SHARE,
             sample_steps=AT_LEAST_1,
         )
         if bool(self.sample_prompts) != bool(self.sample_steps):
             raise ValueError("`sample_prompts` says what is drawn and `sample_steps` how often: give both or neither.")
+        if self.new_weights_learning_rate is not None and self.stage == "alignment":
+            raise ValueError('`stage="alignment"` trains new weights only: their rate is `learning_rate`.')
         if self.muon_learning_rate is not None and not str(self.optim).startswith("adamw_torch"):
             raise ValueError(f"`muon_learning_rate` goes with AdamW for the rest, but `optim` is {self.optim!s}.")
         if self.train_sampling_strategy not in ("random", "sequential"):

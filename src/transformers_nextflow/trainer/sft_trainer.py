@@ -23,7 +23,8 @@ from .checkpoints import NextFlowTrainerMixin, copy_settings, load_model
 from .coded_dataset import check_codes, check_columns, hash_image_tokenizer, invert_task
 from .data_collator import NextFlowDataCollator
 from .muon import MuonWithAdamW
-from .packing import make_packs, sample_costs
+from .new_weights import set_new_weights_rate, train_new_weights_only
+from .packing import FILLER, make_packs, sample_costs
 from .samples import DrawSamples
 from .sft_config import NextFlowSFTConfig
 
@@ -135,12 +136,18 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
                 raise ValueError("`sample_prompts` need a processor with an image tokenizer: pass `processing_class`.")
             self.add_callback(DrawSamples(self))
         if args.packing:
-            num_ranks = self.accelerator.num_processes
-            self._packs = make_packs(self._packing_costs, args.max_length, num_ranks, self._data_seed)
+            costs, number = self._packing_costs, self._batches_per_step
+            self._packs = make_packs(costs, args.max_length, min(number, len(costs)), self._data_seed)
+            self._packs += [[FILLER]] * (-len(self._packs) % number)
         if isinstance(train_dataset, datasets.Dataset):
             self._note_how_it_was_prompted(network, train_dataset)
 
     def _refuse_sharded_weights(self) -> None:
+        if self.args.new_weights_learning_rate is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "`new_weights_learning_rate` steps single rows at a rate of their own, but FSDP and DeepSpeed step "
+                "pieces of weights: use DDP."
+            )
         if not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             return
         if self.args.stage == "alignment":
@@ -153,16 +160,22 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
         if self.args.sample_steps is not None:
             raise ValueError("`sample_steps` draws on one rank alone, which FSDP and ZeRO-3 cut weights for: use DDP.")
 
-    # Data
+    # Data: what a step learns from does not depend on how many ranks share it.
+
+    @property
+    def _batches_per_step(self) -> int:
+        return self.accelerator.num_processes * self.args.gradient_accumulation_steps
 
     def get_train_dataloader(self) -> DataLoader:
         """A loader of packs or of batches; what is drawn for a sample follows from seed, epoch and its number."""
         if not isinstance(self.train_dataset, datasets.Dataset):
             return super().get_train_dataloader()
         drawn = _DrawnSamples(self.train_dataset, self._data_seed, self._packs)
-        batch_size, options = self._train_batch_size, {"numbered": True}
-        if self._packs is not None:  # a batch is a pack; those of a step stand together, one per rank
-            batch_size, options = 1, {"numbered": True, "shuffle": True, "run_length": self.accelerator.num_processes}
+        batch_size, number = self._train_batch_size, self._batches_per_step
+        options: dict[str, Any] = {"numbered": True, "drop_last": self.args.dataloader_drop_last}
+        options["multiple"] = batch_size * number if number > 1 else 1
+        if self._packs is not None:  # a batch is a pack; those of a step stand together
+            batch_size, options = 1, {"numbered": True, "shuffle": True, "run_length": number}
         sampler = partial(self._get_train_sampler, **options)
         return self._get_dataloader(drawn, "Training", batch_size, sampler, is_training=True)
 
@@ -212,14 +225,18 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
     # Optimizer and checkpoints
 
     def create_optimizer(self, model=None):
-        """The stock one, or Muon with AdamW."""
-        args = self.args
+        """The stock one, or Muon with AdamW; new weights have a rate of their own if one is given."""
+        args, is_fresh = self.args, self.optimizer is None
         if args.muon_learning_rate is not None and self.optimizer is None:
             parameters = (self.model if model is None else model).named_parameters()
             betas = (args.adam_beta1, args.adam_beta2)
             options = {"weight_decay": args.weight_decay, "betas": betas, "eps": args.adam_epsilon}
             self.optimizer = MuonWithAdamW(parameters, args.learning_rate, args.muon_learning_rate, **options)
-        return super().create_optimizer(model)
+        super().create_optimizer(model)
+        if args.new_weights_learning_rate is not None and is_fresh:
+            options = (self._model_config, args.new_weights_learning_rate, args.optim.value)
+            set_new_weights_rate(self.optimizer, self.model if model is None else model, *options)
+        return self.optimizer
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Rows that are frozen by a mask must not decay either."""
@@ -229,9 +246,16 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
         return names
 
     def _run_facts(self) -> dict[str, Any]:
-        facts = super()._run_facts()
+        facts = super()._run_facts() | {"new_weights_learning_rate": self.args.new_weights_learning_rate}
+        facts |= {"packs_per_step": None, "samples_per_step": None, "num_packs": None, "max_length": None}
+        is_planned = isinstance(self.train_dataset, datasets.Dataset)
+        if is_planned and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            del facts["num_processes"]
         if self._packs is not None:
             facts |= {"num_packs": len(self._packs), "max_length": self.args.max_length}
+            facts["packs_per_step"] = self._batches_per_step
+        elif is_planned:
+            facts["samples_per_step"] = self._train_batch_size * self._batches_per_step
         return facts
 
     def _note_how_it_was_prompted(self, model: Any, dataset: datasets.Dataset) -> None:
@@ -273,18 +297,26 @@ def prompt_style(sample: dict[str, Any], image_token_id: int, tokenizer: Any) ->
 
 
 class _DrawnSamples(Dataset):
-    """Samples (or packs of them) by `epoch * len(self) + index`, each with a seed for what the collator draws."""
+    """Samples (or packs of them) by `epoch * len(self) + index`, each with a seed for what the collator draws.
+
+    `FILLER` is one token, which nothing predicts.
+    """
 
     def __init__(self, dataset: datasets.Dataset, seed: int, packs: list[list[int]] | None):
         self.dataset, self.seed, self.packs = dataset, seed, packs
+        empty = {name: [] if isinstance(value, list) else value for name, value in dataset[0].items()}
+        self.filler = {**empty, "id": "", "token_ids": [0], "completion_mask": [0], "draw_seed": 0}
 
     def __len__(self) -> int:
         return len(self.packs or self.dataset)
 
     def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
         samples = []
-        for epoch, place in (divmod(number, len(self)) for number in numbers):
+        for epoch, place in (divmod(number, len(self)) if number != FILLER else (0, FILLER) for number in numbers):
             for index in self.packs[place] if self.packs else [place]:
+                if index == FILLER:
+                    samples.append(self.filler)
+                    continue
                 source = np.random.SeedSequence([self.seed, epoch, index])
                 draw_seed = int(source.generate_state(1, np.uint64)[0] >> 1)
                 samples.append({**self.dataset[index], "draw_seed": draw_seed})
@@ -323,27 +355,3 @@ def fit_samples(
         )
     logger.warning("%d of %d samples are skipped: too long.", overlong.sum(), len(dataset))
     return dataset.select((~overlong).nonzero()[0]), costs[~overlong]
-
-
-def train_new_weights_only(model: NextFlowForCausalLM) -> None:
-    """Freezes all but what Qwen did not have: connector, scale embeddings, the rows of `<boi>`, `<eoi>` and the codes.
-
-    Rows are frozen by a mask on the gradient, so the optimizer must not decay `embed_tokens` and `lm_head`.
-    """
-    config = model.config
-    if config.eoi_token_id is None:
-        raise ValueError(
-            '`stage="alignment"` trains what a text model lacks; this one was trained whole. Leave it out.'
-        )
-    model.requires_grad_(False)
-    for module in (model.model.connector, model.model.scale_embedding):
-        module.requires_grad_(True)
-    new_rows = {
-        model.model.embed_tokens.weight: [config.boi_token_id, config.eoi_token_id],
-        model.lm_head.weight: [config.boi_token_id, *range(config.text_vocab_size, config.vocab_size)],
-    }
-    for weight, rows in new_rows.items():
-        weight.requires_grad_(True)
-        mask = torch.zeros(len(weight), 1)
-        mask[rows] = 1
-        weight.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor, Trainer
+from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainerCallback
 
 from diffusers_nextflow import NextFlowPipeline
 from forks import call_fresh
@@ -242,6 +242,80 @@ def test_an_order_is_a_function_of_seed_and_epoch():
     numbered.set_epoch(1)
     assert [number - 10 for number in numbered] == list(sampler)
     assert list(EpochSampler(4, shuffle=False)) == [0, 1, 2, 3]
+
+
+# --- The average of the weights ---
+
+
+class Recorder(TrainerCallback):
+    """The trained weights after every step."""
+
+    def __init__(self, trainer):
+        self.trainer, self.weights = trainer, [self.copy(trainer)]
+
+    @staticmethod
+    def copy(trainer):
+        return {name: value.detach().clone() for name, value in trainer._trained().items()}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.weights.append(self.copy(self.trainer))
+
+
+@pytest.mark.parametrize("kind", ["padded", "lora", "tokenizer"])
+def test_the_average_is_one_by_hand_and_is_what_is_saved_and_evaluated(make_trainer, tmp_path, kind):
+    rows = {} if kind == "tokenizer" else {"eval_dataset": make_trainer(kind, tmp_path / "rows").train_dataset}
+    trainer = make_trainer(kind, tmp_path / "run", ema_decay=0.7, **rows)
+    recorder = Recorder(trainer)
+    trainer.add_callback(recorder)
+    trainer.train()
+
+    expected = recorder.weights[0]
+    for number, weights_then in enumerate(recorder.weights[1:]):
+        decay = min(0.7, 1 - (1 + number) ** (-2 / 3)) if number else 0.0
+        expected = {name: decay * value + (1 - decay) * weights_then[name] for name, value in expected.items()}
+    with trainer.averaged():
+        average, whole = recorder.copy(trainer), weights(trainer)
+    for name, value in expected.items():
+        torch.testing.assert_close(average[name], value, rtol=1e-6, atol=1e-6)
+    assert_equal(recorder.copy(trainer), recorder.weights[-1])  # what is trained on is back
+    assert max(float((average[name] - value).abs().max()) for name, value in recorder.weights[-1].items()) > 1e-3
+
+    resumed = make_trainer(kind, tmp_path / "run", ema_decay=0.7, save_strategy="no", **rows)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert_equal(weights(resumed), weights(trainer))
+    with resumed.averaged():
+        assert_equal(weights(resumed), whole)
+
+    if kind == "tokenizer":
+        saved = NextFlowImageTokenizer.from_pretrained(tmp_path / "run" / "checkpoint-5")
+    else:
+        loss = trainer.evaluate()["eval_loss"]
+        if kind == "lora":
+            trainer.save_merged(str(tmp_path / "merged"))
+            base = NextFlowForCausalLM.from_pretrained(trainer.model.config._name_or_path)
+            saved = PeftModel.from_pretrained(base, tmp_path / "run" / "checkpoint-5")
+            merged = NextFlowForCausalLM.from_pretrained(tmp_path / "merged")
+            ids = torch.tensor([[5, 6, 7]])
+            torch.testing.assert_close(merged.eval()(ids).logits, saved.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+        else:
+            saved = NextFlowForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-5")
+            plain = make_trainer(kind, tmp_path / "plain", model=saved, **rows)
+            assert plain.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-6)
+    if kind != "lora":
+        assert_equal({name: value for name, value in saved.state_dict().items() if name in whole}, whole)
+
+
+def test_the_average_is_refused_where_it_would_not_be_one(make_trainer, unbroken, tiny_random_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="`ema` was False, now True"):
+        folder = unbroken("padded")[0]
+        make_trainer("padded", tmp_path, ema_decay=0.9).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    coarse = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"`ema_decay` needs float32, but .* is torch.bfloat16"):
+        make_trainer("padded", tmp_path, model=coarse, ema_decay=0.9).train()
+    sharded = make_trainer("padded", tmp_path, ema_decay=0.9)
+    sharded.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="FSDP and ZeRO-3 cut into pieces"):
+        sharded._start_average(0.9, None)
 
 
 # --- Weights that move ---

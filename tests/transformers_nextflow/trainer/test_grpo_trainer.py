@@ -169,6 +169,109 @@ def test_gradient_accumulation_is_one_large_batch(make_trainer):
     assert history(small, "grad_norm") == pytest.approx(history(large, "grad_norm"), rel=1e-3)
 
 
+# --- Thoughts ---
+
+THINKING = dict(thinking=True, max_completion_length=4, num_trained_scales=2, guidance_scale=None)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_thoughts_and_first_scales_are_a_loop_written_out(make_trainer, tiny_random_checkpoint, beta):
+    """Each row by itself, without padding: its words, that it ends (unless cut off), and its codes."""
+    told = []
+
+    def judge(images, thoughts, completion_ids):
+        told.extend(zip(thoughts, completion_ids, strict=True))
+        return [brightness([image])[0] + 20 * len(text) for image, text in zip(images, thoughts, strict=True)]
+
+    model = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint, dtype=torch.float32)
+    ends = {model.config.boi_token_id, model.config.eos_token_id}
+    rare = [token for token in range(model.config.text_vocab_size) if token not in (*ends, 97, 98, 99, 100)]
+    options = {"generation_kwargs": {"suppress_tokens": rare}}  # so that it ends often
+    trainer = make_trainer(judge, beta=beta, temperature=0.8, **THINKING, **options)
+    with torch.no_grad():  # not where the reference is
+        for policy in (trainer.model, model):
+            policy.lm_head.weight[:] *= 1.5
+    rows = rows_of("red", "a longer prompt")
+    inputs = score(trainer, rows)
+    config, processor, n = model.config, trainer.processing_class, SCHEDULE.offsets[2]
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+
+    reference = NextFlowForCausalLM.from_pretrained(tiny_random_checkpoint, dtype=torch.float32)
+    allowed = [i for i in range(config.text_vocab_size) if i not in (config.eoi_token_id, config.image_token_id)]
+    norm = sum(1 / (h * w) ** 0.7 * h * w for h, w in SCHEDULE.grids[:2])
+    k = [n / norm / (h * w) ** 0.7 for h, w in SCHEDULE.grids[:2] for _ in range(h * w)]
+
+    def log_probs_of(policy, ids: list[int], start: int, length: int) -> torch.Tensor:
+        grids = torch.tensor([SCHEDULE.grid_shw])
+        logits = policy(torch.tensor([ids]), image_grid_shw=grids).logits[0] / 0.8
+        found = []
+        for place in range(start, start + length):
+            scores = logits[place - 1, allowed].log_softmax(-1)
+            found.append(scores[allowed.index(ids[place])])
+        if length < 4:
+            scores = logits[start + length - 1, allowed].log_softmax(-1)
+            found.append(sum(scores[allowed.index(token)].exp() for token in ends).log())
+        for place in range(start + length + 1, start + length + 1 + n):
+            code = ids[place] - config.text_vocab_size
+            found.append(logits[place - 1, config.text_vocab_size :].log_softmax(-1)[code])
+        return torch.stack(found)
+
+    total, lengths = 0, set()
+    for index, (text, ids) in enumerate(told):
+        prompt = [{"role": "user", "content": rows[index]["prompt"]}]
+        words = processor.tokenizer(processor.apply_chat_template(prompt, add_generation_prompt=True))["input_ids"]
+        length = ids.index(config.boi_token_id)
+        assert text == processor.tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
+        lengths.add(length)
+        whole = [*words, *ids]
+        ours = log_probs_of(model, whole, len(words), length)
+        weights = torch.tensor([1.0] * (len(ours) - n) + k)
+        losses = -(ours - ours.detach()).exp() * inputs["advantages"][index]
+        if beta:
+            difference = log_probs_of(reference, whole, len(words), length).detach() - ours
+            losses = losses + beta * (difference.exp() - difference - 1)
+        total = total + (weights * losses).sum() / weights.sum() / 8
+    total.backward()
+    assert len(lengths) > 1 and 4 in lengths  # some are cut off, some end
+    assert float(loss.detach()) == pytest.approx(float(total.detach()), abs=1e-6)
+    ours, theirs = dict(trainer.model.named_parameters()), dict(model.named_parameters())
+    for name in [name for name in ours if theirs[name].grad is not None]:
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad, atol=1e-6, rtol=1e-4)
+
+
+def test_thoughts_and_pictures_learn_together(make_trainer, tmp_path):
+    """A reward of both: an even first id of the thought, and an even first code."""
+    seen = []
+
+    def both(images, completion_ids, thoughts):
+        seen.append([[1 - ids[0] % 2, 1 - ids[-SCHEDULE.num_tokens] % 2] for ids in completion_ids])
+        return [word + code for word, code in seen[-1]]
+
+    settings = {**THINKING, "max_completion_length": 1, "num_trained_scales": 1, "num_generations": 8}
+    trainer = make_trainer(both, rows=[{"prompt": "red"}] * 4, max_steps=20, learning_rate=3e-2, **settings)
+    trainer.train()
+    shares = np.array(seen).mean(1)
+    assert (shares[:3].mean(0) < 0.7).all() and (shares[-4:].mean(0) > 0.75).all(), shares
+    log = trainer.state.log_history[0]
+    assert log["thoughts/mean_length"] <= 1 and 0 <= log["thoughts/clipped_ratio"] <= 1
+
+
+def test_thinking_resumes_and_is_refused_where_it_can_not_be(make_trainer, tmp_path):
+    settings = dict(THINKING, max_steps=3, save_strategy="steps", save_steps=1, steps_per_generation=2)
+    settings |= dict(per_device_train_batch_size=4)
+    whole, resumed = make_trainer(**settings), make_trainer(**settings)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="each has a thought of its own"):
+        make_trainer(**THINKING, middle_return_scale=1)
+    for name in ("max_new_tokens", "thinking", "do_sample"):
+        with pytest.raises(ValueError, match=f"`generation_kwargs` can't hold `{name}`"):
+            make_trainer(**THINKING, generation_kwargs={name: 1})
+
+
 # --- Training ---
 
 

@@ -7,9 +7,16 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig
 from transformers import TrainingArguments
-from trl import GRPOConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, SFTConfig
 
-from transformers_nextflow.trainer import NextFlowGRPOConfig, NextFlowSFTConfig, grpo_config, sft_config
+from transformers_nextflow.trainer import (
+    NextFlowDPOConfig,
+    NextFlowGRPOConfig,
+    NextFlowImageTokenizerTrainingConfig,
+    NextFlowSFTConfig,
+    grpo_config,
+    sft_config,
+)
 
 PAGE = Path(__file__).parents[3] / "docs" / "training.md"
 OTHER = {
@@ -40,6 +47,17 @@ def test_the_table_has_every_field():
         if config in (SFTConfig, GRPOConfig):
             own -= {field.name for field in dataclasses.fields(TrainingArguments)}
         assert said[config.__name__].keys() >= own, sorted(own - said[config.__name__].keys())
+    for config, parent in (
+        (NextFlowSFTConfig, SFTConfig),
+        (NextFlowDPOConfig, DPOConfig),
+        (NextFlowGRPOConfig, GRPOConfig),
+        (NextFlowImageTokenizerTrainingConfig, TrainingArguments),
+    ):
+        own = {field.name for field in dataclasses.fields(config)} - {
+            field.name for field in dataclasses.fields(parent)
+        }
+        assert said[config.__name__].keys() == own
+        assert not [name for name in own if not re.search(rf"^ .*\b{name}\b.* \(`", config.__doc__, flags=re.M)]
 
 
 @pytest.mark.parametrize(

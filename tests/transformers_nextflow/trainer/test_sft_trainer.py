@@ -349,12 +349,29 @@ def test_no_samples(tiny_random_checkpoint, make_trainer, samples):
         NextFlowSFTTrainer(str(tiny_random_checkpoint), trainer.args, train_dataset=empty)
 
 
-def test_another_number_of_processes_does_not_resume(make_trainer, tmp_path):
+def test_another_size_of_a_step_does_not_resume(make_trainer):
     make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
-    facts = tmp_path / "run" / "checkpoint-1" / "nextflow_run.json"
-    facts.write_text(facts.read_text().replace('"num_processes": 1', '"num_processes": 4'))
-    with pytest.raises(ValueError, match="`num_processes` was 4, now 1"):
-        make_trainer(max_steps=2).train(resume_from_checkpoint=True)
+    other = make_trainer(max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match=r"`samples_per_step` was 3, now 2.* times `gradient_accumulation_steps`"):
+        other.train(resume_from_checkpoint=True)
+    make_trainer(max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=3).train(True)
+    make_trainer(max_steps=1, packing=True, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match="`packs_per_step` was 1, now 2"):
+        make_trainer(packing=True, gradient_accumulation_steps=2).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_last_step_of_an_epoch_is_filled_with_nothing(make_trainer, samples, packing):
+    """Four batches a step and three samples: the fourth batch must neither count nor break."""
+    settings = dict(condition_dropout=0, max_steps=3, packing=packing, completion_only_loss=False, max_length=300)
+    filled = make_trainer(per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings)
+    settings |= dict(packing=False)
+    whole = make_trainer(per_device_train_batch_size=3, **settings)
+    whole.train()
+    filled.train()
+    assert losses(filled) == pytest.approx(losses(whole), rel=1e-4)
+    dropped = make_trainer(per_device_train_batch_size=1, gradient_accumulation_steps=2, dataloader_drop_last=True)
+    assert len(dropped.get_train_dataloader()) == 2
 
 
 # --- Evaluation ---
