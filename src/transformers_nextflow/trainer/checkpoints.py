@@ -103,6 +103,11 @@ class NextFlowTrainerMixin(_Trainer):
             self._epoch_sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
+    @property
+    def _cuts_weights(self) -> bool:
+        """Whether a rank holds pieces of weights only."""
+        return self.is_fsdp_enabled or is_deepspeed_zero3_enabled() or self.is_distributed_loading_by_transformers
+
     # The average of the weights
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
@@ -118,8 +123,8 @@ class NextFlowTrainerMixin(_Trainer):
     @torch.no_grad()
     def _start_average(self, decay: float, checkpoint: str | None) -> None:
         """The weights are their average so far: those of a new run, or of a checkpoint's model."""
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-            raise ValueError("`ema_decay` averages whole weights, which FSDP and ZeRO-3 cut into pieces: use DDP.")
+        if self._cuts_weights:
+            raise ValueError("`ema_decay` averages whole weights, which FSDP, TP and ZeRO-3 cut into pieces: use DDP.")
         trained = self._trained()
         if coarse := [name for name, parameter in trained.items() if parameter.itemsize < 4]:
             raise ValueError(

@@ -12,7 +12,6 @@ import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from ..configuration_nextflow import NextFlowConfig
@@ -143,28 +142,32 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
             self._note_how_it_was_prompted(network, train_dataset)
 
     def _refuse_sharded_weights(self) -> None:
-        if self.args.new_weights_learning_rate is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        args = self.args
+        if args.new_weights_learning_rate is not None and (self._cuts_weights or self.is_deepspeed_enabled):
             raise ValueError(
-                "`new_weights_learning_rate` steps single rows at a rate of their own, but FSDP and DeepSpeed step "
+                "`new_weights_learning_rate` steps single rows at a rate of their own, but FSDP, TP and DeepSpeed step "
                 "pieces of weights: use DDP."
             )
-        if not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+        if not self._cuts_weights:
             return
-        if self.args.stage == "alignment":
+        if args.stage == "alignment":
             raise ValueError(
-                '`stage="alignment"` trains single rows of `embed_tokens` and `lm_head`, which FSDP and ZeRO-3 cut '
+                '`stage="alignment"` trains single rows of `embed_tokens` and `lm_head`, which FSDP, TP and ZeRO-3 cut '
                 "into pieces. What it trains is small: use DDP or ZeRO-2."
             )
-        if self.args.muon_learning_rate is not None:
-            raise ValueError("Muon needs whole matrices, which FSDP and ZeRO-3 cut into pieces: use DDP.")
-        if self.args.sample_steps is not None:
-            raise ValueError("`sample_steps` draws on one rank alone, which FSDP and ZeRO-3 cut weights for: use DDP.")
+        if args.muon_learning_rate is not None:
+            raise ValueError("Muon needs whole matrices, which FSDP, TP and ZeRO-3 cut into pieces: use DDP.")
+        if args.sample_steps is not None:
+            raise ValueError(
+                "`sample_steps` draws on one rank alone, which FSDP, TP and ZeRO-3 cut weights for: use DDP."
+            )
 
     # Data: what a step learns from does not depend on how many ranks share it.
 
     @property
     def _batches_per_step(self) -> int:
-        return self.accelerator.num_processes * self.args.gradient_accumulation_steps
+        ranks = self.accelerator.num_processes // self.get_tp_size()  # those of TP share their batches
+        return ranks * self.args.gradient_accumulation_steps
 
     def get_train_dataloader(self) -> DataLoader:
         """A loader of packs or of batches; what is drawn for a sample follows from seed, epoch and its number."""
@@ -249,7 +252,7 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
         facts = super()._run_facts() | {"new_weights_learning_rate": self.args.new_weights_learning_rate}
         facts |= {"packs_per_step": None, "samples_per_step": None, "num_packs": None, "max_length": None}
         is_planned = isinstance(self.train_dataset, datasets.Dataset)
-        if is_planned and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if is_planned and not (self._cuts_weights or self.is_deepspeed_enabled):
             del facts["num_processes"]
         if self._packs is not None:
             facts |= {"num_packs": len(self._packs), "max_length": self.args.max_length}

@@ -314,7 +314,7 @@ def test_the_average_is_refused_where_it_would_not_be_one(make_trainer, unbroken
         make_trainer("padded", tmp_path, model=coarse, ema_decay=0.9).train()
     sharded = make_trainer("padded", tmp_path, ema_decay=0.9)
     sharded.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="FSDP and ZeRO-3 cut into pieces"):
+    with pytest.raises(ValueError, match="FSDP, TP and ZeRO-3 cut into pieces"):
         sharded._start_average(0.9, None)
 
 

@@ -290,7 +290,7 @@ def test_alignment_trains_what_is_new(make_trainer, tiny_random_checkpoint):
     assert {name.split(".")[1] for name in changed} == {"connector", "scale_embedding"}
     assert losses(trainer)[-1] < losses(trainer)[0]
     trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="FSDP and ZeRO-3 cut into pieces"):
+    with pytest.raises(ValueError, match="FSDP, TP and ZeRO-3 cut into pieces"):
         trainer._refuse_sharded_weights()
     with pytest.raises(ValueError, match="leave `peft_config` out"):
         make_trainer(stage="alignment", peft_config=LoraConfig(task_type="CAUSAL_LM"))
