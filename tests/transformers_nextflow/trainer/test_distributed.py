@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 
 from forks import call_fresh
 from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, NextFlowProcessor
@@ -13,6 +14,7 @@ from transformers_nextflow.trainer import NextFlowSFTConfig, NextFlowSFTTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 import distributed_worker
+import sharded_worker
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +81,18 @@ def test_ranks_with_other_data_are_told_apart_on_every_rank(results, change, ran
     one, other = results[change]
     assert one == other and one.startswith("The ranks have different data")
     assert all(f"rank {rank}: {data}" in one for rank, data in enumerate(ranks))
+
+
+def test_four_ranks_train_alike_however_weights_are_cut(folder):
+    """HSDP, TP with FSDP2, layers computed twice; what is saved is whole; an asynchronous DCP checkpoint moves over."""
+    call_fresh(sharded_worker.on_four_ranks, str(folder))
+    results = torch.load(folder / "sharded.pt")
+    plain = results["ddp"]
+    assert plain["cut"] == 0 and len(plain["losses"]) == 3
+    for layout in ("hsdp", "tp+fsdp"):
+        ours = results[layout]
+        assert ours["cut"] > 20 and ours["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+        saved = NextFlowForCausalLM.from_pretrained(folder / f"{layout}-saved").state_dict()
+        for name, value in plain["weights"].items():
+            for other in (ours["weights"][name], saved[name], results["dcp"]["weights"][name]):
+                torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-5)
