@@ -67,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--checkpoint", type=Path, help="nextflow-tiny by default")
     parser.add_argument("--output", type=Path, default=Path("runs/mint"), help="where the adapter goes")
     parser.add_argument("--pairs", type=int, default=96)
-    parser.add_argument("--anchors", type=int, default=48, help="more pairs, whose captions name their background")
-    parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--anchors", type=int, default=0, help="more pairs, whose captions name their background")
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=4, help="pairs")
     parser.add_argument("--beta", type=float, default=0.05)
     parser.add_argument("--sft-weight", type=float, default=1.0, help="of learning the better picture itself")
@@ -90,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     named = scenes(rng, "train", True, options.anchors)
     for scene in [*scenes(rng, "train", False, options.pairs), *named]:
         papers = (LIKED, DISLIKED)
-        if "background" in scene.caption:  # what must not change: the one that is named, rather than the liked one
-            papers = (scene.background, LIKED if scene.background != LIKED else DISLIKED)
+        if "background" in scene.caption:  # what must not change: the one that is named, rather than any other
+            papers = (scene.background, str(rng.choice([name for name in BACKGROUNDS if name != scene.background])))
         answers = (
             {"role": "assistant", "content": [{"type": "image", "image": render(replace(scene, background=paper))}]}
             for paper in papers

@@ -83,6 +83,7 @@ def test_ranks_with_other_data_are_told_apart_on_every_rank(results, change, ran
     assert all(f"rank {rank}: {data}" in one for rank, data in enumerate(ranks))
 
 
+@pytest.mark.slow
 def test_four_ranks_train_alike_however_weights_are_cut(folder):
     """HSDP, TP with FSDP2, layers computed twice; what is saved is whole; an asynchronous DCP checkpoint moves over."""
     call_fresh(sharded_worker.on_four_ranks, str(folder))
