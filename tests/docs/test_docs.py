@@ -1,6 +1,7 @@
 """The documentation: its Python runs, its commands exist, its links lead somewhere, and CI tests as the README says."""
 
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,12 @@ def test_python_runs(page, checkpoint, tmp_path, monkeypatch):
         compiled = compile("\n" * line + code, page, "exec")  # so that a traceback names the page's own lines
         if run:
             exec(compiled, names)
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "docs" / "notebooks").glob("*.py")), ids=lambda script: script.name)
+def test_notebooks_run(script, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(script))
 
 
 @each_page
