@@ -227,7 +227,8 @@ class NextFlowTrainerMixin(_Trainer):
             `ValueError`: if there is none, it is not whole, or it is of a run with other packs, processes or parts; if
                 the ranks have different data.
         """
-        refuse_other_data(self.train_dataset)
+        if self.accelerator.num_processes > 1:
+            refuse_other_data(self.train_dataset)
         folder: Any = resume_from_checkpoint
         if str(folder).lower() in ("true", "false", "none"):
             folder = str(folder).lower() == "true"
