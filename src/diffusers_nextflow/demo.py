@@ -13,6 +13,7 @@ import PIL.Image
 import torch
 
 from transformers_nextflow import NextFlowProcessor, NextFlowSession, ScaleSchedule, StreamChunk, aspect_buckets
+from transformers_nextflow.generation_config_nextflow import prompt_task
 from transformers_nextflow.kept_pictures import read_source
 
 from .pipeline_nextflow import NextFlowPipeline
@@ -71,7 +72,7 @@ class Studio:
             if source := read_source(*parts, image_in_prompt=image_in_prompt):
                 kept = source.options(self.pipe.image_tokenizer)
             pictures = pictures if image_in_prompt else []
-        task = "thinking" if thinking else "frames" if num_frames else "edit" if pictures else "image"
+        task = prompt_task(thinking, num_frames or None, bool(pictures))
         options: dict[str, Any] = {"thinking": thinking, "num_frames": num_frames, **kept}
         if size:
             height, width = (16 * int(side) for side in size.split("x"))

@@ -30,7 +30,7 @@ from transformers_nextflow import (
     ScaleSchedule,
 )
 from transformers_nextflow.codebook import check_same_checkpoint
-from transformers_nextflow.generation_config_nextflow import NextFlowGenerationConfig
+from transformers_nextflow.generation_config_nextflow import NextFlowGenerationConfig, prompt_task
 from transformers_nextflow.image_processing_pil_nextflow import to_pil
 from transformers_nextflow.kept_pictures import read_source
 from transformers_nextflow.pipeline_index import pipeline_index
@@ -348,7 +348,7 @@ class NextFlowPipeline(DiffusionPipeline, NextFlowLoraLoaderMixin):
             pictures = [[] for _ in prompts]
 
         guidance_scale = _strength(guidance_scale)
-        task = "thinking" if thinking else "frames" if num_frames is not None else "edit" if any(pictures) else "image"
+        task = prompt_task(thinking, num_frames, any(pictures))
         inputs = self._encode(prompts, pictures, task, prompt_style)
         generators = make_generators(generator, len(prompts) * num_images_per_prompt, self._execution_device)
         negative: Any = {}

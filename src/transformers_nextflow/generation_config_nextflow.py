@@ -280,6 +280,16 @@ class NextFlowGenerationConfig(GenerationConfig):
             )
 
 
+def prompt_task(thinking: bool | None = None, num_frames: int | None = None, with_pictures: bool = False) -> str:
+    """Which of `PROMPT_TASKS` a call that draws is."""
+    return "thinking" if thinking else "frames" if num_frames is not None else "edit" if with_pictures else "image"
+
+
+def trained_style(styles: dict[str, str] | None, task: str) -> str:
+    """Which of `PROMPT_STYLES` a task has by a checkpoint's `prompt_styles`: else chat for thoughts, and bare."""
+    return (styles or {}).get(task) or ("chat" if task == "thinking" else "bare")
+
+
 def refuse_unknown(caller: str, names: Iterable[str], others: Iterable[str]) -> None:
     """Refuses arguments of a caller that are neither options nor among the `others`, and tells of similar ones."""
     legal = [*vars(NextFlowGenerationConfig()), *others]

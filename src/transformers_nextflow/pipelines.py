@@ -10,7 +10,7 @@ from transformers.pipelines.base import Pipeline
 
 from .codebook import check_same_checkpoint
 from .decoding_settings import INPUTS
-from .generation_config_nextflow import NextFlowGenerationConfig, refuse_unknown
+from .generation_config_nextflow import NextFlowGenerationConfig, prompt_task, refuse_unknown
 from .generation_nextflow import NextFlowGenerateOutput
 from .modeling_nextflow import NextFlowForCausalLM
 from .processing_nextflow import NextFlowProcessor
@@ -109,8 +109,7 @@ class NextFlowTextToImagePipeline(Pipeline):
             kwargs |= {"seed": seed, "generator": generator}  # one overrules the other that the pipeline was made with
         prompting: dict[str, Any] = {"negative_prompt": negative_prompt, "style": prompt_style}
         if {"thinking", "num_frames"} & kwargs.keys():
-            has_frames = kwargs.get("num_frames") is not None
-            prompting["task"] = "thinking" if kwargs.get("thinking") else "frames" if has_frames else "image"
+            prompting["task"] = prompt_task(kwargs.get("thinking"), kwargs.get("num_frames"))
         return {name: value for name, value in prompting.items() if value is not None}, kwargs, {}
 
     def preprocess(  # type: ignore[override]

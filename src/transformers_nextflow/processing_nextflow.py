@@ -22,6 +22,7 @@ from .chat_template import CHAT_TEMPLATE, read_messages
 from .codebook import check_same_codebook, check_schedules
 from .configuration_nextflow import NextFlowConfig
 from .decoding import GenerationEvent
+from .generation_config_nextflow import trained_style
 from .image_processing_pil_nextflow import to_pil
 from .modeling_nextflow_image_tokenizer import NextFlowImageTokenizer
 from .picture_sources import VIDEO_MARK, SourceLimits, match_pictures, place_frames
@@ -317,7 +318,7 @@ class NextFlowProcessor(ProcessorMixin):
                 `"chat"` (the text as a user's turn, the assistant's follows; the default of `"thinking"`).
             style (`str`, *optional*): Overrules `styles`.
         """
-        style = style or (styles or {}).get(task) or ("chat" if task == "thinking" else "bare")
+        style = style or trained_style(styles, task)
         if style not in ("bare", "chat"):
             raise ValueError(f'A prompt style is "bare" or "chat", but got {style!r} for the task "{task}".')
         if not text and task != "thinking":
@@ -351,10 +352,8 @@ class NextFlowProcessor(ProcessorMixin):
         self.check_plain(texts)
         styles = getattr(generation_config, "prompt_styles", None)
         return [
-            self.style_prompt(
-                self.image_token * number + text, "image" if negative and not text else task, styles, style
-            )
-            for text, number in zip(texts, num_pictures or [0] * len(texts), strict=True)
+            self.style_prompt(self.image_token * count + text, task if text or not negative else "image", styles, style)
+            for text, count in zip(texts, num_pictures or [0] * len(texts), strict=True)
         ]
 
     # Ids to text and pictures

@@ -22,7 +22,7 @@ import torch
 
 from ..decoding import GenerationEvent
 from ..decoding_settings import Call, DecodingSettings, read_options, read_settings
-from ..generation_config_nextflow import SIZE, NextFlowGenerationConfig
+from ..generation_config_nextflow import SIZE, NextFlowGenerationConfig, prompt_task
 from ..kept_pictures import read_source
 from ..modeling_nextflow import NextFlowForCausalLM
 from ..padding import Prompts, stack_rows
@@ -241,7 +241,7 @@ class Engine:
 
     def _encode(self, job: Job, text: str, pictures: Sequence[Any], negative: bool = False) -> Any:
         """A prompt as pipelines word it."""
-        task = "thinking" if job.options.get("thinking") else "edit" if job.read_pictures else "image"
+        task = prompt_task(job.options.get("thinking"), with_pictures=bool(job.read_pictures))
         config, numbers = self.model.generation_config, [len(pictures)]
         styled = self.processor.style_prompts([text], task, config, num_pictures=numbers, negative=negative)
         kind = "negative prompt" if negative else "prompt"

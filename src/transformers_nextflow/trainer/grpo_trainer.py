@@ -22,7 +22,7 @@ from trl import GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
-from ..generation_config_nextflow import SIZE, NextFlowGenerationConfig
+from ..generation_config_nextflow import SIZE, NextFlowGenerationConfig, prompt_task, trained_style
 from ..processing_nextflow import NextFlowProcessor
 from ..token_layout import scale_weights, split_grids
 from .checkpoints import NextFlowTrainerMixin, copy_settings, load_model
@@ -234,9 +234,9 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         pictures = list(images) if images is not None and len(images) else [] if image is None else [image]
         if isinstance(prompt, str):
             processor.check_plain([prompt.replace(processor.image_token, "")])
-        styles = getattr(self.accelerator.unwrap_model(self.model).generation_config, "prompt_styles", None) or {}
-        task, default = ("thinking", "chat") if self.args.thinking else ("edit" if pictures else "image", "bare")
-        if isinstance(prompt, str) and styles.get(task, default) == "chat":
+        styles = getattr(self.accelerator.unwrap_model(self.model).generation_config, "prompt_styles", None)
+        task = prompt_task(self.args.thinking, with_pictures=bool(pictures))
+        if isinstance(prompt, str) and trained_style(styles, task) == "chat":
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, str):
             remaining = iter(pictures)
