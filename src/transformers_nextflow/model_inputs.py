@@ -14,9 +14,9 @@ _PASSED_ON = frozenset(TransformersKwargs.__annotations__) | {"return_dict"}
 
 
 def lay_out(
-    config, input_ids, inputs_embeds, image_grid_shw, attention_mask, position_ids, seq_idx, cache
+    config, input_ids, inputs_embeds, image_grid_shw, attention_mask, position_ids, seq_idx, cache, layout=None
 ) -> TokenLayout | None:
-    """Checks all inputs and returns the layout of a batch with images; None for text."""
+    """Checks all inputs and returns the layout of a batch with images, or the given one; None for text."""
     num_past = cache.get_seq_length() if cache is not None else 0
     check_tensors(image_grid_shw=image_grid_shw)
     check_shapes(input_ids, inputs_embeds, attention_mask, position_ids, seq_idx, num_past)
@@ -27,7 +27,9 @@ def lay_out(
             "Packed rows (`seq_idx`) go without `attention_mask`, cache and scale steps: give padding a number of its "
             "own in `seq_idx`."
         )
-    if not torch.compiler.is_compiling():
+    if layout is not None:
+        _check_layout(config, layout, input_ids, image_grid_shw, attention_mask, seq_idx)
+    elif not torch.compiler.is_compiling():
         _check_values(config, input_ids, image_grid_shw, position_ids, attention_mask)
     if (first := getattr(cache, "first_image_slot", None)) is not None:
         if num_past <= first:
@@ -38,7 +40,7 @@ def lay_out(
                 "whole sequence are `TokenLayout.of(...).position_ids`)."
             )
     if image_grid_shw is None:
-        return None
+        return layout
     length, start = input_ids.shape[1], num_past
     own_mask = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
@@ -61,15 +63,20 @@ def check_names(forward: Callable, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"`forward` got the unknown arguments {unknown}. It takes {sorted(legal)}.")
 
 
-def check_labels(config, labels, slots, scale_step: ScaleStep | None, num_items: int | torch.Tensor | None) -> None:
-    """Refuses labels that don't fit the ids or embeddings, and numbers of items that are none."""
+def check_labels(
+    config, labels, slots, scale_step: ScaleStep | None, num_items: int | torch.Tensor | None, layout=None
+) -> None:
+    """Refuses labels that don't fit the ids or embeddings, and numbers of items that are none.
+
+    Values are left to `check_learned_slots` where a layout says which labels there are.
+    """
     check_tensors(labels=labels)
     if scale_step is not None or (slots is not None and labels.shape != slots.shape[:2]):
         raise ValueError(
             f"`labels` must have the shape of `input_ids`, but got {tuple(labels.shape)}; scale steps have none. They "
             "are not shifted: that is done here."
         )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (layout is not None and layout.learned_slots is not None):
         return
     wrong = ((labels < 0) & (labels != -100)) | (labels >= config.vocab_size)
     if labels.dtype not in (torch.int64, torch.int32) or wrong.any():
@@ -81,14 +88,62 @@ def check_labels(config, labels, slots, scale_step: ScaleStep | None, num_items:
         raise ValueError(f"`num_items_in_batch` must be a number of tokens, but got {float(num_items)}.")
 
 
-def check_scale_step(
-    config, step: ScaleStep, input_ids, image_grid_shw, attention_mask, position_ids, seq_idx, num_past
-) -> None:
+def _demand(condition: torch.Tensor, message: str) -> None:
+    """A `ValueError` unless a bool `()` is True; on CUDA an assertion of the device, which the host doesn't wait for."""
+    if torch.compiler.is_compiling():
+        return
+    try:
+        torch._assert_async(condition, message)
+    except NotImplementedError:  # there is none on this device
+        if not condition:
+            raise ValueError(message) from None
+    except RuntimeError:
+        raise ValueError(message) from None
+
+
+def check_learned_slots(config, slots: torch.Tensor, targets: torch.Tensor) -> None:
+    """Refuses slots `(T,)` of a layout that are not those which targets `(B * L)` have, without waiting for them."""
+    learned = targets[slots]
+    fits = ((learned >= 0) & (learned < config.vocab_size)).all() & ((targets != -100).sum() == len(learned))
+    _demand(fits, "`layout.learned_slots` are not the slots that predict `labels`: make it anew from these labels.")
+
+
+def _check_layout(config, layout: TokenLayout, input_ids, image_grid_shw, attention_mask, seq_idx) -> None:
+    """Refuses a layout of other ids or packs, without waiting for their values."""
+    if input_ids is None or image_grid_shw is not None:
+        raise ValueError("`layout` goes with `input_ids` and takes the place of `image_grid_shw`: pass one of the two.")
+    if layout.block_ids.shape != input_ids.shape or layout.block_ids.device != input_ids.device:
+        raise ValueError(
+            f"`layout` is of ids of shape {tuple(layout.block_ids.shape)} on {layout.block_ids.device}, but "
+            f"`input_ids` have {tuple(input_ids.shape)} on {input_ids.device}: make it anew, or move it with `.to`."
+        )
+    codes = (input_ids >= config.text_vocab_size).flatten()
+    fits = ((input_ids >= 0) & (input_ids < config.vocab_size)).all()
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        real = attention_mask[:, -input_ids.shape[1] :].bool().flatten()
+        codes = codes & real
+        if layout.is_padded is False:
+            fits = fits & real.all()
+    fits = fits & (codes.sum() == sum(group.slots.numel() for group in layout.images))
+    for group in layout.images:
+        fits = fits & codes[group.slots].all()
+    if (layout.seq_idx is None) != (seq_idx is None):
+        raise ValueError("`layout` and `seq_idx` belong together: `TokenLayout.of` takes it, too, for packed rows.")
+    if seq_idx is not None:
+        fits = fits & (layout.seq_idx == seq_idx).all()
+    _demand(
+        fits,
+        "`layout` is not that of these `input_ids`: image codes, packed sequences or padding stand elsewhere, or ids "
+        "are out of range. Make it anew.",
+    )
+
+
+def check_scale_step(config, step: ScaleStep, input_ids, attention_mask, position_ids, num_past, others: tuple) -> None:
     """Refuses arguments that don't make a scale step."""
-    if input_ids is None or position_ids is None or image_grid_shw is not None or seq_idx is not None:
+    if input_ids is None or position_ids is None or any(argument is not None for argument in others):
         raise ValueError(
             "A scale step needs `input_ids` (the codes of the scale before) and `position_ids` (`scale_position_ids` "
-            "makes them), and takes neither `image_grid_shw` nor `seq_idx`."
+            "makes them), and takes neither `image_grid_shw`, `layout` nor `seq_idx`."
         )
     schedule, index = step.schedule, step.index
     num_scales = min(schedule.num_scales, config.num_scales)

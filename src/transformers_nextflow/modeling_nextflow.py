@@ -34,6 +34,7 @@ from .layer_compilation import call_layer, compiled_layer
 from .linear_cross_entropy import head_cross_entropy, is_plain_linear
 from .model_inputs import (
     check_labels,
+    check_learned_slots,
     check_names,
     check_scale_step,
     lay_out,
@@ -44,8 +45,8 @@ from .model_inputs import (
 from .scale_cache import CacheRows, RowGroup, ScaleCache, with_fixed_lengths
 from .scale_schedule import ScaleSchedule
 from .strict_loading import StrictPreTrainedModel
-from .token_layout import ImageGroup, ScaleStep, TokenLayout, index_of_sequence_start
-from .varlen_attention import SDPA_VARLEN, find_sequences
+from .token_layout import ImageGroup, ScaleStep, TokenLayout, find_sequences, index_of_sequence_start, targets_of_slots
+from .varlen_attention import SDPA_VARLEN, mask_sequences
 
 
 def scale_feature_maps(
@@ -242,7 +243,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
             seq_idx (`torch.LongTensor` of shape `(B, L)`, *optional*):
                 Packed rows: the number of the sequence that each slot belongs to. Sequences don't see each other, and
                 positions restart where it changes. Padding is a sequence of its own, so there is no `attention_mask`.
-            layout ([`TokenLayout`], *optional*): The layout of `input_ids`, if it has been made already.
+            layout ([`TokenLayout`], *optional*):
+                The layout of `input_ids`, in place of `image_grid_shw`, if it has been made already: the host then
+                waits for no tensor of the device.
 
         Raises:
             `ValueError`: if ids, grids and arguments don't fit each other, or for an argument that is not known.
@@ -253,15 +256,12 @@ class NextFlowModel(NextFlowPreTrainedModel):
         num_past = cache.get_seq_length() if cache is not None else 0
 
         if scale_step is not None:
-            check_scale_step(
-                self.config, scale_step, input_ids, image_grid_shw, attention_mask, position_ids, seq_idx, num_past
-            )
+            others = (image_grid_shw, seq_idx, layout)
+            check_scale_step(self.config, scale_step, input_ids, attention_mask, position_ids, num_past, others)
             inputs = self._scale_step_inputs(scale_step, input_ids, attention_mask, position_ids, cache, num_past)
         else:
-            if layout is None:
-                layout = lay_out(
-                    self.config, input_ids, inputs_embeds, image_grid_shw, attention_mask, position_ids, seq_idx, cache
-                )
+            given = (input_ids, inputs_embeds, image_grid_shw, attention_mask, position_ids, seq_idx, cache)
+            layout = lay_out(self.config, *given, layout)
             if position_ids is None and layout is not None:
                 position_ids = layout.position_ids
             embeds = self._embed(input_ids, inputs_embeds, layout)
@@ -269,7 +269,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 inputs = self._packed_inputs(embeds, layout, position_ids, seq_idx)
             else:
                 inputs = self._whole_inputs(embeds, layout, attention_mask, position_ids, cache, num_past)
-        if cache is not None and (scale_step is not None or layout is not None):
+        if cache is not None and (scale_step is not None or (layout is not None and layout.images)):
             mark_image(cache, num_past)
 
         hidden_states = inputs.embeds
@@ -303,8 +303,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
             position_ids = text_position_ids.float().expand(3, -1, -1)
         kwargs = {"position_ids": text_position_ids}
         if self.config._attn_implementation == SDPA_VARLEN:
-            sequences = find_sequences(seq_idx, None if layout is None else layout.block_ids)
-            return LayerInputs(embeds, position_ids, None, {**kwargs, "packed_sequences": sequences})
+            block_ids = None if layout is None else layout.block_ids
+            sequences = None if layout is None else layout.sequences
+            masked = mask_sequences(sequences or find_sequences(seq_idx, block_ids), block_ids)
+            return LayerInputs(embeds, position_ids, None, {**kwargs, "packed_sequences": masked})
         mask = self._causal_mask(embeds, None, None, 0, text_position_ids, layout)
         return LayerInputs(embeds, position_ids, mask, kwargs)
 
@@ -430,9 +432,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
         """Causal between blocks, full inside a block; without images exactly Qwen's mask (or none)."""
         if isinstance(attention_mask, dict):
             return attention_mask["full_attention"]
-        block_ids = None
-        if layout is not None:
-            if is_flash_attention_requested(self.config):
+        block_ids, is_flash = None, is_flash_attention_requested(self.config)
+        if layout is not None and layout.is_padded is False:
+            attention_mask = None  # else its values would be looked at
+        if layout is not None and (layout.images or (layout.is_padded and not is_flash)):
+            if is_flash:
                 raise ValueError(
                     f'attn_implementation="{self.config._attn_implementation}" can\'t let the slots of one scale see '
                     'each other, as sequences with images need. Use "sdpa" or "flex_attention". (Text, and scale steps '
@@ -500,6 +504,7 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         visual_logits: bool = False,
         skip_logits: bool | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        layout: TokenLayout | None = None,
         **kwargs,
     ) -> NextFlowCausalLMOutputWithPast:
         r"""
@@ -529,14 +534,12 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
         ```
         """
         check_names(NextFlowForCausalLM.forward, kwargs)
-        layout = None
         if labels is not None:
             slots = input_ids if inputs_embeds is None else inputs_embeds
-            check_labels(self.config, labels, slots, scale_step, num_items_in_batch)
-            if image_grid_shw is not None:  # the loss needs the images, too: they are found once
-                layout = lay_out(
-                    self.config, input_ids, inputs_embeds, image_grid_shw, attention_mask, position_ids, seq_idx, cache
-                )
+            check_labels(self.config, labels, slots, scale_step, num_items_in_batch, layout)
+            if image_grid_shw is not None and layout is None:  # the loss needs the images, too: they are found once
+                given = (input_ids, inputs_embeds, image_grid_shw, attention_mask, position_ids, seq_idx, cache)
+                layout, image_grid_shw = lay_out(self.config, *given), None
         outputs = self.model(
             input_ids=input_ids,
             image_grid_shw=image_grid_shw,
@@ -572,19 +575,19 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
 
     def _loss(self, hidden_states, labels, layout, seq_idx, num_items) -> tuple[torch.Tensor, torch.Tensor]:
         """Shifted cross-entropy with a weight per token, and that of each token without weights, `(B, L)`."""
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        if seq_idx is not None:  # nothing predicts the first token of a packed sequence
-            ends = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (0, 1))
-            targets = targets.masked_fill(ends.to(targets.device), -100)
-        targets = targets.to(hidden_states.device)
-        predicts, weights = targets != -100, None
+        targets, weights = targets_of_slots(labels, seq_idx).to(hidden_states.device), None
+        if layout is None or layout.learned_slots is None:
+            slots = (targets != -100).nonzero()[:, 0]
+        else:
+            slots = layout.learned_slots.to(targets.device)
+            check_learned_slots(self.config, slots, targets)
         if layout is not None and (alpha := float(self.config.scale_reweight_alpha)):
-            weights = F.pad(layout.loss_weights(alpha)[:, 1:], (0, 1)).to(predicts.device)[predicts]
+            weights = F.pad(layout.loss_weights(alpha)[:, 1:], (0, 1)).to(slots.device).flatten()[slots]
         total, losses = head_cross_entropy(
-            self.lm_head, hidden_states[predicts], targets[predicts], self.config.vocab_size, weights
+            self.lm_head, hidden_states.flatten(0, 1)[slots], targets[slots], self.config.vocab_size, weights
         )
-        token_losses = losses.new_zeros(targets.shape).masked_scatter(predicts, losses)
-        num_items = predicts.sum() if num_items is None else num_items
+        token_losses = losses.new_zeros(targets.shape).index_copy(0, slots, losses).view(labels.shape)
+        num_items = len(slots) if num_items is None else num_items
         return total / (num_items + (num_items == 0)), token_losses  # 0 of 0 is 0: a rank may have nothing to learn
 
     def _visual_head(self, hidden_states: torch.Tensor) -> torch.Tensor:

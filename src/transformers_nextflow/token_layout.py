@@ -10,7 +10,7 @@ Letters: B rows, L slots per row, G images of a group, n codes per image (N when
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -63,6 +63,20 @@ class ImageGroup(NamedTuple):
         return self.slots[:, :-1]
 
 
+class PackedSequence(NamedTuple):
+    """One sequence of a packed row.
+
+    Args:
+        row (`int`): The row of the batch.
+        slots (`slice`): The sequence's place in the row.
+        has_images (`bool`): Whether it holds slots that don't attend causally.
+    """
+
+    row: int
+    slots: slice
+    has_images: bool
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """The images in a batch of token-view ids, and where every slot stands because of them; see [`TokenLayout.of`].
@@ -75,12 +89,43 @@ class TokenLayout:
         scale_index (`torch.LongTensor` of shape `(B, L)`):
             The 0-based scale whose input features a slot carries; 0 for text, `<boi>` and `<eoi>`.
         images (`list[ImageGroup]`): One entry for each (schedule, number of scales present) that occurs.
+        seq_idx (`torch.LongTensor` of shape `(B, L)`, *optional*): That of packed rows.
+        sequences (`list[PackedSequence]`, *optional*): Those of packed rows, see [`find_sequences`].
+        learned_slots (`torch.LongTensor` of shape `(T,)`, *optional*):
+            The slots that predict a label, in the ids flattened to `(B * L)`, in order.
+        is_padded (`bool`, *optional*): Whether the `attention_mask` has a 0.
+
+    A layout that is made on the CPU, with the last three, and then moved saves the host from waiting for the device:
+    `NextFlowDataCollator(config, with_layout=True)` makes such ones.
     """
 
     position_ids: torch.Tensor
     block_ids: torch.Tensor
     scale_index: torch.Tensor
     images: list[ImageGroup]
+    seq_idx: torch.Tensor | None = None
+    sequences: list[PackedSequence] | None = None
+    learned_slots: torch.Tensor | None = None
+    is_padded: bool | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenLayout":
+        """The same on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "TokenLayout":
+        """The same in pinned memory, from which it is moved without waiting; data loaders call it."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "TokenLayout":
+        return replace(
+            self,
+            position_ids=move(self.position_ids),
+            block_ids=move(self.block_ids),
+            scale_index=move(self.scale_index),
+            images=[group._replace(slots=move(group.slots)) for group in self.images],
+            seq_idx=None if self.seq_idx is None else move(self.seq_idx),
+            learned_slots=None if self.learned_slots is None else move(self.learned_slots),
+        )
 
     @classmethod
     def of(
@@ -137,7 +182,8 @@ class TokenLayout:
         if seq_idx is not None:
             counter = counter - counter.gather(-1, index_of_sequence_start(seq_idx))
         spatial = torch.where(in_scale & is_spatial, coordinates, counter.float())
-        return cls(torch.cat([counter.float()[None], spatial]), block_ids, scale_index, images)
+        position_ids = torch.cat([counter.float()[None], spatial])
+        return cls(position_ids, block_ids, scale_index, images, seq_idx)
 
     def scale_of_tokens(self) -> torch.Tensor:
         """The 0-based scale `(B, L)` that each *token* is a code of, -1 for text.
@@ -161,7 +207,7 @@ class TokenLayout:
         """
         weights = torch.ones(self.scale_index.numel(), device=self.scale_index.device)
         for group in self.images:
-            weights[group.slots] = scale_weights(group.schedule, range(group.num_scales), alpha).to(weights.device)
+            weights[group.slots] = scale_weights(group.schedule, range(group.num_scales), alpha, weights.device)
         return weights.view_as(self.scale_index)
 
 
@@ -327,19 +373,49 @@ def index_of_sequence_start(seq_idx: torch.Tensor) -> torch.Tensor:
     return slots.masked_fill(continues, 0).cummax(-1).values
 
 
+def find_sequences(seq_idx: torch.Tensor, block_ids: torch.Tensor | None) -> list[PackedSequence]:
+    """The sequences of packed rows, in reading order.
+
+    Args:
+        seq_idx (`torch.LongTensor` of shape `(B, L)`): Number of the sequence of each slot.
+        block_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): Those of the [`TokenLayout`].
+    """
+    length = seq_idx.shape[1]
+    starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True).nonzero().tolist()
+    ends = [start for _, start in starts[1:]] + [length]
+    sequences = []
+    for (row, start), end in zip(starts, ends, strict=True):
+        slots = slice(start, end or length)  # the next row starts at 0
+        has_images = block_ids is not None and bool((block_ids[row, slots] >= 0).any())
+        sequences.append(PackedSequence(row, slots, has_images))
+    return sequences
+
+
+def targets_of_slots(labels: torch.Tensor, seq_idx: torch.Tensor | None) -> torch.Tensor:
+    """What each slot is to predict, `(B * L)`: the label of the next one, -100 at the end of a packed sequence."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    if seq_idx is not None:
+        ends = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (0, 1))
+        targets = targets.masked_fill(ends.to(targets.device), -100)
+    return targets.flatten()
+
+
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def scale_weights(schedule: ScaleSchedule, scales: range, alpha: float) -> torch.Tensor:
+def scale_weights(
+    schedule: ScaleSchedule, scales: range, alpha: float, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Weight of every code of some scales: `1 / (h_s * w_s) ** alpha`, normalised to a mean of 1.
 
     Args:
         schedule (`ScaleSchedule`): The image's schedule.
         scales (`range`): Consecutive 0-based scales.
         alpha (`float`): 0 gives ones; the papers found 0.6 to 0.8 best for GRPO.
+        device (`torch.device`, *optional*, defaults to `"cpu"`): Where they are; a copy would make the host wait.
 
     Returns:
-        `torch.FloatTensor` of shape `(n,)`, on the CPU, and cached: don't write into it.
+        `torch.FloatTensor` of shape `(n,)`, cached: don't write into it.
     """
     lengths = torch.tensor(schedule.scale_lengths[scales.start : scales.stop], device="cpu")
     weights = lengths.double().pow(-alpha).repeat_interleave(lengths)
-    return (weights * len(weights) / weights.sum()).float()
+    return (weights * len(weights) / weights.sum()).float().to(device)

@@ -6,7 +6,7 @@ image. Rows that aren't packed go to "sdpa". (Flex attention skips what is maske
 CPUs; flash attention can't let the slots of one scale see each other.)
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,44 +14,26 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .token_layout import PackedSequence
+
 SDPA_VARLEN = "sdpa_varlen"
 
 
-class PackedSequence(NamedTuple):
-    """One sequence of a packed row.
-
-    Args:
-        row (`int`): The row of the batch.
-        slots (`slice`): The sequence's place in the row.
-        mask (`torch.BoolTensor` of shape `(n, n)`, *optional*): Who sees whom; None for plain causal.
-    """
-
-    row: int
-    slots: slice
-    mask: torch.Tensor | None
+# A sequence's row, its slots, and who sees whom in it, bool `(n, n)`; None for plain causal.
+MaskedSequence = tuple[int, slice, torch.Tensor | None]
 
 
-def find_sequences(seq_idx: torch.Tensor, block_ids: torch.Tensor | None) -> list[PackedSequence]:
-    """The sequences of packed rows, in reading order.
-
-    Args:
-        seq_idx (`torch.LongTensor` of shape `(B, L)`): Number of the sequence of each slot.
-        block_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): Those of the [`TokenLayout`].
-    """
-    length = seq_idx.shape[1]
-    starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True).nonzero().tolist()
-    ends = [start for _, start in starts[1:]] + [length]
-    sequences = []
-    for (row, start), end in zip(starts, ends, strict=True):
-        slots = slice(start, end or length)  # the next row starts at 0
+def mask_sequences(sequences: Sequence[PackedSequence], block_ids: torch.Tensor | None) -> list[MaskedSequence]:
+    """Packed sequences with their masks, made of the `block_ids` `(B, L)` of a [`TokenLayout`]."""
+    masked: list[MaskedSequence] = []
+    for row, slots, has_images in sequences:
         mask = None
-        if block_ids is not None:
+        if has_images and block_ids is not None:
             blocks = block_ids[row, slots]
-            if (blocks >= 0).any():
-                mask = (blocks[:, None] == blocks) & (blocks >= 0)
-                mask |= torch.ones_like(mask).tril()
-        sequences.append(PackedSequence(row, slots, mask))
-    return sequences
+            mask = (blocks[:, None] == blocks) & (blocks >= 0)
+            mask |= torch.ones_like(mask).tril()
+        masked.append((row, slots, mask))
+    return masked
 
 
 def sdpa_varlen_attention_forward(
@@ -63,7 +45,7 @@ def sdpa_varlen_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    packed_sequences: list[PackedSequence] | None = None,
+    packed_sequences: list[MaskedSequence] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: `(B, heads, L, head_dim)` -> `(B, L, heads, head_dim)`."""

@@ -1,12 +1,13 @@
 """From rows of a coded data set to the model's inputs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..configuration_nextflow import NextFlowConfig
+from ..token_layout import TokenLayout, find_sequences, targets_of_slots
 from .coded_dataset import CodedSample, check_sample, drop_condition, expand_sample, invert_task
 from .settings import SHARE, refuse
 
@@ -31,6 +32,9 @@ class NextFlowDataCollator:
             Probability that a sample which draws from a text is turned into one that describes its picture.
         return_ids (`bool`, *optional*, defaults to `False`):
             Add `sample_ids`, the samples' column `id`, for trainers that report which samples went wrong.
+        with_layout (`bool`, *optional*, defaults to `False`):
+            Give `layout`, the batch's [`TokenLayout`], in place of `image_grid_shw`. It is made on the CPU and moves
+            with `.to(device)`; a model that gets it looks at no values of tensors, for which the host would wait.
     """
 
     config: NextFlowConfig
@@ -40,6 +44,7 @@ class NextFlowDataCollator:
     packing: bool = False
     task_inversion: float = 0.0
     return_ids: bool = False
+    with_layout: bool = False
 
     def __post_init__(self):
         refuse(self, condition_dropout=SHARE, task_inversion=SHARE)
@@ -68,8 +73,8 @@ class NextFlowDataCollator:
         """
         Returns:
             `dict` with `input_ids`, `attention_mask` and `labels`, int64 `(B, L)`, padded on the right, and with
-            `image_grid_shw` `(num_images, 3)` if there are images. With `packing` B is 1, and `seq_idx` (the sample of
-            each slot) stands in place of `attention_mask`.
+            `image_grid_shw` `(num_images, 3)` if there are images (or `layout`). With `packing` B is 1, and `seq_idx`
+            (the sample of each slot) stands in place of `attention_mask`.
 
         Raises:
             `ValueError`: for a sample that is longer than `max_length` (an image can't be cut) or doesn't fit together;
@@ -90,16 +95,32 @@ class NextFlowDataCollator:
         if self.packing:
             packed = {name: [token for row in rows for token in row[name]] for name in ("input_ids", "labels")}
             seq_idx = torch.arange(len(rows)).repeat_interleave(lengths)
-            return {**{name: torch.tensor([ids]) for name, ids in packed.items()}, "seq_idx": seq_idx[None], **extras}
+            batch = {**{name: torch.tensor([ids]) for name, ids in packed.items()}, "seq_idx": seq_idx[None], **extras}
+            return self._lay_out(batch) if self.with_layout else batch
 
         def pad(name: str, value: int) -> torch.Tensor:
             sequences = [torch.tensor(row[name], dtype=torch.long) for row in rows]
             return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
 
         pad_token_id = self.config.eoi_token_id if self.config.pad_token_id is None else self.config.pad_token_id
-        return {
+        batch = {
             "input_ids": pad("input_ids", pad_token_id),
             "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
             "labels": pad("labels", -100),
             **extras,
         }
+        return self._lay_out(batch) if self.with_layout else batch
+
+    def _lay_out(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Puts the layout in the place of the grids."""
+        mask, seq_idx = batch.get("attention_mask"), batch.get("seq_idx")
+        layout = TokenLayout.of(
+            batch["input_ids"], batch.pop("image_grid_shw", None), self.config, mask, seq_idx=seq_idx
+        )
+        layout = replace(
+            layout,
+            sequences=None if seq_idx is None else find_sequences(seq_idx, layout.block_ids),
+            learned_slots=(targets_of_slots(batch["labels"], seq_idx) != -100).nonzero()[:, 0],
+            is_padded=mask is not None and not mask.all(),
+        )
+        return {**batch, "layout": layout}

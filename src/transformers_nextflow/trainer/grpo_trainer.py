@@ -409,7 +409,7 @@ class NextFlowGRPOTrainer(NextFlowTrainerMixin, _GRPOTrainer):
         first = self.accelerator.process_index * len(inputs)
         codes = rollout.codes[:: stage.num_images]
         begin, end = (self.schedule.offsets[scale] for scale in (stage.scales.start, stage.scales.stop))
-        weights = scale_weights(self.schedule, stage.scales, self.args.scale_reweight_alpha).to(codes.device)
+        weights = scale_weights(self.schedule, stage.scales, self.args.scale_reweight_alpha, codes.device)
         weights = weights.expand(len(inputs), -1)
         if masks is not None:
             masks = masks.view(len(inputs), stage.num_images, *masks.shape[1:]).any(1)

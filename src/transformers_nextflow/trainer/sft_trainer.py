@@ -93,6 +93,7 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
                 raise ValueError('`stage="alignment"` trains weights of the model itself: leave `peft_config` out.')
             train_new_weights_only(network)
         args.max_length = args.max_length or config.max_position_embeddings
+        args.logging_nan_inf_filter = False  # a loss that is not finite stops the run; this would make the host wait
         self.num_skipped_samples = 0
         if isinstance(train_dataset, datasets.Dataset):
             if "id" not in train_dataset.column_names:
@@ -117,6 +118,7 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
                 args.packing,
                 args.task_inversion,
                 return_ids=True,
+                with_layout=True,
             )
         super().__init__(
             network,
@@ -215,11 +217,11 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
     def _count_losses(self, training: bool, inputs: dict[str, torch.Tensor], token_losses: torch.Tensor) -> None:
         """Counts cross-entropies of text, of codes and of each scale."""
         config, ids, grids = self._model_config, inputs["input_ids"], inputs.get("image_grid_shw")
-        kinds = TokenLayout.of(ids, grids, config, inputs.get("attention_mask")).scale_of_tokens() + 1
-        predicted = inputs["labels"][:, 1:] != -100
-        losses = token_losses[:, :-1][predicted]
-        sums = losses.new_zeros(config.num_scales + 1, 2)
-        sums.index_add_(0, kinds[:, 1:][predicted], torch.stack([losses, torch.ones_like(losses)], dim=1))
+        layout = inputs.get("layout") or TokenLayout.of(ids, grids, config, inputs.get("attention_mask"))
+        kinds = layout.scale_of_tokens()[:, 1:] + 1
+        predicted = inputs["labels"][:, 1:] != -100  # where nothing is, the loss is 0
+        entries = torch.stack([token_losses[:, :-1], predicted.to(token_losses)], dim=-1)
+        sums = token_losses.new_zeros(config.num_scales + 1, 2).index_add_(0, kinds.flatten(), entries.flatten(0, 1))
         self._count(training, "loss_text", sums[0])
         self._count(training, "loss_image", sums[1:].sum(0))
         for scale in range(1, len(sums)):
