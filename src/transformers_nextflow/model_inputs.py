@@ -89,7 +89,7 @@ def check_labels(
 
 
 def _demand(condition: torch.Tensor, message: str) -> None:
-    """A `ValueError` unless a bool `()` is True; on CUDA an assertion of the device, which the host doesn't wait for."""
+    """A `ValueError` unless a bool `()` is True; on CUDA an assertion of the device, so that the host doesn't wait."""
     if torch.compiler.is_compiling():
         return
     try:
@@ -120,10 +120,9 @@ def _check_layout(config, layout: TokenLayout, input_ids, image_grid_shw, attent
     codes = (input_ids >= config.text_vocab_size).flatten()
     fits = ((input_ids >= 0) & (input_ids < config.vocab_size)).all()
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        real = attention_mask[:, -input_ids.shape[1] :].bool().flatten()
-        codes = codes & real
+        codes = codes & attention_mask[:, -input_ids.shape[1] :].bool().flatten()
         if layout.is_padded is False:
-            fits = fits & real.all()
+            fits = fits & attention_mask.bool().all()
     fits = fits & (codes.sum() == sum(group.slots.numel() for group in layout.images))
     for group in layout.images:
         fits = fits & codes[group.slots].all()

@@ -303,8 +303,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             position_ids = text_position_ids.float().expand(3, -1, -1)
         kwargs = {"position_ids": text_position_ids}
         if self.config._attn_implementation == SDPA_VARLEN:
-            block_ids = None if layout is None else layout.block_ids
-            sequences = None if layout is None else layout.sequences
+            block_ids, sequences = (None, None) if layout is None else (layout.block_ids, layout.sequences)
             masked = mask_sequences(sequences or find_sequences(seq_idx, block_ids), block_ids)
             return LayerInputs(embeds, position_ids, None, {**kwargs, "packed_sequences": masked})
         mask = self._causal_mask(embeds, None, None, 0, text_position_ids, layout)
@@ -433,8 +432,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if isinstance(attention_mask, dict):
             return attention_mask["full_attention"]
         block_ids, is_flash = None, is_flash_attention_requested(self.config)
-        if layout is not None and layout.is_padded is False:
-            attention_mask = None  # else its values would be looked at
+        if layout is not None and layout.is_padded is False and attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = None  # whose values would be looked at
         if layout is not None and (layout.images or (layout.is_padded and not is_flash)):
             if is_flash:
                 raise ValueError(
