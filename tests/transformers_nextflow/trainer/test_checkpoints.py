@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainerCallback
 
 from diffusers_nextflow import NextFlowPipeline
@@ -303,6 +304,32 @@ def test_the_average_is_one_by_hand_and_is_what_is_saved_and_evaluated(make_trai
             assert plain.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-6)
     if kind != "lora":
         assert_equal({name: value for name, value in saved.state_dict().items() if name in whole}, whole)
+
+
+@pytest.mark.parametrize("kind", ["padded", "lora"])
+def test_the_best_model_is_the_average_that_was_evaluated(make_trainer, tmp_path, kind):
+    """"Best" is the highest loss here, which is not the last one."""
+    settings = dict(ema_decay=0.7, max_steps=4, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
+    settings |= dict(metric_for_best_model="eval_loss", greater_is_better=True)
+    rows = make_trainer(kind, tmp_path / "rows").train_dataset
+    trainer, averages = make_trainer(kind, tmp_path / "run", eval_dataset=rows, **settings), []
+
+    class Averages(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with trainer.averaged():
+                averages.append(Recorder.copy(trainer))
+
+    trainer.add_callback(Averages())
+    trainer.train()
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    best = int(np.argmax(evaluated))
+    assert best != 3 and trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best + 1}")
+    assert_equal(Recorder.copy(trainer), averages[best])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated[best], rel=1e-6)
+    trainer.save_model(str(tmp_path / "saved"))
+    name = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+    saved, of_checkpoint = (load_file(Path(folder, name)) for folder in (tmp_path / "saved", trainer.state.best_model_checkpoint))
+    assert_equal(saved, of_checkpoint)
 
 
 def test_the_average_is_refused_where_it_would_not_be_one(make_trainer, unbroken, tiny_random_checkpoint, tmp_path):

@@ -1,5 +1,7 @@
 """Batches of coded samples: padding changes no loss, and the condition is dropped as often as asked."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -44,6 +46,53 @@ def test_tasks_are_inverted_as_often_as_asked(samples, model, probability, least
     assert least <= drawn.count(False) <= most
     for sample in samples[1:]:
         assert torch.equal(collate([sample])["labels"], NextFlowDataCollator(model.config)([sample])["labels"])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "sdpa_varlen"])
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("chosen", [slice(None), slice(2, 3), slice(1, 3), slice(0, 1)])
+def test_a_layout_made_on_the_cpu_changes_no_bit(samples, model, implementation, packing, chosen):
+    """`chosen`: all kinds, an unpadded text, two of unequal lengths, one picture."""
+    model.config.scale_reweight_alpha = 0.9
+    model.train().set_attn_implementation(implementation)
+    results = []
+    for with_layout in (False, True):
+        collate = NextFlowDataCollator(model.config, condition_dropout=0, packing=packing, with_layout=with_layout)
+        batch = collate(samples[chosen])
+        assert ("layout" in batch, "image_grid_shw" in batch) == (with_layout, not with_layout and chosen.start != 2)
+        outputs = model(**batch)
+        model.zero_grad()
+        outputs.loss.backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        results.append([outputs.loss, outputs.token_losses, *gradients])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_a_layout_that_contradicts_its_batch_is_refused(samples, model):
+    collate = NextFlowDataCollator(model.config, condition_dropout=0, with_layout=True)
+    batch, first = collate(samples), model.config.text_vocab_size
+    packed = NextFlowDataCollator(model.config, condition_dropout=0, with_layout=True, packing=True)(samples)
+    ids, labels, seq_idx = batch["input_ids"], batch["labels"], packed["seq_idx"]
+    elsewhere = "is not that of these `input_ids`: image codes, packed sequences or padding stand elsewhere"
+    wrong = [
+        ({"input_ids": ids.roll(1, 1)}, elsewhere),
+        ({"input_ids": ids.index_fill(1, torch.tensor([0]), first)}, elsewhere),
+        ({"input_ids": ids.masked_fill(ids >= first, model.config.vocab_size)}, elsewhere),
+        ({"layout": replace(batch["layout"], images=[])}, elsewhere),
+        ({"layout": replace(batch["layout"], is_padded=False)}, elsewhere),
+        ({"layout": collate(samples[1:])["layout"]}, "`layout` is of ids of shape"),
+        ({"layout": batch["layout"].to("meta")}, "on meta, but `input_ids` have .* on cpu: make it anew, or move it"),
+        ({"image_grid_shw": torch.tensor([[5, 16, 16]] * 2)}, "takes the place of `image_grid_shw`"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(*ids.shape, 1)}, "`layout` goes with `input_ids`"),
+        ({"labels": labels.roll(1, 1)}, "are not the slots that predict `labels`"),
+        ({"labels": labels.masked_fill(labels != -100, model.config.vocab_size)}, "are not the slots that predict"),
+        ({"seq_idx": torch.zeros_like(ids), "attention_mask": None}, "`layout` and `seq_idx` belong together"),
+        ({**packed, "attention_mask": None, "seq_idx": seq_idx.clamp(max=1)}, elsewhere),
+    ]
+    for changes, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            model(**{**batch, **changes})
+    assert torch.isfinite(model(**batch).loss)
 
 
 def test_bad_input(samples, tiny_random_checkpoint):

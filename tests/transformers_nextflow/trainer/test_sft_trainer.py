@@ -1,11 +1,16 @@
 """Supervised fine-tuning: the model's own loss, LoRA, resuming as if unbroken, TRL's parser."""
 
+import contextlib
+from unittest import mock
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
 from trl import SFTConfig, TrlParser
 
 from transformers_nextflow import NextFlowConfig, NextFlowForCausalLM, NextFlowProcessor, NextFlowTextToImagePipeline
@@ -423,3 +428,83 @@ def test_drawing_while_training_changes_no_weight(make_trainer, tmp_path, lora):
 def test_prompts_without_steps_are_refused(make_trainer):
     with pytest.raises(ValueError, match="give both or neither"):
         make_trainer(sample_prompts=["a ring"])
+
+
+# --- What the host waits for ---
+
+
+class HostWaits(TorchDispatchMode):
+    """Records the operations for which the host would wait if their tensors were on a GPU."""
+
+    SCALARS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
+    METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")  # a CPU's are not dispatched
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.calls, self.patches = [], 0, contextlib.ExitStack()
+
+    def __enter__(self):
+        for name in self.METHODS:
+            own = getattr(torch.Tensor, name)
+
+            def method(tensor, *args, own=own, name=name):
+                self.found.append(name)
+                with torch._C._DisableTorchDispatch():  # it is one wait, and is seen
+                    return own(tensor, *args)
+
+            self.patches.enter_context(mock.patch.object(torch.Tensor, name, method))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.patches.close()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[-1].split(".")[0].strip("_")
+        self.calls += 1
+        by_mask = name.startswith("index") and isinstance(args[1], list | tuple)
+        by_mask = by_mask and any(index is not None and index.dtype == torch.bool for index in args[1])
+        unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if by_mask or unsized or func.name().split("::")[-1].split(".")[0] in self.SCALARS:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class CountWaits(TrainerCallback):
+    """Waits of every step, from its first forward pass to its optimizer's step; logging comes later."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.steps.append(HostWaits())
+        self.steps[-1].__enter__()
+
+    def on_step_end(self, *args, **kwargs):
+        self.steps[-1].__exit__(None, None, None)
+
+
+def test_the_recorder_sees_waiting():
+    with HostWaits() as waits:
+        numbers = torch.arange(3)
+        assert numbers.max().item() == 2 and bool(numbers.any()) and numbers.tolist() == [0, 1, 2]
+        numbers[numbers > 1].clone()
+        numbers[numbers > 1] = 0
+        numbers.nonzero()
+        numbers.repeat_interleave(numbers)
+    found = ["item", "__bool__", "tolist", "index", "index_put", "nonzero", "repeat_interleave"]
+    assert waits.found == found
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("kind", ["mixed", "texts"])
+def test_a_step_waits_for_the_device_once(make_trainer, samples, packing, kind):
+    """For whether the loss is finite; texts of unequal lengths are padded, too."""
+    texts = [{**samples[2], "token_ids": [*samples[2]["token_ids"], *[5] * n]} for n in (0, 2, 4)]
+    texts = [{**text, "completion_mask": [1] * len(text["token_ids"])} for text in texts]
+    rows, counter = texts if kind == "texts" else samples, CountWaits()
+    trainer = make_trainer(samples=rows, packing=packing, max_length=2000, max_steps=2, scale_reweight_alpha=0.9)
+    trainer.add_callback(counter)
+    trainer.train()
+    assert [waits.found for waits in counter.steps] == [["__bool__"]] * 2
+    assert min(waits.calls for waits in counter.steps) > 100
