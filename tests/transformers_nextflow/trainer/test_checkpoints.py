@@ -308,7 +308,7 @@ def test_the_average_is_one_by_hand_and_is_what_is_saved_and_evaluated(make_trai
 
 @pytest.mark.parametrize("kind", ["padded", "lora"])
 def test_the_best_model_is_the_average_that_was_evaluated(make_trainer, tmp_path, kind):
-    """"Best" is the highest loss here, which is not the last one."""
+    """ "Best" is the highest loss here, which is not the last one."""
     settings = dict(ema_decay=0.7, max_steps=4, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
     settings |= dict(metric_for_best_model="eval_loss", greater_is_better=True)
     rows = make_trainer(kind, tmp_path / "rows").train_dataset
@@ -328,8 +328,8 @@ def test_the_best_model_is_the_average_that_was_evaluated(make_trainer, tmp_path
     assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated[best], rel=1e-6)
     trainer.save_model(str(tmp_path / "saved"))
     name = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
-    saved, of_checkpoint = (load_file(Path(folder, name)) for folder in (tmp_path / "saved", trainer.state.best_model_checkpoint))
-    assert_equal(saved, of_checkpoint)
+    of_checkpoint = load_file(Path(trainer.state.best_model_checkpoint, name))
+    assert_equal(load_file(tmp_path / "saved" / name), of_checkpoint)
 
 
 def test_the_average_is_refused_where_it_would_not_be_one(make_trainer, unbroken, tiny_random_checkpoint, tmp_path):
