@@ -16,6 +16,8 @@ FIXED_IN_ALL = (
     ("label_smoothing_factor", 0.0, "the loss is the model's own"),
     ("pad_to_multiple_of", "auto", "an image can't be padded inside its sequence"),
 )
+_COMPILATION = {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
+_NOT_COMPILED = "batches differ in lengths and packs, so each would be compiled anew: leave it out"
 FIXED = (
     *FIXED_IN_ALL,
     ("padding_free", False, "it is TRL's for text: use `packing` for coded samples"),
@@ -23,6 +25,7 @@ FIXED = (
     ("eval_packing", None, "held-out samples are collated as those of the training are"),
     ("assistant_only_loss", False, "`completion_only_loss` learns the answers of coded samples"),
     ("chat_template_path", None, "coded samples have been through the template: give it to the extraction"),
+    *((name, off, _NOT_COMPILED) for name, off in _COMPILATION.items()),
 )
 
 

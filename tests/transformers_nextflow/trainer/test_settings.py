@@ -26,7 +26,8 @@ OTHER = {
     "loss_type": "dapo", "importance_sampling_level": "sequence", "use_bias_correction_kl": True, "delta": 2.0,
     "multi_objective_aggregation": "normalize_then_sum", "off_policy_mask_threshold": 0.5, "min_p": 0.1,
     "top_entropy_quantile": 0.5, "entropy_coef": 0.1, "use_adaptive_entropy": True, "repetition_penalty": 1.1,
-    "mask_truncated_completions": True,
+    "mask_truncated_completions": True, "torch_compile": True, "torch_compile_backend": "eager",
+    "torch_compile_mode": "default",
 }  # fmt: skip
 
 
