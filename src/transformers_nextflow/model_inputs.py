@@ -76,15 +76,16 @@ def check_labels(
             f"`labels` must have the shape of `input_ids`, but got {tuple(labels.shape)}; scale steps have none. They "
             "are not shifted: that is done here."
         )
-    if torch.compiler.is_compiling() or (layout is not None and layout.learned_slots is not None):
-        return
+    is_known = torch.compiler.is_compiling() or getattr(layout, "learned_slots", None) is not None
     wrong = ((labels < 0) & (labels != -100)) | (labels >= config.vocab_size)
-    if labels.dtype not in (torch.int64, torch.int32) or wrong.any():
+    if labels.dtype not in (torch.int64, torch.int32) or (not is_known and wrong.any()):
         raise ValueError(
             f"`labels` must be ids below {config.vocab_size}, or -100 where there is nothing to learn, but are "
             f"{labels.dtype} with {labels[wrong].tolist()[:5]}."
         )
-    if num_items is not None and not 0 <= float(num_items) < float("inf"):
+    if num_items is None or (is_known and isinstance(num_items, torch.Tensor)):
+        return
+    if not 0 <= float(num_items) < float("inf"):
         raise ValueError(f"`num_items_in_batch` must be a number of tokens, but got {float(num_items)}.")
 
 
@@ -105,6 +106,7 @@ def check_learned_slots(config, slots: torch.Tensor, targets: torch.Tensor) -> N
     """Refuses slots `(T,)` of a layout that are not those which targets `(B * L)` have, without waiting for them."""
     learned = targets[slots]
     fits = ((learned >= 0) & (learned < config.vocab_size)).all() & ((targets != -100).sum() == len(learned))
+    fits = fits & (slots[1:] > slots[:-1]).all()
     _demand(fits, "`layout.learned_slots` are not the slots that predict `labels`: make it anew from these labels.")
 
 
@@ -112,6 +114,8 @@ def _check_layout(config, layout: TokenLayout, input_ids, image_grid_shw, attent
     """Refuses a layout of other ids or packs, without waiting for their values."""
     if input_ids is None or image_grid_shw is not None:
         raise ValueError("`layout` goes with `input_ids` and takes the place of `image_grid_shw`: pass one of the two.")
+    if not isinstance(layout, TokenLayout):
+        raise ValueError(f"`layout` must be a `TokenLayout`, but is a {type(layout).__name__}.")
     if layout.block_ids.shape != input_ids.shape or layout.block_ids.device != input_ids.device:
         raise ValueError(
             f"`layout` is of ids of shape {tuple(layout.block_ids.shape)} on {layout.block_ids.device}, but "

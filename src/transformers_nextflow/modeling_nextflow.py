@@ -244,8 +244,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 Packed rows: the number of the sequence that each slot belongs to. Sequences don't see each other, and
                 positions restart where it changes. Padding is a sequence of its own, so there is no `attention_mask`.
             layout ([`TokenLayout`], *optional*):
-                The layout of `input_ids`, in place of `image_grid_shw`, if it has been made already: the host then
-                waits for no tensor of the device.
+                That of `input_ids` made before, in place of `image_grid_shw`; the host then waits for no tensor.
 
         Raises:
             `ValueError`: if ids, grids and arguments don't fit each other, or for an argument that is not known.
@@ -538,7 +537,8 @@ class NextFlowForCausalLM(NextFlowPreTrainedModel, NextFlowGenerationMixin):  # 
             check_labels(self.config, labels, slots, scale_step, num_items_in_batch, layout)
             if image_grid_shw is not None and layout is None:  # the loss needs the images, too: they are found once
                 given = (input_ids, inputs_embeds, image_grid_shw, attention_mask, position_ids, seq_idx, cache)
-                layout, image_grid_shw = lay_out(self.config, *given), None
+                layout = lay_out(self.config, *given)
+                image_grid_shw = image_grid_shw if layout is None else None
         outputs = self.model(
             input_ids=input_ids,
             image_grid_shw=image_grid_shw,

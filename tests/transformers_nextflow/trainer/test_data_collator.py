@@ -73,6 +73,8 @@ def test_a_layout_that_contradicts_its_batch_is_refused(samples, model):
     batch, first = collate(samples), model.config.text_vocab_size
     packed = NextFlowDataCollator(model.config, condition_dropout=0, with_layout=True, packing=True)(samples)
     ids, labels, seq_idx = batch["input_ids"], batch["labels"], packed["seq_idx"]
+    doubled = batch["layout"].learned_slots.clone()
+    doubled[1] = doubled[0]
     elsewhere = "is not that of these `input_ids`: image codes, packed sequences or padding stand elsewhere"
     wrong = [
         ({"input_ids": ids.roll(1, 1)}, elsewhere),
@@ -84,6 +86,9 @@ def test_a_layout_that_contradicts_its_batch_is_refused(samples, model):
         ({"layout": batch["layout"].to("meta")}, "on meta, but `input_ids` have .* on cpu: make it anew, or move it"),
         ({"image_grid_shw": torch.tensor([[5, 16, 16]] * 2)}, "takes the place of `image_grid_shw`"),
         ({"input_ids": None, "inputs_embeds": torch.zeros(*ids.shape, 1)}, "`layout` goes with `input_ids`"),
+        ({"layout": {}, "labels": None}, "must be a `TokenLayout`, but is a dict"),
+        ({"layout": replace(batch["layout"], learned_slots=doubled)}, "are not the slots that predict `labels`"),
+        ({"labels": labels.float()}, "`labels` must be ids"),
         ({"labels": labels.roll(1, 1)}, "are not the slots that predict `labels`"),
         ({"labels": labels.masked_fill(labels != -100, model.config.vocab_size)}, "are not the slots that predict"),
         ({"seq_idx": torch.zeros_like(ids), "attention_mask": None}, "`layout` and `seq_idx` belong together"),
