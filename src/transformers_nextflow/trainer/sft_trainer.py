@@ -214,7 +214,7 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
         """The loss alone; logits are never held."""
         return super().prediction_step(model, inputs, True, ignore_keys)
 
-    def _count_losses(self, training: bool, inputs: dict[str, torch.Tensor], token_losses: torch.Tensor) -> None:
+    def _count_losses(self, training: bool, inputs: dict[str, Any], token_losses: torch.Tensor) -> None:
         """Counts cross-entropies of text, of codes and of each scale."""
         config, ids, grids = self._model_config, inputs["input_ids"], inputs.get("image_grid_shw")
         layout = inputs.get("layout") or TokenLayout.of(ids, grids, config, inputs.get("attention_mask"))
