@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ class Engine:
         self._seconds_per_row = 1.0
         self._reader = ThreadPoolExecutor(1, "reader")
         self._drawer = ThreadPoolExecutor(1, "drawer")
+        self._painter = ThreadPoolExecutor(1, "painter")
         self._wake: asyncio.Event
         self._loop: asyncio.Task | None = None
 
@@ -256,8 +258,10 @@ class Engine:
     # Drawing
 
     async def _serve(self) -> None:
-        """Takes the oldest job, and those that are like it, again and again."""
+        """Takes the oldest job, and those that are like it, again and again. The pictures of a batch are decoded while
+        its next scales are drawn, and the last ones while the next batch is."""
         loop = asyncio.get_running_loop()
+        painting = None
         while True:
             await self._wake.wait()
             batch = self._next_batch()
@@ -265,7 +269,12 @@ class Engine:
                 self._wake.clear()
                 continue
             start = time.perf_counter()
-            await loop.run_in_executor(self._drawer, self._draw, batch, loop)
+            events: SimpleQueue = SimpleQueue()
+            drawing = loop.run_in_executor(self._drawer, self._draw, batch, events)
+            before, painting = painting, loop.run_in_executor(self._painter, self._paint, batch, events, loop)
+            await drawing
+            if before is not None:
+                await before  # so that drawing is never further ahead than a batch
             seconds = (time.perf_counter() - start) / len(batch)
             self._seconds_per_row += 0.2 * (seconds - self._seconds_per_row)
 
@@ -278,39 +287,54 @@ class Engine:
         self.counts.update(batches=bool(batch), rows=len(batch))
         return batch
 
-    def _draw(self, rows: list[Row], loop: asyncio.AbstractEventLoop) -> None:
-        """Draws a batch, in a thread of its own. It ends after the scale at which the last client has gone."""
-
-        def post(row: Row, kind: str, value: Any, step: int = 0) -> None:
-            loop.call_soon_threadsafe(row.events.put_nowait, Event(kind, value, step))
-
+    def _draw(self, rows: list[Row], told: SimpleQueue) -> None:
+        """Draws a batch, in a thread of its own, and tells its events, then None or the exception that ended it. It
+        ends after the scale at which the last client has gone."""
         in_conversation = rows[0].job.in_conversation
-        pending = list(rows)
         try:
             self.adapters.use(rows[0].job.adapter)
             session = self.sessions.open(rows[0].job) if in_conversation else None
             with closing(self._events(rows, session)) as events:
-                for chunk in self.processor.decode_stream(self._wanted(events, rows)):
-                    row = rows[chunk.row]
-                    kind = "thought" if chunk.kind == "text" and row.job.mode == "image" else chunk.kind
-                    post(row, kind, chunk.value, chunk.step or 0)
-                    if kind == "image" and row.job.mode == "image" and session is None:
-                        post(row, "done", row.outcome)
-                        pending.remove(row)
+                for event in self._wanted(events, rows):
+                    told.put(event)
             if session is not None and not rows[0].gone:
                 self._count(rows[0].outcome, session.transcript)
                 if rows[0].job.answer:
                     self.sessions.keep(rows[0].job.answer, session)
+            told.put(None)
+        except Exception as error:
+            told.put(ApiError(str(error)) if isinstance(error, ValueError | TypeError) and in_conversation else error)
+
+    def _paint(self, rows: list[Row], told: SimpleQueue, loop: asyncio.AbstractEventLoop) -> None:
+        """Decodes what is drawn, in a thread of its own, and posts it to the clients."""
+
+        def post(row: Row, kind: str, value: Any, step: int = 0) -> None:
+            loop.call_soon_threadsafe(row.events.put_nowait, Event(kind, value, step))
+
+        def events() -> Iterator[GenerationEvent]:
+            while (event := told.get()) is not None:
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+
+        pending = list(rows)
+        try:
+            for chunk in self.processor.decode_stream(events()):
+                row = rows[chunk.row]
+                kind = "thought" if chunk.kind == "text" and row.job.mode == "image" else chunk.kind
+                post(row, kind, chunk.value, chunk.step or 0)
+                if kind == "image" and row.job.mode == "image" and not row.job.in_conversation:
+                    post(row, "done", row.outcome)
+                    pending.remove(row)
             for row in pending:
                 post(row, "done", row.outcome)
         except Exception as error:
             problem = error
-            if isinstance(error, ValueError | TypeError) and in_conversation:
-                problem = ApiError(str(error))
-            elif not isinstance(error, ApiError):
+            if not isinstance(error, ApiError):
                 logger.exception("A batch of %d failed", len(rows))
                 problem = ApiError("The server failed at this request; its log says how.", status=500)
             for row in pending:
+                row.gone = True  # nobody draws on for them
                 post(row, "error", problem)
 
     def _count(self, outcome: Outcome, transcript: Transcript) -> None:
