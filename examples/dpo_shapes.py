@@ -90,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     named = scenes(rng, "train", True, options.anchors)
     for scene in [*scenes(rng, "train", False, options.pairs), *named]:
         papers = (LIKED, DISLIKED)
-        if "background" in scene.caption:  # what must not change: the one that is named, rather than any other
-            papers = (scene.background, str(rng.choice([name for name in BACKGROUNDS if name != scene.background])))
+        if "background" in scene.caption:  # what must not change: the one that is named, rather than the liked one
+            papers = (scene.background, DISLIKED if scene.background == LIKED else LIKED)
         answers = (
             {"role": "assistant", "content": [{"type": "image", "image": render(replace(scene, background=paper))}]}
             for paper in papers

@@ -97,6 +97,7 @@ def package(
         **GENERATION,
     )
     model.config.image_tokenizer_hash = hash_image_tokenizer(image_tokenizer)  # trainers refuse codes of others
+    model.config.use_cache = True  # which transformers' Trainer turns off
     model.to(torch.bfloat16).save_pretrained(folder)
     image_processor = NextFlowImageProcessor(num_scales=model.config.num_scales)
     NextFlowProcessor(

@@ -46,7 +46,7 @@ from .scale_cache import CacheRows, RowGroup, ScaleCache, with_fixed_lengths
 from .scale_schedule import ScaleSchedule
 from .strict_loading import StrictPreTrainedModel
 from .token_layout import ImageGroup, ScaleStep, TokenLayout, find_sequences, index_of_sequence_start, targets_of_slots
-from .varlen_attention import SDPA_VARLEN, mask_sequences
+from .varlen_attention import SDPA_VARLEN, MaskedSequences
 
 
 def scale_feature_maps(
@@ -303,7 +303,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         kwargs = {"position_ids": text_position_ids}
         if self.config._attn_implementation == SDPA_VARLEN:
             block_ids, sequences = (None, None) if layout is None else (layout.block_ids, layout.sequences)
-            masked = mask_sequences(sequences or find_sequences(seq_idx, block_ids), block_ids)
+            masked = MaskedSequences(sequences or find_sequences(seq_idx, block_ids), block_ids)
             return LayerInputs(embeds, position_ids, None, {**kwargs, "packed_sequences": masked})
         mask = self._causal_mask(embeds, None, None, 0, text_position_ids, layout)
         return LayerInputs(embeds, position_ids, mask, kwargs)

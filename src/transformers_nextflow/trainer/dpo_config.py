@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
-from .settings import AT_LEAST_0, AT_LEAST_1, name_activation_checkpointing, refuse
+from .settings import AT_LEAST_0, AT_LEAST_1, NOT_COMPILED, name_activation_checkpointing, refuse
 from .sft_config import FIXED_IN_ALL
 
 FIXED = (
     *FIXED_IN_ALL,
+    *NOT_COMPILED,
     ("padding_free", False, "an image can't be cut"),
     ("truncation_mode", "keep_start", "nothing is cut: a pair that is too long is an error"),
     ("use_weighting", False, "its weights are of text; scales have theirs"),

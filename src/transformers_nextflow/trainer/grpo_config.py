@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from .settings import AT_LEAST_0, AT_LEAST_1, POSITIVE, name_activation_checkpointing, refuse
+from .settings import AT_LEAST_0, AT_LEAST_1, NOT_COMPILED, POSITIVE, name_activation_checkpointing, refuse
 from .sft_config import FIXED_IN_ALL
 
 # What TRL's trainer can do and images have no use for: (name, legal value, why).
 FIXED = (
     *FIXED_IN_ALL,
+    *NOT_COMPILED,
     ("cast_lm_head_to_fp32", False, "log-probabilities are computed in fp32 already"),
     ("chat_template_kwargs", None, "pass conversations that need no template arguments"),
     ("use_vllm", False, "vLLM does not draw next-scale images"),

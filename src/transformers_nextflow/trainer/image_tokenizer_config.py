@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from transformers import TrainingArguments
 
 from .image_tokenizer_losses import TOKENFLOW_WEIGHTS
-from .settings import AT_LEAST_0, AT_LEAST_1, SHARE, one_of, refuse
+from .settings import AT_LEAST_0, AT_LEAST_1, NOT_COMPILED, SHARE, one_of, refuse
 
 STAGES = ("pixel", "joint", "decoder")
 
@@ -61,6 +61,7 @@ class NextFlowImageTokenizerTrainingConfig(TrainingArguments):
         weights = {name: AT_LEAST_0 for name in TOKENFLOW_WEIGHTS}
         refuse(
             self,
+            NOT_COMPILED,
             stage=one_of(*STAGES),
             loss_preset=one_of("tokenflow"),
             scale_dropout=SHARE,

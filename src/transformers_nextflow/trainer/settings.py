@@ -10,6 +10,9 @@ AT_LEAST_1: Legal = (lambda value: value >= 1, "at least 1")
 POSITIVE: Legal = (lambda value: value > 0, "positive")
 SHARE: Legal = (lambda value: 0 <= value <= 1, "between 0 and 1")
 
+COMPILATION = {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
+NOT_COMPILED = tuple((name, off, "only `NextFlowSFTTrainer` compiles layers") for name, off in COMPILATION.items())
+
 
 def one_of(*choices: str) -> Legal:
     """One of some words."""

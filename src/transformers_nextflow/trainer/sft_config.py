@@ -5,7 +5,16 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from .packing import PACKING_STRATEGIES
-from .settings import AT_LEAST_0, AT_LEAST_1, POSITIVE, SHARE, name_activation_checkpointing, one_of, refuse
+from .settings import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    COMPILATION,
+    POSITIVE,
+    SHARE,
+    name_activation_checkpointing,
+    one_of,
+    refuse,
+)
 
 STAGES = ("full", "alignment")
 
@@ -16,8 +25,6 @@ FIXED_IN_ALL = (
     ("label_smoothing_factor", 0.0, "the loss is the model's own"),
     ("pad_to_multiple_of", "auto", "an image can't be padded inside its sequence"),
 )
-_COMPILATION = {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
-_NOT_COMPILED = "batches differ in lengths and packs, so each would be compiled anew: leave it out"
 FIXED = (
     *FIXED_IN_ALL,
     ("padding_free", False, "it is TRL's for text: use `packing` for coded samples"),
@@ -25,7 +32,6 @@ FIXED = (
     ("eval_packing", None, "held-out samples are collated as those of the training are"),
     ("assistant_only_loss", False, "`completion_only_loss` learns the answers of coded samples"),
     ("chat_template_path", None, "coded samples have been through the template: give it to the extraction"),
-    *((name, off, _NOT_COMPILED) for name, off in _COMPILATION.items()),
 )
 
 
@@ -105,6 +111,10 @@ class NextFlowSFTConfig(SFTConfig):
         )
         if bool(self.sample_prompts) != bool(self.sample_steps):
             raise ValueError("`sample_prompts` says what is drawn and `sample_steps` how often: give both or neither.")
+        if self.sample_prompts and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
+            raise ValueError(
+                "`torch_compile` compiles layers as they train, not as they draw: leave `sample_prompts` out."
+            )
         if self.new_weights_learning_rate is not None and self.stage == "alignment":
             raise ValueError('`stage="alignment"` trains new weights only: their rate is `learning_rate`.')
         if self.muon_learning_rate is not None and not str(self.optim).startswith("adamw_torch"):
@@ -117,4 +127,7 @@ class NextFlowSFTConfig(SFTConfig):
         name_activation_checkpointing(self)
         self.remove_unused_columns = False  # the collator reads them all
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        compilation = {name: getattr(self, name) for name in COMPILATION}
+        vars(self).update(COMPILATION)  # accelerate would compile the whole model; the trainer compiles its layers
         super().__post_init__()
+        vars(self).update(compilation, torch_compile=any(compilation.values()))

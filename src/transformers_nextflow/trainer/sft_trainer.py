@@ -131,6 +131,7 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
             **kwargs,
         )
         self._model_config, self._packs = config, None
+        self._layers = network.model.layers
         self._refuse_sharded_weights()
         if args.sample_steps is not None:
             if self.processor is None or self.processor.image_tokenizer is None:
@@ -142,6 +143,16 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
             self._packs += [[FILLER]] * (-len(self._packs) % number)
         if isinstance(train_dataset, datasets.Dataset):
             self._note_how_it_was_prompted(network, train_dataset)
+
+    def train(self, *args, **kwargs):
+        """See [`NextFlowTrainerMixin.train`]; with `args.torch_compile` the layers are compiled while it lasts."""
+        for layer in self._layers if self.args.torch_compile else ():
+            layer.compile(backend=self.args.torch_compile_backend or "inductor", mode=self.args.torch_compile_mode)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for layer in self._layers:
+                layer._compiled_call_impl = None  # drawing has graphs of its own
 
     def _refuse_sharded_weights(self) -> None:
         args = self.args

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from PIL import Image
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 from trl import SFTConfig, TrlParser
@@ -308,6 +309,30 @@ def test_activation_checkpointing_changes_nothing(make_trainer):
     plain.train()
     saving.train()
     assert losses(saving) == pytest.approx(losses(plain), rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_compiled_layers_learn_the_same_and_serve_every_batch(make_trainer, packing):
+    settings = dict(condition_dropout=0, max_steps=5, activation_checkpointing=True, packing=packing, max_length=80)
+    settings |= {"packing_strategy": "length", "overlong_samples": "skip"}
+    plain = make_trainer(**settings)
+    plain.train()
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = make_trainer(**settings, torch_compile=True, torch_compile_backend="aot_eager")
+    graphs = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            graphs.append(counters["stats"]["unique_graphs"])
+
+    compiled.add_callback(Count())
+    compiled.train()
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+    for name, weight in plain.model.state_dict().items():
+        torch.testing.assert_close(compiled.model.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
+    assert 0 < graphs[1] == graphs[-1]  # one for the first length, one for all
+    assert not any(layer._compiled_call_impl for layer in compiled.model.model.layers)
 
 
 # --- What is refused ---
