@@ -2,9 +2,10 @@
 
     python examples/dpo_shapes.py --output runs/mint
 
-Pairs are two pictures of one scene, on mint and on white. Measured before and after, on captions that training never
-shows: how often the background is mint where none is named, how often it is the one that is named, and how often a
-detector finds the right shapes. Runs on a CPU in minutes, with LoRA.
+Pairs are two pictures of one scene, on mint and on white; of scenes whose caption names a background, on that one and on
+mint, so that the taste stays where it belongs. Measured before and after, on captions that training never shows: how often
+the background is mint where none is named, how often it is the one that is named, and how often a detector finds the
+right shapes. Runs on a CPU in minutes, with LoRA.
 """
 
 import argparse
@@ -67,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--checkpoint", type=Path, help="nextflow-tiny by default")
     parser.add_argument("--output", type=Path, default=Path("runs/mint"), help="where the adapter goes")
     parser.add_argument("--pairs", type=int, default=96)
-    parser.add_argument("--anchors", type=int, default=0, help="more pairs, whose captions name their background")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--anchors", type=int, default=144, help="more pairs, whose captions name their background")
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=4, help="pairs")
     parser.add_argument("--beta", type=float, default=0.05)
     parser.add_argument("--sft-weight", type=float, default=1.0, help="of learning the better picture itself")
