@@ -2,10 +2,10 @@
 
     python examples/dpo_shapes.py --output runs/mint
 
-Pairs are two pictures of one scene, on mint and on white; of scenes whose caption names a background, on that one and on
-mint, so that the taste stays where it belongs. Measured before and after, on captions that training never shows: how often
-the background is mint where none is named, how often it is the one that is named, and how often a detector finds the
-right shapes. Runs on a CPU in minutes, with LoRA.
+Pairs are two pictures of one scene, on mint and on white; of scenes whose caption names a background, on that one and
+on mint, so that the taste stays where it belongs. Measured before and after, on captions that training never shows: how
+often the background is mint where none is named, how often it is the one that is named, and how often a detector finds
+the right shapes. Runs on a CPU in minutes, with LoRA.
 """
 
 import argparse

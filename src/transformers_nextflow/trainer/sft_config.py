@@ -125,6 +125,11 @@ class NextFlowSFTConfig(SFTConfig):
                 f'"{self.train_sampling_strategy}": use `packing` for samples of different lengths.'
             )
         name_activation_checkpointing(self)
+        if self.packing and self.activation_checkpointing and any(getattr(self, name) for name in COMPILATION):
+            raise ValueError(
+                "`torch_compile` compiles nothing where packs meet activation checkpointing: set "
+                "`activation_checkpointing=False` or `packing=False`."
+            )
         self.remove_unused_columns = False  # the collator reads them all
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         compilation = {name: getattr(self, name) for name in COMPILATION}

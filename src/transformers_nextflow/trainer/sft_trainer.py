@@ -15,7 +15,7 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 from ..configuration_nextflow import NextFlowConfig
-from ..modeling_nextflow import NextFlowForCausalLM
+from ..modeling_nextflow import NextFlowForCausalLM, NextFlowModel
 from ..token_layout import TokenLayout
 from ..varlen_attention import SDPA_VARLEN
 from .checkpoints import NextFlowTrainerMixin, copy_settings, load_model
@@ -131,7 +131,6 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
             **kwargs,
         )
         self._model_config, self._packs = config, None
-        self._layers = network.model.layers
         self._refuse_sharded_weights()
         if args.sample_steps is not None:
             if self.processor is None or self.processor.image_tokenizer is None:
@@ -146,13 +145,24 @@ class NextFlowSFTTrainer(NextFlowTrainerMixin, SFTTrainer):
 
     def train(self, *args, **kwargs):
         """See [`NextFlowTrainerMixin.train`]; with `args.torch_compile` the layers are compiled while it lasts."""
-        for layer in self._layers if self.args.torch_compile else ():
-            layer.compile(backend=self.args.torch_compile_backend or "inductor", mode=self.args.torch_compile_mode)
-        try:
+        if not self.args.torch_compile:
             return super().train(*args, **kwargs)
+        stacks = [module for module in self.model.modules() if isinstance(module, NextFlowModel)]
+        layers = [layer for stack in stacks for layer in stack.layers]
+        try:
+            for layer in layers:
+                layer.compile(backend=self.args.torch_compile_backend or "inductor", mode=self.args.torch_compile_mode)
+            # Padded or not, one row or several, training or evaluation: more than torch's eight graphs a place.
+            with torch._dynamo.config.patch(recompile_limit=64):
+                return super().train(*args, **kwargs)
         finally:
-            for layer in self._layers:
+            for layer in layers:
                 layer._compiled_call_impl = None  # drawing has graphs of its own
+
+    def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
+        settings = super()._build_accelerator_args(**kwargs)
+        settings.pop("dynamo_plugin", None)  # it would compile the whole model
+        return settings
 
     def _refuse_sharded_weights(self) -> None:
         args = self.args
