@@ -302,10 +302,11 @@ class Engine:
                 if rows[0].job.answer:
                     self.sessions.keep(rows[0].job.answer, session)
             told.put(None)
-        except BaseException as error:
+        except Exception as error:
             told.put(ApiError(str(error)) if isinstance(error, ValueError | TypeError) and in_conversation else error)
-            if not isinstance(error, Exception):
-                raise
+        except BaseException:
+            told.put(RuntimeError("Drawing was ended."))
+            raise
 
     def _paint(self, rows: list[Row], told: SimpleQueue, loop: asyncio.AbstractEventLoop) -> None:
         """Decodes what is drawn, in a thread of its own, and posts it to the clients."""
@@ -317,8 +318,6 @@ class Engine:
             while (event := told.get()) is not None:
                 if isinstance(event, Exception):
                     raise event
-                if isinstance(event, BaseException):
-                    raise RuntimeError("Drawing was ended.") from event
                 yield event
 
         pending = list(rows)

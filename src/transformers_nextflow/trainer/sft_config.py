@@ -111,7 +111,8 @@ class NextFlowSFTConfig(SFTConfig):
         )
         if bool(self.sample_prompts) != bool(self.sample_steps):
             raise ValueError("`sample_prompts` says what is drawn and `sample_steps` how often: give both or neither.")
-        if self.sample_prompts and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
+        compilation = {name: getattr(self, name) for name in COMPILATION}
+        if self.sample_prompts and any(compilation.values()):
             raise ValueError(
                 "`torch_compile` compiles layers as they train, not as they draw: leave `sample_prompts` out."
             )
@@ -125,14 +126,13 @@ class NextFlowSFTConfig(SFTConfig):
                 f'"{self.train_sampling_strategy}": use `packing` for samples of different lengths.'
             )
         name_activation_checkpointing(self)
-        if self.packing and self.activation_checkpointing and any(getattr(self, name) for name in COMPILATION):
+        if self.packing and self.activation_checkpointing and any(compilation.values()):
             raise ValueError(
                 "`torch_compile` compiles nothing where packs meet activation checkpointing: set "
                 "`activation_checkpointing=False` or `packing=False`."
             )
         self.remove_unused_columns = False  # the collator reads them all
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        compilation = {name: getattr(self, name) for name in COMPILATION}
         vars(self).update(COMPILATION)  # accelerate would compile the whole model; the trainer compiles its layers
         super().__post_init__()
         vars(self).update(compilation, torch_compile=any(compilation.values()))
