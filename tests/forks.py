@@ -1,18 +1,29 @@
 """Scripts and ranks in forks of this process: as apart as processes are, without importing torch anew for each."""
 
 import atexit
+import faulthandler
 import json
 import os
 import resource
 import runpy
+import select
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tqdm.std import TqdmDefaultWriteLock
+
 real_run = subprocess.run
+patience = 600.0  # seconds that a fork may take; one that it starts itself has less, so that the inner one is told of
+
+# Else all forks share a lock, and one that is killed while it writes a progress bar keeps it from the others for ever.
+TqdmDefaultWriteLock.mp_lock = None
+os.register_at_fork(after_in_child=TqdmDefaultWriteLock.th_lock._at_fork_reinit)
 
 
 def fork(
@@ -25,6 +36,7 @@ def fork(
 
     The fork is the first of a process group, so that it can be ended with all that it started.
     """
+    global patience
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
@@ -33,8 +45,10 @@ def fork(
     code = 1
     try:
         os.setpgid(0, 0)
+        patience -= 60
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 1)
         os.dup2(1 if errors is None else os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
+        faulthandler.register(signal.SIGUSR1, file=2)
         # pytest's own stdout is an object in memory.
         sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))  # noqa: SIM115
         if env is not None:
@@ -52,6 +66,27 @@ def fork(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def wait(*processes: int) -> list[int]:
+    """The exit codes of forks. Those that hang, or that wait for one that failed, write their stacks and are killed."""
+    codes, deadline = dict.fromkeys(processes, 0), time.monotonic() + patience
+    running = {os.pidfd_open(process): process for process in processes}
+    while running:
+        ended, _, _ = select.select(running, [], [], max(0.0, deadline - time.monotonic()))
+        if not ended:
+            for send, number in ((os.kill, signal.SIGUSR1), (os.killpg, signal.SIGKILL)):
+                for process in running.values():
+                    send(process, number)
+                time.sleep(1)
+            deadline += patience
+        for descriptor in ended:
+            process = running.pop(descriptor)
+            os.close(descriptor)
+            codes[process] = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            if codes[process]:
+                deadline = min(deadline, time.monotonic() + 20)
+    return list(codes.values())
 
 
 def as_script(arguments: Sequence[str]) -> Callable[[], object]:
@@ -77,9 +112,8 @@ def run(command: Sequence[str], **settings) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as folder:
         texts = [Path(folder) / name for name in ("stdout", "stderr")]
         process = fork(as_script([str(argument) for argument in command[1:]]), *texts, env=settings.get("env"))
-        _, status = os.waitpid(process, 0)
+        (code,) = wait(process)
         output, errors = (path.read_text(encoding="utf-8", errors="replace") for path in texts)
-    code = os.waitstatus_to_exitcode(status)
     if not settings.get("capture_output"):
         print(output)
         print(errors, file=sys.stderr)
@@ -126,8 +160,7 @@ def serve() -> None:
     for line in sys.stdin:
         command, folder, output, errors, env = json.loads(line)
         os.chdir(folder)
-        _, status = os.waitpid(fork(as_script(command), output, errors, env), 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        print(*wait(fork(as_script(command), output, errors, env)), flush=True)
 
 
 FRESH = Fresh()  # one for all tests of a process
@@ -165,8 +198,7 @@ def fork_ranks(function: Callable[[], object], folder: Path, number: int = 2) ->
 
     logs = [Path(folder) / f"rank{index}.log" for index in range(number)]
     processes = [fork(rank(index), log) for index, log in enumerate(logs)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
-    assert not any(codes), "\n".join(log.read_text(errors="replace")[-3000:] for log in logs)
+    assert not any(wait(*processes)), "\n".join(log.read_text(errors="replace")[-3000:] for log in logs)
 
 
 def limit_memory(extra: int) -> None:

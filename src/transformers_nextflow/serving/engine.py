@@ -119,6 +119,7 @@ class Engine:
         if self._loop is None or self._loop.done():  # another event loop has ended with it
             self._wake = asyncio.Event()
             self._loop = asyncio.create_task(self._serve())
+            self._loop.add_done_callback(self._tell_of_its_end)
         self._load += 1
         row = None
         try:
@@ -270,13 +271,23 @@ class Engine:
                 continue
             start = time.perf_counter()
             events: SimpleQueue = SimpleQueue()
+            # Shielded: of a loop that ends here both run or neither, since the painter waits for the drawer's end.
             drawing = loop.run_in_executor(self._drawer, self._draw, batch, events)
             before, painting = painting, loop.run_in_executor(self._painter, self._paint, batch, events, loop)
-            await drawing
+            await asyncio.shield(drawing)
             if before is not None:
-                await before  # so that drawing is never further ahead than a batch
+                await asyncio.shield(before)  # so that drawing is never further ahead than a batch
             seconds = (time.perf_counter() - start) / len(batch)
             self._seconds_per_row += 0.2 * (seconds - self._seconds_per_row)
+
+    def _tell_of_its_end(self, loop: asyncio.Task) -> None:
+        """A mistake in [`_serve`] is told to all who wait, since nobody will draw for them."""
+        if loop.cancelled() or loop.exception() is None:
+            return
+        logger.error("The engine has stopped", exc_info=loop.exception())
+        for row in self._waiting:
+            row.gone = True
+            row.events.put_nowait(Event("error", ApiError("The server failed; its log says how.", status=500)))
 
     def _next_batch(self) -> list[Row]:
         waiting = [row for row in self._waiting if not row.gone]

@@ -163,6 +163,31 @@ def test_a_drawing_that_nobody_waits_for_ends_with_its_scale(engine, parts, monk
     assert asyncio.run(leave())[-1].kind == "done" and scales == [0, 1]
 
 
+def test_an_event_loop_that_ends_leaves_an_engine_that_goes_on(held):
+    engine, gate = held()
+
+    async def leave():
+        await anext(engine.run(Job(prompt="a")))
+        while not engine.counts["batches"]:  # until it waits for the drawer
+            await asyncio.sleep(0)
+
+    asyncio.run(leave())
+    gate.set()
+    assert run(engine, Job(prompt="b"))[0][-1].kind == "done"
+
+
+def test_a_mistake_in_the_queue_is_told_to_all_who_wait(engine, monkeypatch):
+    served = engine()
+    with monkeypatch.context() as patch:
+        patch.setattr(served, "_next_batch", lambda: 1 / 0)
+        with pytest.raises(ApiError) as failed:
+            run(served, Job(prompt="a"))
+    assert failed.value.status == 500
+    with pytest.raises(RuntimeError, match="stopped"):
+        served.check_health()
+    assert run(served, Job(prompt="a"))[0][-1].kind == "done"
+
+
 def test_a_failed_batch_is_told_and_the_engine_goes_on(engine, parts, monkeypatch):
     served = engine()
     with monkeypatch.context() as patch:
