@@ -77,6 +77,11 @@ class NextFlowTrainerMixin(_Trainer):
         # Of training and of evaluation, by name: a sum and the number of what was added up.
         self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:  # TRL's trainers say so themselves
+            raise ValueError(
+                f"One process sees {self.args.n_gpu} GPUs, and `nn.DataParallel` is not supported: start a process for "
+                "each GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
+            )
         if getattr(self.args, "ema_decay", None) is not None:
             self.add_callback(_MoveAverage(self))
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 from multiprocessing import get_context
@@ -15,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainerCallback, TrainingArguments
 
 from diffusers_nextflow import NextFlowPipeline
 from forks import call_fresh
@@ -30,7 +31,7 @@ from transformers_nextflow.trainer import (
     encode_messages,
     find_last_checkpoint,
 )
-from transformers_nextflow.trainer.checkpoints import EpochSampler, what_is_missing
+from transformers_nextflow.trainer.checkpoints import RUN_FILE, EpochSampler, what_is_missing
 from transformers_nextflow.trainer.sft_trainer import prompt_style
 
 COMMON = dict(
@@ -232,6 +233,23 @@ def test_killed_anywhere_it_ends_as_unbroken(unbroken, samples, tiny_random_chec
     for kind in KILLED:
         torch.save(unbroken(kind)[1], tmp_path / f"{kind}.pt")
     call_fresh(kill_and_go_on, str(tiny_random_checkpoint), str(tmp_path / "samples.json"), str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["grpo", "tokenizer"])
+def test_a_run_of_another_number_of_ranks_is_refused(make_trainer, unbroken, tmp_path, kind):
+    """Where SFT goes on (test_rank_numbers.py), these don't, for their draws are those of a rank."""
+    shutil.copytree(unbroken(kind)[0] / "checkpoint-2", tmp_path / "checkpoint-2")
+    facts = tmp_path / "checkpoint-2" / RUN_FILE
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "num_processes": 4}))
+    with pytest.raises(ValueError, match="`num_processes` was 4, now 1"):
+        make_trainer(kind, tmp_path).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("kind", ["packed", "grpo", "tokenizer"])
+def test_one_process_for_many_gpus_is_refused(make_trainer, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="`nn.DataParallel`.*`torchrun`.*CUDA_VISIBLE_DEVICES"):
+        make_trainer(kind, tmp_path)
 
 
 def test_an_order_is_a_function_of_seed_and_epoch():
