@@ -61,6 +61,15 @@ def test_choices_of_our_own_name_fields_that_exist():
     assert len(named) > 30 and not named - known
 
 
+def test_the_front_pages_have_the_figures_of_the_checkpoints_page():
+    figures = {
+        path: re.search(r"<!-- figures -->\n(.*?)<!-- /figures -->", path.read_text("utf-8"), re.S)[1]
+        for path in (DOCS / "nextflow_tiny.md", DOCS / "index.md", DOCS.parent / "README.md")
+    }
+    whole, *short = ({line for line in text.splitlines() if line.startswith("|")} for text in figures.values())
+    assert all(len(rows) > 8 and rows <= whole for rows in short)
+
+
 def test_defaults_of_what_is_opened():
     rows = dict(re.findall(r"^\| (`max_[^|]+|`allow_[^|]+) \| ([^|]+) \|", read("text_to_image.md"), flags=re.M))
     said = {

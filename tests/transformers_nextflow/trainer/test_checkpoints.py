@@ -248,7 +248,7 @@ def test_a_run_of_another_number_of_ranks_is_refused(make_trainer, unbroken, tmp
 @pytest.mark.parametrize("kind", ["packed", "grpo", "tokenizer"])
 def test_one_process_for_many_gpus_is_refused(make_trainer, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
-    with pytest.raises(ValueError, match="`nn.DataParallel`.*`torchrun`.*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(ValueError, match=r"`nn.DataParallel`.*`torchrun`.*CUDA_VISIBLE_DEVICES"):
         make_trainer(kind, tmp_path)
 
 
