@@ -176,12 +176,9 @@ def forked_process():
 
 
 @pytest.fixture(autouse=True)
-def keep_logging():
-    """The command makes the libraries silent, which is right for a process of its own and wrong for the other tests."""
-    levels = [(logger, logger.level) for logger in map(logging.getLogger, LIBRARIES)]
-    yield
-    for logger, level in levels:
-        logger.setLevel(level)
-    for name in ("transformers", "diffusers"):
-        if name in sys.modules:
-            sys.modules[name].utils.logging.enable_progress_bar()
+def usual_logging():
+    """The command makes the libraries silent, which is right for a process of its own; a fixture of a module may run it."""
+    for name in LIBRARIES:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in {"transformers", "diffusers"} & sys.modules.keys():
+        sys.modules[name].utils.logging.enable_progress_bar()

@@ -14,14 +14,15 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm.std import TqdmDefaultWriteLock
 
 real_run = subprocess.run
-patience = 600.0  # seconds that a fork may take; one that it starts itself has less, so that the inner one is told of
+patience = 480.0  # seconds that a fork may take; those that it starts itself have less, so that these are told of
 
-# Else all forks share a lock, and one that is killed while it writes a progress bar keeps it from the others for ever.
+# Otherwise all forks would share a lock, which one that is killed while it writes a progress bar would never give back.
 TqdmDefaultWriteLock.mp_lock = None
 os.register_at_fork(after_in_child=TqdmDefaultWriteLock.th_lock._at_fork_reinit)
 
@@ -41,10 +42,13 @@ def fork(
     sys.stderr.flush()
     process = os.fork()
     if process:
+        with suppress(OSError):  # whichever of the two is first
+            os.setpgid(process, process)
         return process
     code = 1
     try:
-        os.setpgid(0, 0)
+        with suppress(OSError):
+            os.setpgid(0, 0)
         patience -= 60
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 1)
         os.dup2(1 if errors is None else os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
@@ -71,21 +75,35 @@ def fork(
 def wait(*processes: int) -> list[int]:
     """The exit codes of forks. Those that hang, or that wait for one that failed, write their stacks and are killed."""
     codes, deadline = dict.fromkeys(processes, 0), time.monotonic() + patience
-    running = {os.pidfd_open(process): process for process in processes}
-    while running:
-        ended, _, _ = select.select(running, [], [], max(0.0, deadline - time.monotonic()))
-        if not ended:
-            for send, number in ((os.kill, signal.SIGUSR1), (os.killpg, signal.SIGKILL)):
-                for process in running.values():
-                    send(process, number)
-                time.sleep(1)
-            deadline += patience
-        for descriptor in ended:
-            process = running.pop(descriptor)
-            os.close(descriptor)
-            codes[process] = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-            if codes[process]:
+    running, ends = {os.pidfd_open(process): process for process in processes}, select.poll()
+    for descriptor in running:
+        ends.register(descriptor, select.POLLIN)
+
+    def end(send: Callable[[int, int], None], number: int) -> None:
+        for process in running.values():
+            with suppress(ProcessLookupError):
+                send(process, number)
+
+    def reap(descriptor: int) -> int:
+        process = running.pop(descriptor)
+        ends.unregister(descriptor)
+        os.close(descriptor)
+        codes[process] = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        return codes[process]
+
+    try:
+        while running:
+            ended = ends.poll(1000 * max(0.0, deadline - time.monotonic()))
+            if not ended:
+                end(os.kill, signal.SIGUSR1)
+                time.sleep(1)  # for the stacks
+                break
+            if any([reap(descriptor) for descriptor, _ in ended]):
                 deadline = min(deadline, time.monotonic() + 20)
+    finally:
+        end(os.killpg, signal.SIGKILL)
+        for descriptor in list(running):
+            reap(descriptor)
     return list(codes.values())
 
 
@@ -142,7 +160,12 @@ class Fresh:
             texts = [f"{folder}/stdout", f"{folder}/stderr"]
             request = [list(command), os.getcwd(), *texts, {**os.environ, **(env or {})}]
             print(json.dumps(request), file=self.process.stdin, flush=True)
-            code = int(self.process.stdout.readline())
+            try:
+                code = int(self.process.stdout.readline())
+            except BaseException:  # the answer would be taken for that of the next request
+                self.process.send_signal(signal.SIGINT)  # it ends its fork
+                self.process = None
+                raise
             output, errors = (Path(text).read_text(encoding="utf-8", errors="replace") for text in texts)
         return subprocess.CompletedProcess(command, code, output, errors)
 

@@ -1,14 +1,15 @@
-"""The benchmarks run, at small sizes."""
+"""The benchmarks run, at small sizes.
+
+Apart from this process, for some train: autograd, once used, can't be used in forks.
+"""
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from forks import run
+from forks import FRESH
 from transformers_nextflow import ScaleSchedule
 
 ROOT = Path(__file__).parents[1]
@@ -17,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak of a process")
 def test_fused_loss():
-    command = [sys.executable, str(ROOT / "benchmarks" / "fused_loss.py"), "--rows", "16", "--hidden-size", "8"]
-    done = run([*command, "--vocab-size", "100", "--runs", "1"], capture_output=True)
+    command = [str(ROOT / "benchmarks" / "fused_loss.py"), "--rows", "16", "--hidden-size", "8"]
+    done = FRESH.run([*command, "--vocab-size", "100", "--runs", "1"])
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
     assert [row[0].strip() for row in rows] == ["naive", "chunked", "fused"]
@@ -28,9 +29,9 @@ def test_fused_loss():
 @pytest.mark.slow
 def test_packing():
     options = ["--samples", "64", "--timed", "4", "--batch-size", "2", "--hidden-size", "64", "--layers", "1"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "packing.py"), *options, "--drop-scales", "10", "--ranks", "2"]
+    command = [str(ROOT / "benchmarks" / "packing.py"), *options, "--drop-scales", "10", "--ranks", "2"]
     command += ["--runs", "2"]
-    done = run(command, capture_output=True)
+    done = FRESH.run(command)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
     assert [row[0].strip() for row in rows] == ["padded", "length", "compute"]
@@ -44,15 +45,15 @@ def test_grpo_prefix(tmp_path):
     pytest.importorskip("scipy")
     pytest.importorskip("matplotlib")
     sizes = ["--updates", "1", "--pictures", "16", "--hard", "2", "--easy", "2", "--seeds", "0"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "grpo_prefix.py"), "--output", str(tmp_path), *sizes]
+    command = [str(ROOT / "benchmarks" / "grpo_prefix.py"), "--output", str(tmp_path), *sizes]
     command += ["--variants", "prefix, VMR", "--plot", str(tmp_path / "curves.png")]
-    done = run(command, capture_output=True)
+    done = FRESH.run(command)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
     assert rows == ["variant", "base", "prefix, VMR", "reconstructions"]
     assert (tmp_path / "curves.png").is_file() and (tmp_path / "prefix_VMR_0" / "sheet.png").is_file()
     # What is there is not done again.
-    again = run(command, capture_output=True)
+    again = FRESH.run(command)
     assert "seconds" in again.stdout and "'loss'" not in again.stdout
 
 
@@ -307,7 +308,6 @@ def test_speed(tmp_path):
     ]
     parts = ["floor", "roofline", "growth", "peers", "memory", "tokenizer", "start", "training"]
     command = [
-        sys.executable,
         str(ROOT / "benchmarks" / "speed.py"),
         *parts,
         *options,
@@ -316,8 +316,7 @@ def test_speed(tmp_path):
         "--markdown",
         str(tmp_path / "table"),
     ]
-    # A process of its own: it trains, and autograd may have threads here already, which a fork does not have.
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = FRESH.run(command)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows").read_text())["rows"]
     assert {row["part"] for row in rows} == set(parts)
@@ -340,8 +339,8 @@ def test_speed(tmp_path):
 
 @pytest.mark.slow
 def test_encoding():
-    command = [sys.executable, str(ROOT / "benchmarks" / "encoding.py"), "--rows", "4", "--num-scales", "4"]
-    done = run([*command, "--repeats", "1", "--device", "cpu"], capture_output=True)
+    command = [str(ROOT / "benchmarks" / "encoding.py"), "--rows", "4", "--num-scales", "4"]
+    done = FRESH.run([*command, "--repeats", "1", "--device", "cpu"])
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
     assert [row[0].strip() for row in rows] == ["one at a time", "in order", "by shape"]

@@ -23,19 +23,37 @@ def test_a_deprecated_call_is_an_error(category):
         warnings.warn("`old_name` is deprecated", category, stacklevel=1)
 
 
-def test_a_deprecation_that_is_logged_is_an_error():
+@pytest.fixture(scope="module")
+def silence():
+    logging.set_verbosity_error()
+
+
+def test_a_deprecation_that_is_logged_is_an_error(silence):
     with pytest.raises(DeprecationWarning, match="old_name"):
         logging.get_logger("transformers.somewhere").warning("`old_name` is deprecated")
 
 
-def hang_for_ever():
-    threading.Event().wait()
+def test_forks_that_hang_are_killed_and_say_where(monkeypatch, tmp_path):
+    def hang_for_ever():
+        os.write(ready, b"!")
+        threading.Event().wait()
 
-
-def test_a_fork_that_hangs_is_killed_and_says_where(monkeypatch, tmp_path):
+    begun, ready = os.pipe()
+    hanging = forks.fork(hang_for_ever, tmp_path / "log")
+    ended = forks.fork(lambda: None)
+    os.read(begun, 1)
     monkeypatch.setattr(forks, "patience", 1.0)
-    assert forks.wait(forks.fork(hang_for_ever, tmp_path / "log")) == [-signal.SIGKILL]
+    assert forks.wait(hanging, ended) == [-signal.SIGKILL, 0]
     assert "in hang_for_ever" in (tmp_path / "log").read_text()
+
+
+def test_forks_end_with_the_test_that_waits_for_them(monkeypatch):
+    hanging, clock = forks.fork(threading.Event().wait), iter([0.0])
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(forks.time, "monotonic", lambda: next(clock))  # the second look at the clock is interrupted
+        forks.wait(hanging)
+    with pytest.raises(ProcessLookupError):
+        os.kill(hanging, 0)
 
 
 def test_a_fork_that_dies_with_the_lock_of_progress_bars_keeps_it_from_nobody():

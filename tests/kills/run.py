@@ -23,7 +23,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -33,7 +32,6 @@ from typing import NamedTuple
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 sys.path.extend(str(Path(__file__).parents[2] / folder) for folder in ("tests", "tests/conversion", "examples", "."))
 
-from tqdm import tqdm
 
 from conftest import save_tiny_random_checkpoint
 from forks import as_script, fork
@@ -280,7 +278,6 @@ class Runner:
 
         def limited():
             os.chdir(ROOT)
-            tqdm.set_lock(threading.RLock())  # the one of all forks stays locked where one was killed while it wrote
             resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
             start = time.process_time()
             killer.install()

@@ -92,6 +92,7 @@ class Engine:
         ends = model.generation_config.eos_token_id or model.config.eos_token_id
         self._ends = set(ends) if isinstance(ends, list | tuple) else {ends}
         self._waiting: deque[Row] = deque()
+        self._batch: list[Row] = []  # what is drawn
         self._load = 0  # jobs that clients wait for
         self._seconds_per_row = 1.0
         self._reader = ThreadPoolExecutor(1, "reader")
@@ -116,14 +117,14 @@ class Engine:
                 code="queue_full",
                 retry_after=max(1, math.ceil(self._load * self._seconds_per_row)),
             )
-        if self._loop is None or self._loop.done():  # another event loop has ended with it
-            self._wake = asyncio.Event()
-            self._loop = asyncio.create_task(self._serve())
-            self._loop.add_done_callback(self._tell_of_its_end)
         self._load += 1
         row = None
         try:
             row = await asyncio.get_running_loop().run_in_executor(self._reader, self._read, job)
+            if self._loop is None or self._loop.done():  # another event loop has ended with it, or a mistake has
+                self._wake = asyncio.Event()
+                self._loop = asyncio.create_task(self._serve())
+                self._loop.add_done_callback(self._tell_of_its_end)
             self._waiting.append(row)
             self._wake.set()
             yield Event("accepted", None)
@@ -148,7 +149,7 @@ class Engine:
         return {**self.counts, "waiting": self._load, "sessions": number, "session_bytes": num_bytes}
 
     def check_health(self) -> None:
-        """Raises a `RuntimeError` if jobs are no longer taken, as after a mistake in here; Ray then starts anew."""
+        """Raises a `RuntimeError` after a mistake in here, until a job starts the engine anew; Ray starts a new one."""
         if self._loop is not None and self._loop.done():
             raise RuntimeError("The engine has stopped.")
 
@@ -265,13 +266,13 @@ class Engine:
         painting = None
         while True:
             await self._wake.wait()
-            batch = self._next_batch()
+            self._batch = batch = self._next_batch()
             if not batch:
                 self._wake.clear()
                 continue
             start = time.perf_counter()
             events: SimpleQueue = SimpleQueue()
-            # Shielded: of a loop that ends here both run or neither, since the painter waits for the drawer's end.
+            # Shielded: if the event loop ends here, both run all the same, since the painter waits for the drawer.
             drawing = loop.run_in_executor(self._drawer, self._draw, batch, events)
             before, painting = painting, loop.run_in_executor(self._painter, self._paint, batch, events, loop)
             await asyncio.shield(drawing)
@@ -281,11 +282,11 @@ class Engine:
             self._seconds_per_row += 0.2 * (seconds - self._seconds_per_row)
 
     def _tell_of_its_end(self, loop: asyncio.Task) -> None:
-        """A mistake in [`_serve`] is told to all who wait, since nobody will draw for them."""
+        """Tells all who wait of an error in [`_serve`], since nobody draws for them now."""
         if loop.cancelled() or loop.exception() is None:
             return
         logger.error("The engine has stopped", exc_info=loop.exception())
-        for row in self._waiting:
+        for row in (*self._batch, *self._waiting):
             row.gone = True
             row.events.put_nowait(Event("error", ApiError("The server failed; its log says how.", status=500)))
 
@@ -323,7 +324,8 @@ class Engine:
         """Decodes what is drawn, in a thread of its own, and posts it to the clients."""
 
         def post(row: Row, kind: str, value: Any, step: int = 0) -> None:
-            loop.call_soon_threadsafe(row.events.put_nowait, Event(kind, value, step))
+            if not loop.is_closed():  # else nobody is there any more
+                loop.call_soon_threadsafe(row.events.put_nowait, Event(kind, value, step))
 
         def events() -> Iterator[GenerationEvent]:
             while (event := told.get()) is not None:

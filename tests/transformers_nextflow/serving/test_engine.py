@@ -167,25 +167,42 @@ def test_an_event_loop_that_ends_leaves_an_engine_that_goes_on(held):
     engine, gate = held()
 
     async def leave():
-        await anext(engine.run(Job(prompt="a")))
+        events = engine.run(Job(prompt="a"))  # kept, so that its place is not free
+        await anext(events)
         while not engine.counts["batches"]:  # until it waits for the drawer
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.01)
+        return events
 
     asyncio.run(leave())
     gate.set()
     assert run(engine, Job(prompt="b"))[0][-1].kind == "done"
 
 
-def test_a_mistake_in_the_queue_is_told_to_all_who_wait(engine, monkeypatch):
-    served = engine()
-    with monkeypatch.context() as patch:
-        patch.setattr(served, "_next_batch", lambda: 1 / 0)
-        with pytest.raises(ApiError) as failed:
-            run(served, Job(prompt="a"))
-    assert failed.value.status == 500
-    with pytest.raises(RuntimeError, match="stopped"):
-        served.check_health()
-    assert run(served, Job(prompt="a"))[0][-1].kind == "done"
+@pytest.mark.parametrize("place", ["_next_batch", "_painter"])
+def test_a_mistake_in_the_queue_is_told_to_all_who_wait(held, monkeypatch, place):
+    """Those of the batch, those in the queue, and those that are still read then."""
+    served, gate = held(max_batch=1)
+    read = served._read
+
+    def read_late(job):
+        if job.prompt == "late":
+            gate.wait()
+        return read(job)
+
+    async def together():
+        jobs = [asyncio.create_task(events_of(served, Job(prompt=prompt))) for prompt in ("a", "b", "late")]
+        told = await asyncio.gather(*jobs[:2], return_exceptions=True)
+        with pytest.raises(RuntimeError, match="stopped"):
+            served.check_health()
+        broken.undo()
+        gate.set()
+        return told, await jobs[2]
+
+    with monkeypatch.context() as broken:
+        broken.setattr(served, "_read", read_late)
+        broken.setattr(served, place, object())
+        told, late = asyncio.run(together())
+    assert [error.status for error in told] == [500, 500] and late[-1].kind == "done"
 
 
 def test_a_failed_batch_is_told_and_the_engine_goes_on(engine, parts, monkeypatch):

@@ -10,11 +10,11 @@
 # ---
 
 # %% [markdown]
-# # Train your own, in miniature
+# # A model in a minute
 #
-# A model with random weights learns nine pictures by heart in a minute or two on a CPU: how pictures become codes, what
-# a sample looks like, what to watch while it trains, and that what was trained loads like any other checkpoint.
-# [Train your own](../train_your_own.md) does the same in stages, from public parents, on real data.
+# A model with random weights learns nine pictures by heart in about a minute on a CPU: how pictures become codes,
+# what a sample looks like, what to watch while it trains, and that what was trained loads like any other checkpoint.
+# [Train your own](../train_your_own.md) is the whole way, in stages, from public parents and public data.
 
 # %%
 from pathlib import Path
@@ -117,7 +117,6 @@ settings = NextFlowSFTConfig(
     activation_checkpointing=False,
     use_cpu=True,
     bf16=False,
-    disable_tqdm=True,
 )
 trainer = NextFlowSFTTrainer(
     model, settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=processor
