@@ -177,7 +177,7 @@ def forked_process():
 
 @pytest.fixture(autouse=True)
 def usual_logging():
-    """The command makes the libraries silent, which is right for a process of its own; a fixture of a module may run it."""
+    """The command makes the libraries silent, and a module's fixture may run it: right for a process of its own."""
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in {"transformers", "diffusers"} & sys.modules.keys():
